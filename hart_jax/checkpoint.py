@@ -1,0 +1,257 @@
+"""Checkpoints of a training run, written by Orbax while training goes on.
+
+A workdir holds
+
+    config.json            the whole configuration, written when the run starts
+    checkpoints/<step>/    one directory per complete checkpoint: `state` (arrays) and `data` (position in the data)
+
+Orbax writes a checkpoint under a temporary name and renames it when every byte is there, so a run killed at any moment
+leaves complete checkpoints and temporary directories, which are ignored when reading and removed when training resumes.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from hart_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_DIR = "checkpoints"
+UNREADABLE_SUFFIX = ".unreadable"
+_ABSENT = "(absent)"
+
+
+class Checkpoints:
+    """Saves and restores the state of one training run.
+
+    Args:
+      workdir: directory of the run; created where it does not exist.
+      config: the run's whole configuration as nested dicts of JSON values.
+      keep: how many of the latest checkpoints stay on disk.
+      save_every: steps between checkpoints.
+      may_change: dotted config keys ("train.num_steps") that a resumed run may change.
+
+    Raises:
+      UserError: `workdir` holds checkpoints of another configuration, or a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: Mapping[str, Any],
+        keep: int = 3,
+        save_every: int = 1000,
+        may_change: Collection[str] = (),
+    ):
+        for name, value in (("keep", keep), ("save_every", save_every)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        self.save_every = save_every
+        workdir = Path(workdir).absolute()
+        directory = workdir / CHECKPOINT_DIR
+        _claim(workdir, config, may_change)
+        self._orbax = ocp.training.Checkpointer(
+            directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the latest complete checkpoint, None without one."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, data_iterator: Iterator | None = None, force: bool = False) -> bool:
+        """Starts writing a checkpoint if `step` is due, and returns as soon as the arrays are copied to the host.
+
+        Args:
+          step: number of finished training steps.
+          state: pytree of arrays; its buffers may be donated to the next step at once.
+          data_iterator: a Grain iterator (or anything Orbax calls a stateful checkpointable); its position is stored.
+          force: saves even where `step` is no multiple of `save_every`; for the last step of a run.
+
+        Returns:
+          whether a checkpoint was started; False also where `step` is already on disk.
+        """
+        if (step % self.save_every and not force) or step == self.latest_step:
+            return False
+        items = {"state": state} if data_iterator is None else {"state": state, "data": data_iterator}
+        self._orbax.save_checkpointables_async(step, items, force=True)
+        return True
+
+    def restore(self, abstract_state: Any, data_iterator: Iterator | None = None) -> tuple[int, Any] | None:
+        """Restores the latest readable checkpoint.
+
+        A checkpoint that cannot be read is reported and set aside as `<step>.unreadable`, so that the run can write
+        that step again; the one before it is used.
+
+        Args:
+          abstract_state: the state's pytree with `jax.ShapeDtypeStruct` (or array) leaves; a leaf's sharding, where it
+            has one, says where the array goes, otherwise it goes to the first local device.
+          data_iterator: iterator over the same data, moved to the stored position.
+
+        Returns:
+          (step, state), or None where there is no checkpoint.
+
+        Raises:
+          UserError: there are checkpoints and none of them can be read.
+        """
+        items = {"state": jax.tree.map(_with_sharding, abstract_state)}
+        if data_iterator is not None:
+            items["data"] = data_iterator
+        unreadable: list[int] = []
+        for step in sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True):
+            try:
+                state = self._orbax.load_checkpointables(step, items)["state"]
+            except Exception as error:  # Orbax, TensorStore and Grain each raise their own kinds
+                print(f"warning: checkpoint {self._orbax.directory / str(step)} cannot be read: {_first_line(error)}")
+                unreadable.append(step)
+                continue
+            self._set_aside(unreadable)
+            return step, state
+        if unreadable:
+            raise UserError(
+                f"none of the checkpoints in {self._orbax.directory} (steps {unreadable}) can be read; "
+                "see the warnings above, or start again in an empty workdir"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when every started checkpoint is complete on disk."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        self._orbax.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                path = Path(self._orbax.directory) / str(step)
+                path.rename(_free_name(path.with_name(path.name + UNREADABLE_SUFFIX)))
+        multihost_utils.sync_global_devices("unreadable checkpoints set aside")
+        self._orbax.reload()
+
+
+def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any]:
+    """Reads one top-level field of the state in the latest readable checkpoint, and nothing else of it.
+
+    Safe beside a running training: it only reads.
+
+    Args:
+      workdir: a training workdir.
+      which: the field, "ema" or "params" as a rule.
+
+    Returns:
+      nested dict of numpy arrays.
+
+    Raises:
+      UserError: no checkpoint, none readable, or no such field.
+    """
+    directory = Path(workdir).absolute() / CHECKPOINT_DIR
+    steps = _complete_steps(directory)
+    if not steps:
+        raise UserError(f"{workdir} holds no checkpoint; give a training workdir, or train first")
+    partial = ocp.Context()
+    partial.pytree.loading.partial_load = True
+    for step in steps:
+        path = directory / str(step)
+        try:
+            fields = ocp.metadata(path).metadata
+            if which in fields:
+                abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), fields[which])
+                with partial:
+                    return ocp.load(path, {which: abstract})[which]
+        except Exception as error:  # Orbax and TensorStore each raise their own kinds
+            print(f"warning: checkpoint {path} cannot be read: {_first_line(error)}")
+        else:
+            raise UserError(f"checkpoint {path} has no field {which!r}; it has {', '.join(sorted(fields))}")
+    raise UserError(f"none of the checkpoints in {directory} (steps {steps}) can be read")
+
+
+def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration a run was started with.
+
+    Raises:
+      UserError: `workdir` has no config.json, or it is not JSON.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {workdir} is not a training workdir") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"{path} is not a readable JSON file: {_first_line(error)}") from None
+
+
+def _claim(workdir: Path, config: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Writes config.json, after comparing it with the one of the run that `workdir` already holds."""
+    config = json.loads(json.dumps(config))
+    path = workdir / CONFIG_FILE
+    if _complete_steps(workdir / CHECKPOINT_DIR):
+        differences = _differences(load_config(workdir), config, may_change)
+        if differences:
+            shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+            raise UserError(
+                f"{workdir} holds a run of another config: {shown}. Use another workdir, or the config of that run"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def _differences(stored: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    old, new = _flat(stored), _flat(config)
+    keys = [key for key in {**old, **new} if key not in may_change]
+    pairs = ((key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys)
+    return [f"{key} is {after!r}, the run has {before!r}" for key, before, after in pairs if before != after]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _complete_steps(directory: Path) -> list[int]:
+    """Steps under their final name, latest first; Orbax gives that name to complete checkpoints only."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _free_name(path: Path) -> Path:
+    candidates = (path.with_name(f"{path.name}.{number}") for number in range(1, 1000))
+    return next(name for name in (path, *candidates) if not name.exists())
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

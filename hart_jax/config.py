@@ -1,0 +1,303 @@
+"""Frozen settings of the three parts; every value is checked once, here.
+
+Letters in shape names: B batch, T context tokens, D context width, S scales, P side of a scale, L tokens over all
+scales, C latent channels, V codebook size, W transformer width, H heads, K head width.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from hart_jax.errors import UserError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of all settings: built from a mapping, where an unknown key is an error."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The settings with these values; lists become tuples, nested settings are built from nested mappings."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        _require(not unknown, f"{cls.__name__}: unknown key {', '.join(unknown)}; known: {', '.join(fields)}")
+        arguments = {}
+        for name, value in values.items():
+            default = fields[name].default
+            if isinstance(default, Settings) and isinstance(value, Mapping):
+                value = type(default).from_dict(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(default, float) and type(value) is int:
+                value = float(value)
+            if isinstance(default, bool | int | float | str | tuple) and value is not None:
+                fits = type(value) is type(default)
+                _require(fits, f"{cls.__name__}.{name}={value!r}: expected {type(default).__name__}")
+            arguments[name] = value
+        return cls(**arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON writes them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _check_patch_nums(patch_nums: tuple[int, ...]) -> None:
+    increasing = all(a < b for a, b in zip(patch_nums, patch_nums[1:], strict=False))
+    _require(
+        len(patch_nums) >= 2 and increasing and patch_nums[0] >= 1,
+        f"patch_nums={patch_nums}: needs two or more sides in tokens, increasing from 1 or more",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig(Settings):
+    """The hybrid tokenizer (SPEC.md section 1). Defaults are the released one's, at 256 px."""
+
+    image_size: int = 256
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    channels: int = 160
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent_channels: int = 32
+    vocab_size: int = 4096
+    quant_resi: float = 0.5
+    share_quant_resi: int = 4
+    beta: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_patch_nums(self.patch_nums)
+        side = self.patch_nums[-1] * self.downsampling
+        _require(
+            side == self.image_size,
+            f"patch_nums={self.patch_nums}: the last entry times the downsampling {self.downsampling} gives {side} px, "
+            f"not image_size={self.image_size}; end patch_nums with {self.image_size // self.downsampling}",
+        )
+        widths = [self.channels * m for m in self.channel_multipliers]
+        _require(
+            all(w % 32 == 0 for w in widths),
+            f"channels={self.channels}: every level's width {widths} must divide by 32",
+        )
+        for name in ("res_blocks", "latent_channels", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be 1 or more")
+        _require(self.share_quant_resi >= 0, f"share_quant_resi={self.share_quant_resi}: must be 0 or more")
+        _require(-1 <= self.quant_resi <= 1, f"quant_resi={self.quant_resi}: its absolute value is a ratio, at most 1")
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def num_phi(self) -> int:
+        """Number of phi convolutions: one per scale if `share_quant_resi` is 0."""
+        return self.share_quant_resi or len(self.patch_nums)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig(Settings):
+    """The residual diffusion head (SPEC.md section 4)."""
+
+    width: int = 1024
+    depth: int = 6
+    sampling_steps: int = 8
+    batch_mul: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "batch_mul"):
+            _require(getattr(self, name) >= 1, f"diffusion.{name}={getattr(self, name)}: must be 1 or more")
+        _require(
+            2 <= self.sampling_steps <= 1000, f"diffusion.sampling_steps={self.sampling_steps}: must be in 2..1000"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(Settings):
+    """The scale-wise autoregressive transformer (SPEC.md section 2). Defaults are the released 0.7B model's, at 256 px.
+
+    `num_classes` > 0 makes it class-conditional: the context is one learned embedding of the label instead of text
+    states (label `num_classes` is the unconditional one), as in VAR.
+    """
+
+    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    vocab_size: int = 4096
+    latent_channels: int = 32
+    context_tokens: int = 300
+    context_dim: int = 1536
+    num_classes: int = 0
+    depth: int = 24
+    width: int = 1536
+    heads: int = 24
+    mlp_ratio: float = 4.0
+    attn_l2_norm: bool = False
+    disable_aln: bool = True
+    shared_aln: bool = False
+    use_timestep_embed: bool = True
+    sep_aln_pooling_mode: str = "max"
+    use_context_norm: bool = True
+    norm_eps: float = 1e-6
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    def __post_init__(self) -> None:
+        _check_patch_nums(self.patch_nums)
+        for name in ("vocab_size", "latent_channels", "context_tokens", "context_dim", "depth", "width", "heads"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be 1 or more")
+        _require(self.width % self.heads == 0, f"width={self.width}: must be a multiple of heads={self.heads}")
+        _require(
+            self.head_dim % 4 == 0, f"width/heads={self.head_dim}: the head width must be a multiple of 4 (rotary)"
+        )
+        pooling = self.sep_aln_pooling_mode
+        _require(pooling in ("max", "avg"), f"sep_aln_pooling_mode={pooling!r}: must be 'max' or 'avg'")
+        shared_without_own = self.disable_aln or not self.shared_aln
+        _require(
+            shared_without_own,
+            "shared_aln=True needs disable_aln=True: the shared table replaces the blocks' own AdaLN",
+        )
+        if self.num_classes:
+            _require(self.context_tokens == 1, f"context_tokens={self.context_tokens}: a class-conditional model has 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio * 2 / 3 + 255) // 256 * 256
+
+    @property
+    def num_tokens(self) -> int:
+        """L: tokens over all scales."""
+        return sum(p * p for p in self.patch_nums)
+
+    @property
+    def adaln(self) -> Literal["none", "shared", "own"]:
+        """Where a block takes its modulation from."""
+        if not self.disable_aln:
+            return "own"
+        return "shared" if self.shared_aln else "none"
+
+
+def check_fit(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> None:
+    """Raises `UserError` unless the transformer predicts this tokenizer's tokens."""
+    for name in ("patch_nums", "vocab_size", "latent_channels"):
+        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
+        _require(ours == theirs, f"transformer.{name}={ours} does not match tokenizer.{name}={theirs}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `UserError` if it is missing or is not one."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    _require(isinstance(values, dict), f"{path}: expected a JSON object")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """AdamW with warm-up and decay; weight decay on matrices only."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1000
+    schedule: str = "cosine"
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05
+    clip_norm: float = 2.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _require(self.schedule in ("cosine", "constant"), f"schedule={self.schedule!r}: must be 'cosine' or 'constant'")
+        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
+        _require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}: must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Settings):
+    """Folders of ArrayRecord shards (`hart_jax.data.shards`); `cache` keeps the resized images in memory."""
+
+    train: str = ""
+    test: str = ""
+    flip: bool = True
+    cache: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, f"data.workers={self.workers}: must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLossConfig(Settings):
+    """Weights and first steps of the tokenizer's losses (unknown in the paper: VQGAN practice)."""
+
+    mse: float = 1.0
+    l1: float = 0.0
+    vq: float = 1.0
+    perceptual: float = 0.5
+    perceptual_layers: int = 5
+    perceptual_weights: str = ""
+    adversarial: float = 0.1
+    adversarial_start: int = 10_000
+    continuous_fraction: float = 0.5
+    restart_below: float = 0.0
+
+    def __post_init__(self) -> None:
+        fraction = self.continuous_fraction
+        _require(0 <= fraction <= 1, f"loss.continuous_fraction={fraction}: a probability")
+        _require(1 <= self.perceptual_layers <= 5, f"loss.perceptual_layers={self.perceptual_layers}: must be in 1..5")
+
+
+@dataclasses.dataclass(frozen=True)
+class HartLossConfig(Settings):
+    """The transformer's losses and the draws of its training (SPEC.md section 5)."""
+
+    token: float = 1.0
+    diffusion: float = 1.0
+    condition_top_k: int = 600
+    condition_top_p: float = 0.96
+    drop_text: float = 0.1
+    drop_mean: float = 1.0
+    drop_std: float = 0.25
+    drop_min: float = 0.5
+    min_kept: int = 32
+    keep_counts: int = 4
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.drop_text <= 1, f"loss.drop_text={self.drop_text}: a probability")
+        _require(0 <= self.drop_min <= 1, f"loss.drop_min={self.drop_min}: a fraction of the last scale")
+        _require(0 < self.condition_top_p <= 1, f"loss.condition_top_p={self.condition_top_p}: must be in (0, 1]")
+        for name in ("condition_top_k", "min_kept", "keep_counts"):
+            _require(getattr(self, name) >= 1, f"loss.{name}={getattr(self, name)}: must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Length, logging and precision of a training run. `dtype` "auto": bfloat16 on TPU and GPU, float32 on CPU."""
+
+    steps: int = 100_000
+    batch_size: int = 256
+    seed: int = 0
+    dtype: str = "auto"
+    log_every: int = 50
+    save_every: int = 1000
+    sample_every: int = 5000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be 1 or more")
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16"), f"train.dtype={self.dtype!r}: auto, float32 or bfloat16"
+        )
+        # Logged means then never span a checkpoint, so that a resumed run logs what an undisturbed one does.
+        aligned = self.save_every % self.log_every == 0
+        _require(aligned, f"train.save_every={self.save_every}: must be a multiple of log_every={self.log_every}")

@@ -1,0 +1,118 @@
+"""An experiment: everything that one file in `configs/` says, as frozen settings."""
+
+import dataclasses
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hart_jax.config import (
+    DataConfig,
+    HartLossConfig,
+    OptimizerConfig,
+    Settings,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TrainConfig,
+    TransformerConfig,
+    check_fit,
+)
+from hart_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerExperiment(Settings):
+    """Trains the hybrid tokenizer."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(Settings):
+    """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's."""
+
+    cfg: float = 4.5
+    top_k: int = 600
+    top_k_late: int = 300
+    late_scale: int = 7
+    top_p: float = 1.0
+    temperature: float = 1.0
+    smooth: bool = False
+    discrete_only: bool = False
+    masked_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0 and self.top_k_late >= 0,
+            f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
+            f"temperature={self.temperature}: must be above 0": self.temperature > 0,
+            f"cfg={self.cfg}: must be 0 or more": self.cfg >= 0,
+            f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
+        }
+        for message, ok in checks.items():
+            if not ok:
+                raise UserError(message)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises `UserError` if top-k keeps more than there is."""
+        for name in ("top_k", "top_k_late"):
+            if getattr(self, name) > vocab_size:
+                raise UserError(f"{name}={getattr(self, name)}: the codebook has {vocab_size} codes; give at most that")
+
+
+@dataclasses.dataclass(frozen=True)
+class HartExperiment(Settings):
+    """Trains the transformer with its diffusion head on a frozen tokenizer and text encoder, and samples from it.
+
+    `tokenizer_from` is a tokenizer workdir or a model folder's `tokenizer/`; `text_encoder` a text encoder's folder;
+    `model` the folder that `sample.py` draws from if no checkpoint is given.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    loss: HartLossConfig = HartLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    tokenizer_from: str = ""
+    text_encoder: str = ""
+    precompute_text: bool = True
+    sample_prompts: tuple[str, ...] = ()
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        check_fit(self.tokenizer, self.transformer)
+        self.sample.check_vocabulary(self.tokenizer.vocab_size)
+        if self.loss.condition_top_k > self.tokenizer.vocab_size:
+            message = (
+                f"loss.condition_top_k={self.loss.condition_top_k}: the codebook has {self.tokenizer.vocab_size} codes"
+            )
+            raise UserError(message)
+
+
+Experiment = TokenizerExperiment | HartExperiment
+
+
+def experiment_from(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of a config's values; one with a `transformer` trains HART, one without its tokenizer."""
+    kind = HartExperiment if "transformer" in values else TokenizerExperiment
+    return kind.from_dict(values)
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """The experiment of a file in `configs/`, without overrides.
+
+    Raises:
+      UserError: no such file, it has no `get_config`, or a value is wrong.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file; see configs/")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path}: a config file defines get_config() returning an ml_collections.ConfigDict")
+    return experiment_from(get_config().to_dict())

@@ -1,0 +1,95 @@
+"""What every frozen text encoder offers: prompts in, one state per context position out.
+
+Letters: B prompts, T context positions, D width of the states, N input tokens. N exceeds T where an encoder puts a
+system prompt in front, whose states it drops; the context is always the last T of the N positions.
+"""
+
+import abc
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hart_jax.errors import UserError
+
+# The module of each `model_type` has `load(folder) -> TextEncoder`; imported only when it is asked for.
+_MODULES = {"bert": "hart_jax.text.minilm"}
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Encoded prompts.
+
+    Attributes:
+      states_BTD: float32 states; at padding positions they are what the encoder computes there, not zero.
+      mask_BT: int32, 1 where a position holds a token of the prompt and 0 where it is padding (always on the right).
+      truncated: for each prompt, whether it did not fit into T positions and was cut.
+    """
+
+    states_BTD: jax.Array
+    mask_BT: np.ndarray
+    truncated: tuple[bool, ...]
+
+
+class TextEncoder(abc.ABC):
+    """A frozen text encoder; subclasses give `tokenize` and `encode`.
+
+    Attributes:
+      context_dim: D, the width of the states.
+    """
+
+    context_dim: int
+
+    @abc.abstractmethod
+    def tokenize(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
+        """Token ids of the prompts, each padded or cut to `length` context positions.
+
+        Returns:
+          input_ids_BN (int32), mask_BN (int32, 0 at padding), and for each prompt whether it was cut.
+
+        Raises:
+          UserError: a prompt is empty, or the encoder has no room for `length` positions.
+        """
+
+    @abc.abstractmethod
+    def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
+        """States_BTD (float32) of tokens; compiled once per shape. Padding is not attended to."""
+
+    def __call__(self, prompts: Sequence[str], length: int) -> TextStates:
+        """Tokenizes and encodes `prompts` for a context of `length` positions."""
+        input_ids_BN, mask_BN, truncated = self.tokenize(prompts, length)
+        return TextStates(self.encode(input_ids_BN, mask_BN), mask_BN[:, -length:], truncated)
+
+
+def load_text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
+    """The encoder in `folder` (config.json, model.safetensors, tokenizer.json), by the config's `model_type`.
+
+    Raises:
+      UserError: a file is missing or damaged, or the type of model is unknown.
+    """
+    path = Path(folder)
+    model_type = read_json(path / "config.json").get("model_type")
+    if model_type not in _MODULES:
+        raise UserError(
+            f"{path / 'config.json'}: model_type {model_type!r} is unknown; known are {', '.join(_MODULES)}"
+        )
+    return importlib.import_module(_MODULES[model_type]).load(path)
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file; `UserError` where the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value

@@ -1,0 +1,50 @@
+"""Prompts as the user gives them: reading, checking, and saying what did not fit."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hart_jax.errors import UserError
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises `UserError` where there is no prompt, or one that is empty or only whitespace."""
+    if isinstance(prompts, str):
+        raise UserError(f"prompts is the string {prompts!r}; give a list of strings")
+    if not prompts:
+        raise UserError("there is no prompt; give at least one")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            where = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
+            raise UserError(f"{where} is empty ({prompt!r}); describe the picture in words")
+
+
+def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
+    """One prompt per line of a UTF-8 text file, stripped; blank lines are skipped.
+
+    Raises:
+      UserError: the file is missing, is not UTF-8 text, or holds no prompt.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts file {path} is not UTF-8 text ({error})") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts file {path} holds no prompt; write one per line")
+    return prompts
+
+
+def report_truncation(prompts: Sequence[str], truncated: Sequence[bool], length: int) -> None:
+    """Warns on stderr, once per cut prompt, that only its first `length` tokens condition the picture."""
+    for prompt, cut in zip(prompts, truncated, strict=True):
+        if cut:
+            start = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+            print(
+                f"warning: prompt {start!r} is longer than the context; its first {length} tokens are kept "
+                "(special tokens included), the rest is ignored",
+                file=sys.stderr,
+            )

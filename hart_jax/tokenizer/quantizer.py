@@ -1,0 +1,121 @@
+"""Multi-scale residual quantizer with the continuous residual (SPEC.md section 1)."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import TokenizerConfig
+from hart_jax.tokenizer.resize import area, bicubic
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What the transformer is trained on. `indices` one (B, p*p) int32 per scale."""
+
+    indices: tuple[jax.Array, ...]
+    f_rest_BPC: jax.Array
+    ar_input_BLC: jax.Array
+
+
+@flax.struct.dataclass
+class Quantized:
+    """A latent taken apart: f = f_hat + residual.
+
+    `f_hat` (B, h, w, C) is the sum of all scales' contributions, phi at every scale; `partial` holds f_hat after each
+    scale, `inputs` what was looked up there, (B*p*p, C); `hits_V` is 1 for the codes that the batch touches.
+    """
+
+    f_hat_BhwC: jax.Array
+    residual_BhwC: jax.Array
+    partial: tuple[jax.Array, ...]
+    indices: tuple[jax.Array, ...]
+    inputs: tuple[jax.Array, ...]
+    hits_V: jax.Array
+
+
+def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
+    """Which phi convolution serves `scale`: the one whose tick is nearest to scale / (S - 1)."""
+    third = 3 if num_phi == 4 else 2
+    ticks = np.linspace(1 / (third * num_phi), 1 - 1 / (third * num_phi), num_phi)
+    return int(np.argmin(np.abs(ticks - scale / (num_scales - 1))))
+
+
+class Quantizer(nn.Module):
+    """The codebook (V, C) and the K phi convolutions, with the passes that use them."""
+
+    config: TokenizerConfig
+
+    def setup(self):
+        cfg = self.config
+        codebook_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codes", "latent"))
+        self.codebook = self.param("codebook", codebook_init, (cfg.vocab_size, cfg.latent_channels))
+        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=-2, batch_axis=(0,))
+        kernel_init = nn.with_logical_partitioning(kernel_init, ("phi", None, None, "conv_in", "conv_out"))
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("phi", "conv_out"))
+        shape = (cfg.num_phi, 3, 3, cfg.latent_channels, cfg.latent_channels)
+        self.phi_kernel = self.param("phi_kernel", kernel_init, shape)
+        self.phi_bias = self.param("phi_bias", bias_init, (cfg.num_phi, cfg.latent_channels))
+
+    def _phi(self, h_BhwC: jax.Array, scale: int) -> jax.Array:
+        cfg = self.config
+        index = phi_index(scale, len(cfg.patch_nums), cfg.num_phi) if cfg.share_quant_resi else scale
+        kernel, bias = self.phi_kernel[index].astype(h_BhwC.dtype), self.phi_bias[index].astype(h_BhwC.dtype)
+        out = jax.lax.conv_general_dilated(h_BhwC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        ratio = abs(cfg.quant_resi)
+        return (1 - ratio) * h_BhwC + ratio * (out + bias)
+
+    def nearest(self, z_BpqC: jax.Array) -> jax.Array:
+        """Index of the nearest code by squared L2 distance, (B, p*q) int32."""
+        z_NC = z_BpqC.reshape(-1, z_BpqC.shape[-1]).astype(jnp.float32)
+        codebook = self.codebook.astype(jnp.float32)
+        dots = jnp.matmul(z_NC, codebook.T, precision=jax.lax.Precision.HIGHEST)
+        distance_NV = jnp.sum(z_NC**2, -1, keepdims=True) + jnp.sum(codebook**2, -1) - 2 * dots
+        return jnp.argmin(distance_NV, -1).astype(jnp.int32).reshape(z_BpqC.shape[0], -1)
+
+    def lookup(self, indices_BL: jax.Array) -> jax.Array:
+        """Codes of the indices, (B, L, C)."""
+        return self.codebook[indices_BL]
+
+    def contribution(self, code_BPC: jax.Array, scale: int) -> jax.Array:
+        """phi_s(bicubic(code)): what the codes (B, p*p, C) of one scale add to f_hat (B, h, w, C)."""
+        side = self.config.patch_nums[scale]
+        code = code_BPC.reshape(code_BPC.shape[0], side, side, -1)
+        return self._phi(bicubic(code, self.config.patch_nums[-1]), scale)
+
+    def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
+        """f_hat of one index array (B, p*p) per scale, phi at every scale, (B, h, w, C)."""
+        return sum(self.contribution(self.lookup(index), scale) for scale, index in enumerate(indices))
+
+    def quantize(self, f_BhwC: jax.Array) -> Quantized:
+        """Takes a latent apart; no gradient is stopped, none flows through the indices."""
+        residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
+        partial, indices, inputs = [], [], []
+        hits_V = jnp.zeros(self.config.vocab_size, jnp.float32)
+        for scale, side in enumerate(self.config.patch_nums):
+            z = area(residual, side)
+            index = self.nearest(z)
+            h = self.contribution(self.lookup(index), scale)
+            f_hat, residual = f_hat + h, residual - h
+            hits_V = hits_V.at[index.reshape(-1)].set(1.0)
+            partial.append(f_hat)
+            indices.append(index)
+            inputs.append(z.reshape(-1, z.shape[-1]))
+        return Quantized(f_hat, residual, tuple(partial), tuple(indices), tuple(inputs), hits_V)
+
+    def tokens(self, f_BhwC: jax.Array) -> Tokens:
+        """Training targets of the transformer: the last scale's code is never subtracted, so phi is not applied there."""
+        residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
+        indices, inputs = [], []
+        sides = self.config.patch_nums
+        for scale, side in enumerate(sides):
+            indices.append(self.nearest(area(residual, side)))
+            if scale == len(sides) - 1:
+                break
+            h = self.contribution(self.lookup(indices[-1]), scale)
+            f_hat, residual = f_hat + h, residual - h
+            following = area(f_hat, sides[scale + 1])
+            inputs.append(following.reshape(following.shape[0], -1, following.shape[-1]))
+        rest = residual.reshape(residual.shape[0], -1, residual.shape[-1])
+        return Tokens(tuple(indices), rest, jnp.concatenate(inputs, axis=1))

@@ -1,0 +1,204 @@
+"""What a training run writes down: numbers, pictures, timings, and a progress bar.
+
+A workdir gets
+
+    metrics.jsonl     one JSON object per logged step; nothing in it depends on the clock, so that an interrupted and
+                      resumed run ends with the same bytes as an undisturbed one
+    timings.jsonl     speeds and durations, by step
+    samples/          PNG pictures, <name>_<step>.png
+    tensorboard/      the same scalars and pictures for TensorBoard
+"""
+
+import collections
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from hart_jax.images import save_png
+
+METRICS_FILE = "metrics.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+SAMPLES_DIR = "samples"
+
+
+class MetricsWriter:
+    """Writes metrics of one run; safe to kill at any moment.
+
+    A resumed run forgets what was logged after the checkpoint it continues from. For that the loop must log step N
+    before it saves checkpoint N, and a step of work N before anything of step N + 1.
+
+    Args:
+      workdir: directory of the run; created where it does not exist.
+      resumed_step: step of the restored checkpoint; later lines are dropped. None (a fresh start) drops every line.
+      active: False on all processes but one: every method then does nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resumed_step: int | None = None, active: bool = True):
+        self._workdir = Path(workdir)
+        self._active = active
+        if not active:
+            return
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _open_after(self._workdir / METRICS_FILE, resumed_step)
+        self._timings = _open_after(self._workdir / TIMINGS_FILE, resumed_step)
+        purge_step = 0 if resumed_step is None else resumed_step + 1
+        self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
+
+    def scalars(self, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        """Logs scalars of a finished step; float32 values are kept to the last bit."""
+        if not self._active:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        _write_line(self._metrics, {"step": step, **plain})
+        self._to_tensorboard(step, plain)
+
+    def timings(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what differs from run to run (images/s, seconds); shown in TensorBoard as well."""
+        if not self._active:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        _write_line(self._timings, {"step": step, **plain})
+        self._to_tensorboard(step, plain)
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Writes a uint8 picture to samples/<name>_<step>.png; a resumed run replaces its own earlier picture."""
+        if not self._active:
+            return
+        save_png(self._workdir / SAMPLES_DIR / f"{name}_{step:08d}.png", image_HWC, overwrite=True)
+        self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Returns when every line is on disk, also against loss of power; call it before saving a checkpoint."""
+        if not self._active:
+            return
+        for file in (self._metrics, self._timings):
+            os.fsync(file.fileno())
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self.flush()
+        self._metrics.close()
+        self._timings.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _to_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+class Progress:
+    """A progress bar on a terminal, a line every `every_seconds` elsewhere (log files, notebooks, batch systems).
+
+    Args:
+      total: number of steps of the whole run.
+      initial: steps that are done already.
+      stream: where to write; standard error by default.
+      every_seconds: time between lines where `stream` is not a terminal.
+    """
+
+    _WINDOW = 50
+
+    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None, every_seconds: float = 30.0):
+        self._stream = stream or sys.stderr
+        self._total, self._every_seconds = total, every_seconds
+        self._history: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=self._WINDOW)
+        self._images = 0
+        self._last_line = time.monotonic()
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total, initial=initial, file=self._stream, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, loss: float, images: int) -> None:
+        """Shows a finished step; `images` is how many images were trained on since the last call."""
+        self._images += images
+        self._history.append((time.monotonic(), step, self._images))
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {self.images_per_second:.1f} images/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_line >= self._every_seconds or step == self._total:
+            self._last_line = time.monotonic()
+            print(
+                f"step {step}/{self._total}, loss {loss:.4f}, {self.images_per_second:.1f} images/s, "
+                f"{_duration(self.seconds_left)} left",
+                file=self._stream,
+                flush=True,
+            )
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean over the last 50 updates, without the first one, which compiles; 0 before there are two."""
+        return self._rate(2)
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimate from the same updates; infinite before there are two."""
+        steps_per_second = self._rate(1)
+        if not steps_per_second:
+            return float("inf")
+        return (self._total - self._history[-1][1]) / steps_per_second
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _rate(self, column: int) -> float:
+        if len(self._history) < 2:
+            return 0.0
+        first, last = self._history[0], self._history[-1]
+        return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
+
+
+def read_metrics(workdir: str | os.PathLike, file: str = METRICS_FILE) -> list[dict[str, float]]:
+    """The whole lines of a metrics file, oldest first; an unfinished last line is left out."""
+    return [json.loads(line) for line in _whole_lines(Path(workdir) / file)]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _open_after(path: Path, resumed_step: int | None):
+    """Opens a file for appending after the last line of step `resumed_step` or earlier."""
+    kept = []
+    if resumed_step is not None:
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed_step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+    return open(path, "ab", buffering=0)  # stays open for the whole run; unbuffered, a line is one write
+
+
+def _write_line(file, record: Mapping[str, float]) -> None:
+    file.write(json.dumps(record).encode() + b"\n")
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,165 @@
+"""Parameters in one safetensors file, as float32, bfloat16 or int8: the weight files of a model folder.
+
+A nested dict of arrays is stored flat, its names joined by "/". In an int8 file a matrix `name` is int8 and stands
+beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axis that shares a scale; all else
+is float32.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import linen as nn
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hart_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "int8")
+_SCALE_SUFFIX = ".int8_scale"
+_INT8_MIN_SIZE = 4096
+_INT8_MIN_GROUP = 32
+
+
+def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dtype: str = "float32") -> None:
+    """Writes `params` (a nested dict of arrays, Flax boxes allowed) to `path`, replacing it whole or not at all.
+
+    Args:
+      path: the file to write; its folder is made where it is missing.
+      params: nested dict of numpy or JAX arrays; integer arrays keep their type.
+      dtype: "float32" and "bfloat16" convert every floating array. "int8" stores matrices of 4096 values or more as
+        int8 with symmetric scales, rounded to nearest, and all else (norms and biases among it) as float32.
+
+    Raises:
+      UserError: `dtype` is none of these, or an array of an int8 file is not finite.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} of the weight file {path} is unknown; choose one of {', '.join(DTYPES)}")
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in _flatten(nn.meta.unbox(params)):
+        array = np.asarray(value)
+        if not _is_float(array):
+            tensors[name] = array
+        elif dtype == "int8" and _is_matrix(name, array):
+            tensors[name], tensors[name + _SCALE_SUFFIX] = _quantize(name, array.astype(np.float32))
+        else:
+            tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    # safetensors writes the buffer as it lies, so a transposed view would be stored in the wrong order.
+    _replace_file(Path(path), {name: np.ascontiguousarray(array) for name, array in tensors.items()})
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The nested dict that `save_weights` stored; every floating array as float32, whatever the file's type.
+
+    Raises:
+      UserError: the file is missing, cut short, or not safetensors.
+    """
+    tensors = read_tensors(path)
+    tree: dict[str, Any] = {}
+    for name, array in tensors.items():
+        if name.endswith(_SCALE_SUFFIX):
+            continue
+        value = array.astype(np.float32, copy=False) if _is_float(array) else array
+        if name + _SCALE_SUFFIX in tensors:
+            value = array * tensors[name + _SCALE_SUFFIX]
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Any safetensors file as it is: flat names, stored types (bfloat16 from ml_dtypes).
+
+    Raises:
+      UserError: the file is missing, cut short, or not safetensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"weight file {path} does not exist")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"weight file {path} is cut short or not a safetensors file ({error})") from error
+
+
+def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Checks that `loaded` has exactly the names and shapes of `expected` (e.g. the output of `jax.eval_shape`).
+
+    Args:
+      loaded: nested dict of arrays.
+      expected: nested dict of anything with a `shape`, Flax boxes allowed.
+      what: what is being checked, for the message, e.g. "transformer weights in model/transformer".
+
+    Raises:
+      UserError: names the first few missing, unexpected and mis-shaped arrays.
+    """
+    have = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(loaded))}
+    want = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(expected))}
+    missing = [name for name in want if name not in have]
+    unexpected = [name for name in have if name not in want]
+    differing = [name for name in want if name in have and have[name] != want[name]]
+    shaped = [f"{name} {have[name]} instead of {want[name]}" for name in differing]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{what}: checkpoint of another model: {'; '.join(problems)}; check that the config is its own")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, name + "/")
+        else:
+            yield name, value
+
+
+def _is_float(array: np.ndarray) -> bool:
+    # numpy's own kinds do not cover bfloat16.
+    return array.dtype == ml_dtypes.bfloat16 or bool(np.issubdtype(array.dtype, np.floating))
+
+
+def _is_matrix(name: str, array: np.ndarray) -> bool:
+    # Scanned layers stack their norms and biases into matrices; these stay exact.
+    is_vector = name.rsplit("/", 1)[-1] in ("bias", "scale")
+    return array.ndim >= 2 and array.size >= _INT8_MIN_SIZE and not is_vector
+
+
+def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Int8 values and their scales, grouped along whichever axis gives the smaller squared error."""
+    if not np.isfinite(array).all():
+        raise UserError(f"array {name} has values that are not finite and cannot be stored as int8")
+    # Per column, per row (embedding tables), and per output channel for kernels too thin for the finer two.
+    groupings: list[tuple[int, ...]] = [(axis,) for axis in (-2, -1) if array.shape[axis] >= _INT8_MIN_GROUP]
+    groupings = groupings or [tuple(range(array.ndim - 1))]
+    best_error, best = np.inf, None
+    for axes in groupings:
+        scale = np.maximum(np.abs(array).max(axis=axes, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        values = np.rint(array / scale).clip(-127, 127).astype(np.int8)
+        error = float(np.square(array - values * scale).sum())
+        if error < best_error:
+            best_error, best = error, (values, scale.astype(np.float32))
+    assert best is not None
+    return best
+
+
+def _replace_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,39 @@
+"""A tiny captioned folder, as images and as shards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hart_jax.data.shards import write_shards
+
+COUNT = 23
+
+
+def make_folder(folder: Path, count: int = COUNT, side: int = 32) -> Path:
+    """A folder in the MJHQ layout whose image number i has the colour (i, 2i, 3i)."""
+    entries = {}
+    for number in range(count):
+        name, category = f"pic{number:03d}", ("animals", "food")[number % 2]
+        (folder / category).mkdir(parents=True, exist_ok=True)
+        pixels = np.full((side, side, 3), (number, 2 * number, 3 * number), np.uint8)
+        Image.fromarray(pixels).save(folder / category / f"{name}.png")
+        captions = [f"a thing {number}", f"thing number {number}", f"thing {number}, tag"]
+        entries[name] = {"category": category, "prompt": captions[0], "captions": captions}
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "train")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the folder; read only."""
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(make_folder(root / "train"), root / "out", records_per_shard=8)
+    return root / "out"

@@ -1,0 +1,239 @@
+"""Checkpoints: bit-exact round trips, kills at any moment, damaged directories, other configs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from hart_jax.checkpoint import Checkpoints, load_config, load_params
+from hart_jax.errors import UserError
+
+CONFIG = {"model": {"width": 8, "patch_nums": (1, 2, 3)}, "train": {"num_steps": 10, "rate": 1e-3}}
+OPTIMISER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+@struct.dataclass
+class State:
+    step: Any
+    params: Any
+    ema: Any
+    opt_state: Any
+    discriminator: Any
+    rng: Any
+
+
+def make_state(seed: int = 0) -> State:
+    rng = np.random.default_rng(seed)
+    params = {
+        "layer": {
+            "kernel": jnp.asarray(rng.normal(size=(5, 7)), jnp.float32),
+            "half": jnp.asarray(rng.normal(size=33), jnp.bfloat16),
+        },
+        "awkward": jnp.asarray([np.nan, np.inf, -0.0, 1e-42, 3e38], jnp.float32),
+    }
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        ema=jax.tree.map(lambda x: x * 2, params),
+        opt_state=OPTIMISER.init(params),
+        discriminator=None,
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def make_iterator():
+    dataset = grain.MapDataset.range(100).seed(0).shuffle().repeat().batch(4)
+    return iter(dataset.to_iter_dataset())
+
+
+def bits(tree: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+def save_steps(workdir: Path, steps: range, **settings) -> None:
+    with Checkpoints(workdir, CONFIG, save_every=1, **settings) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step))
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    files = sorted((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    if how == "truncated":
+        for path in files:
+            os.truncate(path, path.stat().st_size // 2)
+    elif how == "metadata lost":
+        (checkpoint / "state" / "_METADATA").unlink()
+    elif how == "state lost":
+        shutil.rmtree(checkpoint / "state")
+    else:
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
+
+
+def test_round_trip_is_bit_exact_and_continues_the_data(tmp_path):
+    state, iterator = make_state(3), make_iterator()
+    for _ in range(5):
+        next(iterator)
+    with Checkpoints(tmp_path, CONFIG, save_every=4) as checkpoints:
+        assert checkpoints.restore(state, iterator) is None
+        assert not checkpoints.save(3, state, iterator)
+        assert checkpoints.save(4, state, iterator)
+        expected = [next(iterator) for _ in range(30)]
+
+    abstract, iterator = jax.eval_shape(lambda: state), make_iterator()
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        step, restored = checkpoints.restore(abstract, iterator)
+    assert step == 4
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert bits(restored) == bits(state)
+    np.testing.assert_array_equal([next(iterator) for _ in range(30)], expected)
+
+
+def test_saved_state_may_be_donated_at_once(tmp_path):
+    step_fn = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+        x = jnp.zeros((1000, 1000))
+        for step in range(1, 4):
+            x = step_fn(x)
+            checkpoints.save(step, {"params": x})
+            for _ in range(5):
+                x = step_fn(x)
+    np.testing.assert_array_equal(load_params(tmp_path, "params"), np.full((1000, 1000), 13.0))
+
+
+def test_keeps_the_latest_and_saves_the_last_step_once(tmp_path):
+    with Checkpoints(tmp_path, CONFIG, keep=2, save_every=2) as checkpoints:
+        saved = [step for step in range(1, 8) if checkpoints.save(step, make_state(step))]
+        assert saved == [2, 4, 6]
+        assert checkpoints.save(7, make_state(7), force=True)
+        assert not checkpoints.save(7, make_state(7), force=True)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 7
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7"]
+
+
+def test_restores_onto_a_sharding(tmp_path):
+    save_steps(tmp_path, range(1, 2))
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make_state())
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        _, restored = checkpoints.restore(abstract)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
+
+
+@pytest.mark.parametrize("how", ["truncated", "metadata lost", "state lost", "empty"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
+    save_steps(tmp_path, range(1, 4))
+    damage(tmp_path / "checkpoints" / "3", how)
+    assert bits(load_params(tmp_path)) == bits(make_state(2).ema)
+    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+        step, restored = checkpoints.restore(make_state())
+        assert (step, bits(restored)) == (2, bits(make_state(2)))
+        assert checkpoints.save(3, make_state(3))
+    assert "checkpoints/3 cannot be read" in capfd.readouterr().out
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(make_state())[0] == 3
+    assert (tmp_path / "checkpoints" / "3.unreadable").exists()
+
+
+def test_no_readable_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):
+    save_steps(tmp_path, range(1, 3))
+    for step in ("1", "2"):
+        damage(tmp_path / "checkpoints" / step, "state lost")
+    with Checkpoints(tmp_path, CONFIG) as checkpoints, pytest.raises(UserError, match=r"\[2, 1\]"):
+        checkpoints.restore(make_state())
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    with pytest.raises(UserError, match="can be read"):
+        load_params(tmp_path)
+
+
+KILLED_RUN = """
+    import sys
+    import jax.numpy as jnp
+    from hart_jax.checkpoint import Checkpoints
+
+    with Checkpoints(sys.argv[1], {"a": 1}, keep=2, save_every=1) as checkpoints:
+        restored = checkpoints.restore({"params": jnp.zeros((700, 1000))})
+        for step in range((restored[0] if restored else 0) + 1, 10_000):
+            checkpoints.save(step, {"params": jnp.full((700, 1000), float(step))})
+            print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
+    reached = 0
+    for steps_before_kill in (1, 4, 6):
+        command = [sys.executable, "-c", textwrap.dedent(KILLED_RUN), str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            lines = [int(process.stdout.readline()) for _ in range(steps_before_kill)]
+            process.send_signal(signal.SIGKILL)
+        assert lines[0] >= reached
+        with Checkpoints(tmp_path, {"a": 1}) as checkpoints:
+            restored = checkpoints.restore({"params": jnp.zeros((700, 1000))})
+            assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+        if restored is not None:
+            reached, state = restored
+            np.testing.assert_array_equal(state["params"], np.full((700, 1000), float(reached)))
+    assert reached >= 4
+
+
+def test_unfinished_directories_are_ignored(tmp_path):
+    save_steps(tmp_path, range(1, 2))
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    damage(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp", "state lost")
+    assert bits(load_params(tmp_path)) == bits(make_state(1).ema)
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(make_state())[0] == 1
+
+
+def test_another_config_is_refused(tmp_path):
+    save_steps(tmp_path, range(1, 2))
+    before = (tmp_path / "config.json").read_bytes()
+    other = {"model": {"width": 16, "patch_nums": (1, 2, 3)}, "train": {"num_steps": 10, "rate": 1e-3, "warmup": 5}}
+    with pytest.raises(UserError) as error:
+        Checkpoints(tmp_path, other)
+    assert "model.width is 16, the run has 8; train.warmup is 5, the run has '(absent)'" in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_keys_that_may_change_are_updated(tmp_path):
+    save_steps(tmp_path, range(1, 2))
+    longer = {**CONFIG, "train": {"num_steps": 20, "rate": 1e-3}}
+    with Checkpoints(tmp_path, longer, may_change={"train.num_steps"}) as checkpoints:
+        assert checkpoints.latest_step == 1
+    assert load_config(tmp_path)["train"]["num_steps"] == 20
+
+
+def test_load_params(tmp_path):
+    save_steps(tmp_path, range(1, 3))
+    ema = load_params(tmp_path)
+    assert isinstance(ema["layer"]["kernel"], np.ndarray)
+    assert bits(ema) == bits(make_state(2).ema)
+    assert bits(load_params(tmp_path, "params")) == bits(make_state(2).params)
+    with pytest.raises(UserError, match=r"no field 'emma'; it has .*ema"):
+        load_params(tmp_path, "emma")
+
+
+def test_wrong_workdirs_and_settings(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_params(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a training workdir"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not a readable JSON"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="keep is 0"):
+        Checkpoints(tmp_path / "new", CONFIG, keep=0)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,133 @@
+"""Metrics survive kills and resume to the same bytes; pictures, curves and progress appear where they should."""
+
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hart_jax.errors import UserError
+from hart_jax.training.curves import draw_curves
+from hart_jax.training.metrics import MetricsWriter, Progress, read_metrics
+
+
+def values_at(step: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(step).normal(size=2).astype(np.float32)
+    return {"loss": np.exp(draw[0]), "loss/scale_1": draw[1]}
+
+
+def run(workdir, first: int, last: int, resumed_step: int | None) -> None:
+    writer = MetricsWriter(workdir, resumed_step)
+    for step in range(first, last + 1):
+        writer.scalars(step, values_at(step))
+        writer.timings(step, {"images_per_second": 100.0 / (step + 1)})
+    writer.close()
+
+
+def test_resumed_log_equals_the_undisturbed_one(tmp_path):
+    run(tmp_path / "whole", 1, 9, None)
+    run(tmp_path / "killed", 1, 7, None)
+    with open(tmp_path / "killed" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 8, "lo')
+    run(tmp_path / "killed", 5, 9, resumed_step=4)
+    whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    assert [line["step"] for line in read_metrics(tmp_path / "killed", "timings.jsonl")] == list(range(1, 10))
+
+
+def test_fresh_start_forgets_a_run_that_never_reached_a_checkpoint(tmp_path):
+    run(tmp_path, 0, 3, None)
+    run(tmp_path, 0, 2, None)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+
+
+def test_lines_are_on_disk_before_the_writer_closes(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, {"loss": 1.5})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.5}]
+    writer.close()
+
+
+@given(st.floats(width=32, allow_nan=False))
+def test_float32_survives_json(value):
+    assert np.float32(json.loads(json.dumps({"x": float(np.float32(value))}))["x"]) == np.float32(value)
+
+
+def test_nan_loss_is_recorded(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.scalars(1, {"loss": math.nan})
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_images_and_tensorboard_files(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    with MetricsWriter(tmp_path) as writer:
+        writer.image(3, "samples", np.zeros_like(image))
+        writer.image(3, "samples", image)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "samples_00000003.png")), image)
+    assert [name for name in os.listdir(tmp_path / "tensorboard") if "tfevents" in name]
+
+
+def test_inactive_writer_writes_nothing(tmp_path):
+    with MetricsWriter(tmp_path / "other_process", active=False) as writer:
+        writer.scalars(1, {"loss": 1.0})
+        writer.timings(1, {"seconds": 1.0})
+        writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+    assert os.listdir(tmp_path) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_progress_shows_loss_rate_and_time_left(stream):
+    with Progress(total=20, initial=10, stream=stream, every_seconds=0.0) as progress:
+        assert progress.images_per_second == 0 and progress.seconds_left == math.inf
+        for step in range(11, 21):
+            progress.update(step, loss=0.25, images=4)
+    assert progress.images_per_second > 0 and progress.seconds_left == 0
+    text = stream.getvalue()
+    assert "20/20" in text and "loss 0.2500" in text and "images/s" in text
+
+
+def test_progress_in_a_log_file_is_sparse_but_ends_with_the_last_step():
+    stream = io.StringIO()
+    progress = Progress(total=1000, stream=stream, every_seconds=3600)
+    for step in range(1, 1001):
+        progress.update(step, loss=1.0, images=1)
+    assert len(stream.getvalue().splitlines()) == 1 and "step 1000/1000" in stream.getvalue()
+
+
+@pytest.mark.parametrize("log_y", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3000])
+def test_curves_are_drawn(tmp_path, log_y, steps):
+    lines = [{"step": s, "loss": 3 * s**-0.3, "loss/flat": 2.0, "accuracy": 0.5} for s in range(1, steps + 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    image = np.asarray(Image.open(draw_curves(tmp_path, log_y=log_y)))
+    colours = {tuple(colour) for colour in image.reshape(-1, 3)}
+    assert {(0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)} <= colours
+    assert (0x2C, 0xA0, 0x2C) not in colours
+
+
+@given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=30)
+def test_curves_take_any_positive_values(tmp_path_factory, values, log_y):
+    workdir = tmp_path_factory.mktemp("curves")
+    lines = [json.dumps({"step": step, "loss": value}) + "\n" for step, value in enumerate(values)]
+    (workdir / "metrics.jsonl").write_text("".join(lines))
+    assert draw_curves(workdir, log_y=log_y).exists()
+
+
+def test_curves_without_data_or_of_unknown_metrics(tmp_path):
+    with pytest.raises(UserError, match="nothing to draw"):
+        draw_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="no metric lost; it has loss"):
+        draw_curves(tmp_path, names=["lost"])

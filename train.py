@@ -1,0 +1,33 @@
+"""Trains an experiment: `python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer`.
+
+Any setting can be changed on the command line (--config.train.steps=100). Running the same command again resumes.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from hart_jax import flags as hart_flags
+from hart_jax.errors import UserError, run_cli
+from hart_jax.experiment import HartExperiment
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
+
+
+def main() -> None:
+    hart_flags.parse()
+    experiment = hart_flags.experiment()
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
+    # After the checks, so that a wrong setting is reported at once.
+    from hart_jax.training.loop import run
+
+    if isinstance(experiment, HartExperiment):
+        from hart_jax.training.hart_task import HartTask as Task
+    else:
+        from hart_jax.training.tokenizer_task import TokenizerTask as Task
+    run(Task(experiment), experiment.train, experiment.to_dict(), Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    run_cli(main)
