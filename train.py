@@ -19,6 +19,11 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
+    if Path(_WORKDIR.value).exists() and not Path(_WORKDIR.value).is_dir():
+        raise UserError(f"--workdir={_WORKDIR.value}: is a file; give a folder")
+    for name in ("train", "test"):
+        if not getattr(experiment.data, name):
+            raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     # After the checks, so that a wrong setting is reported at once.
     from hart_jax.training.loop import run
 

@@ -5,7 +5,9 @@ scales, C latent channels, V codebook size, W transformer width, H heads, K head
 """
 
 import dataclasses
+import itertools
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,16 +32,18 @@ class Settings:
         _require(not unknown, f"{cls.__name__}: unknown key {', '.join(unknown)}; known: {', '.join(fields)}")
         arguments = {}
         for name, value in values.items():
-            default = fields[name].default
-            if isinstance(default, Settings) and isinstance(value, Mapping):
-                value = type(default).from_dict(value)
+            kind = type(fields[name].default)
+            if issubclass(kind, Settings) and isinstance(value, Mapping):
+                value = kind.from_dict(value)
             elif isinstance(value, list):
                 value = tuple(value)
-            elif isinstance(default, float) and type(value) is int:
+            elif kind is float and type(value) is int:
                 value = float(value)
-            if isinstance(default, bool | int | float | str | tuple) and value is not None:
-                fits = type(value) is type(default)
-                _require(fits, f"{cls.__name__}.{name}={value!r}: expected {type(default).__name__}")
+            _require(type(value) is kind, f"{cls.__name__}.{name}={value!r}: expected {kind.__name__}")
+            if isinstance(value, tuple):
+                (item, _) = typing.get_args(fields[name].type)
+                fits = all(type(entry) is item for entry in value)
+                _require(fits, f"{cls.__name__}.{name}={value!r}: expected a tuple of {item.__name__}")
             arguments[name] = value
         return cls(**arguments)
 
@@ -49,7 +53,7 @@ class Settings:
 
 
 def _check_patch_nums(patch_nums: tuple[int, ...]) -> None:
-    increasing = all(a < b for a, b in zip(patch_nums, patch_nums[1:], strict=False))
+    increasing = all(a < b for a, b in itertools.pairwise(patch_nums))
     _require(
         len(patch_nums) >= 2 and increasing and patch_nums[0] >= 1,
         f"patch_nums={patch_nums}: needs two or more sides in tokens, increasing from 1 or more",
@@ -73,6 +77,10 @@ class TokenizerConfig(Settings):
 
     def __post_init__(self) -> None:
         _check_patch_nums(self.patch_nums)
+        _require(
+            len(self.channel_multipliers) >= 1 and min(self.channel_multipliers) >= 1,
+            f"channel_multipliers={self.channel_multipliers}: needs one per level, each 1 or more",
+        )
         side = self.patch_nums[-1] * self.downsampling
         _require(
             side == self.image_size,
@@ -81,13 +89,14 @@ class TokenizerConfig(Settings):
         )
         widths = [self.channels * m for m in self.channel_multipliers]
         _require(
-            all(w % 32 == 0 for w in widths),
-            f"channels={self.channels}: every level's width {widths} must divide by 32",
+            all(w >= 32 and w % 32 == 0 for w in widths),
+            f"channels={self.channels}: every level's width {widths} must be a multiple of 32",
         )
         for name in ("res_blocks", "latent_channels", "vocab_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be 1 or more")
         _require(self.share_quant_resi >= 0, f"share_quant_resi={self.share_quant_resi}: must be 0 or more")
         _require(-1 <= self.quant_resi <= 1, f"quant_resi={self.quant_resi}: its absolute value is a ratio, at most 1")
+        _require(self.beta >= 0, f"beta={self.beta}: must be 0 or more")
 
     @property
     def downsampling(self) -> int:
@@ -218,7 +227,12 @@ class OptimizerConfig(Settings):
     def __post_init__(self) -> None:
         _require(self.schedule in ("cosine", "constant"), f"schedule={self.schedule!r}: must be 'cosine' or 'constant'")
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
-        _require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay}: must be in [0, 1)")
+        _require(self.clip_norm > 0, f"clip_norm={self.clip_norm}: must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}: must be in [0, 1)")
+        _require(0 <= self.final_fraction <= 1, f"final_fraction={self.final_fraction}: must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +268,10 @@ class TokenizerLossConfig(Settings):
         fraction = self.continuous_fraction
         _require(0 <= fraction <= 1, f"loss.continuous_fraction={fraction}: a probability")
         _require(1 <= self.perceptual_layers <= 5, f"loss.perceptual_layers={self.perceptual_layers}: must be in 1..5")
+        for name in ("mse", "l1", "vq", "perceptual", "adversarial", "adversarial_start"):
+            _require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: must be 0 or more")
+        below = self.restart_below
+        _require(0 <= below < 1, f"loss.restart_below={below}: a share of batches, in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +316,7 @@ class TrainConfig(Settings):
         _require(
             self.dtype in ("auto", "float32", "bfloat16"), f"train.dtype={self.dtype!r}: auto, float32 or bfloat16"
         )
+        _require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be in 0..2**32-1")
         # Logged means then never span a checkpoint, so that a resumed run logs what an undisturbed one does.
         aligned = self.save_every % self.log_every == 0
         _require(aligned, f"train.save_every={self.save_every}: must be a multiple of log_every={self.log_every}")

@@ -1,10 +1,13 @@
 """An experiment: everything that one file in `configs/` says, as frozen settings."""
+# ruff: noqa: RUF009 - settings are frozen, so a shared default is safe
 
 import dataclasses
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from hart_jax.config import (
     DataConfig,
@@ -19,6 +22,9 @@ from hart_jax.config import (
 )
 from hart_jax.errors import UserError
 
+# Below this the discriminator's last layer has no patch left.
+SMALLEST_JUDGED = 24
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerExperiment(Settings):
@@ -29,6 +35,17 @@ class TokenizerExperiment(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        size, loss = self.tokenizer.image_size, self.loss
+        if loss.adversarial > 0 and size < SMALLEST_JUDGED:
+            raise UserError(
+                f"image_size={size}: the discriminator needs {SMALLEST_JUDGED} px or more; set loss.adversarial=0"
+            )
+        if loss.perceptual > 0 and size < 2 ** (loss.perceptual_layers - 1):
+            raise UserError(
+                f"loss.perceptual_layers={loss.perceptual_layers}: too many for image_size={size}, each halves it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +113,7 @@ class HartExperiment(Settings):
 
 
 Experiment = TokenizerExperiment | HartExperiment
+CONFIG_FILE_HELP = "a config file defines get_config() returning an ml_collections.ConfigDict"
 
 
 def experiment_from(values: Mapping[str, Any]) -> Experiment:
@@ -113,6 +131,7 @@ def read_experiment(path: str | Path) -> Experiment:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; see configs/")
     get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path}: a config file defines get_config() returning an ml_collections.ConfigDict")
-    return experiment_from(get_config().to_dict())
+    values = get_config() if callable(get_config) else None
+    if not isinstance(values, ConfigDict):
+        raise UserError(f"{path}: {CONFIG_FILE_HELP}")
+    return experiment_from(values.to_dict())

@@ -2,29 +2,40 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from hart_jax.errors import UserError
-from hart_jax.experiment import Experiment, experiment_from
+from hart_jax.experiment import CONFIG_FILE_HELP, Experiment, experiment_from
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Experiment: a file in configs/.")
+# A setting that the file leaves at its default can be given too; `experiment_from` knows which settings there are.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Experiment: a file in configs/.", lock_config=False, accept_new_attributes=True
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> None:
     """Parses the command line (`sys.argv` if not given) into absl's flags.
 
     Raises:
-      UserError: an unknown flag or config key, a config file that is missing, or a value of the wrong type.
+      UserError: an unknown flag or config section, a config file that is missing, or a value of the wrong type.
     """
     argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h"} & set(argv):
+        own_flags = flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)
+        print(sys.modules["__main__"].__doc__, *own_flags, sep="\n")
+        sys.exit(0)
+    _check_config_file(argv)
     try:
         rest = flags.FLAGS(argv)
-    except FileNotFoundError as error:
-        raise UserError(f"--config: {error}; see configs/ for the experiments there are") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).strip("'\"").split())) from None
+    except KeyError as error:
+        raise UserError(f"--config: the config file has no such section ({error.args[0]})") from None
+    except AttributeError as error:
+        raise UserError(f"--config: {CONFIG_FILE_HELP} ({error})") from None
+    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
+        raise UserError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
 
@@ -33,4 +44,15 @@ def experiment() -> Experiment:
     """The experiment that --config and its overrides describe, checked."""
     if _CONFIG.value is None:
         raise UserError("--config is missing: give a file of configs/, like --config=configs/emoji_hart.py")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        raise UserError(f"--config: {CONFIG_FILE_HELP}")
     return experiment_from(_CONFIG.value.to_dict())
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Here, because ml_collections reports a missing file late and at length."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        path = value if equals else following
+        if flag in ("--config", "-config") and not Path(path).is_file():
+            raise UserError(f"--config={path}: no such file; see configs/ for the experiments there are")

@@ -23,7 +23,7 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, learning rate as `learning_rate_schedule`."""
+    """AdamW after clipping by the global norm, learning rate as `learning_rate_schedule`; only matrices decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -31,9 +31,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         ),
     )
+
+
+def _decays(path: tuple[Any, ...], param: jax.Array) -> bool:
+    # Biases and scales of stacked layers have two axes or more too, so the name decides.
+    name = str(path[-1].key)
+    return param.ndim >= 2 and "bias" not in name and "scale" not in name
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -37,7 +37,7 @@ class TokenizerState:
 def init_tokenizer_state(
     key: jax.Array, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, images_BHWC: jax.Array
 ) -> TokenizerState:
-    """A fresh state. The codebook starts as latents of `images_BHWC` in [-1, 1], so that no code starts out of reach."""
+    """A fresh state; the codebook starts as latents of `images_BHWC` in [-1, 1], so that no code is out of reach."""
     model_key, disc_key, code_key = jax.random.split(key, 3)
     params = nn.unbox(tokenizer.init(model_key, images_BHWC)["params"])
     quantized = tokenizer.apply({"params": params}, images_BHWC, method=lambda m, x: m.quantize(m.encode(x)))
@@ -78,7 +78,8 @@ def make_tokenizer_step(
 ) -> Callable[..., tuple[TokenizerState, Metrics]]:
     """The function (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
 
-    `lpips_params` is None for no perceptual loss; `adversarial` is static: whether the discriminator takes part. Every image is decoded from its discrete or, with probability `continuous_fraction`, its full latent.
+    `lpips_params` is None for no perceptual loss; `adversarial` is static: whether the discriminator takes part. Every
+    image is decoded from its discrete or, with probability `continuous_fraction`, its full latent.
     """
     discriminator = Discriminator(dtype=tokenizer.dtype)
 

@@ -1,5 +1,6 @@
 """Training the hybrid tokenizer on images, as a task of the loop."""
 
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.data.pipeline import make_loader
+from hart_jax.errors import UserError
 from hart_jax.experiment import TokenizerExperiment
 from hart_jax.images import grid, to_uint8
 from hart_jax.tokenizer.model import Tokenizer
@@ -16,6 +18,7 @@ from hart_jax.training.state import compute_dtype, make_optimizer
 from hart_jax.training.tokenizer_step import TokenizerState, init_tokenizer_state, make_tokenizer_step
 
 SHOWN = 12
+FIRST = 64
 
 
 class TokenizerTask:
@@ -30,13 +33,16 @@ class TokenizerTask:
         ema_decay = experiment.optimizer.ema_decay
         self._step = make_tokenizer_step(self._tokenizer, self._optimizer, experiment.loss, ema_decay)
         loss = experiment.loss
+        if loss.perceptual > 0 and not loss.perceptual_weights:
+            raise UserError("loss.perceptual_weights is empty: give the LPIPS weights, or set loss.perceptual=0")
         self._lpips = load_lpips(loss.perceptual_weights) if loss.perceptual > 0 else None
         self._shown = next(self._loader(experiment.data.test, SHOWN, train=False))["image"]
         # The codebook starts from the latents of these; enough of them for distinct codes.
-        self._first = next(self._loader(experiment.data.train, 64, train=True))["image"]
+        batches = self._loader(experiment.data.train, train.batch_size, train=True)
+        self._first = np.concatenate([b["image"] for b in itertools.islice(batches, -(-FIRST // train.batch_size))])
         self._reconstruct = jax.jit(self._both_reconstructions)
 
-    def _loader(self, shards: str, batch_size: int, train: bool) -> Iterator[Batch]:
+    def _loader(self, shards: str, batch_size: int, train: bool, cache: bool = False) -> Iterator[Batch]:
         return make_loader(
             shards,
             image_size=self._config.tokenizer.image_size,
@@ -44,12 +50,13 @@ class TokenizerTask:
             seed=self._config.train.seed,
             train=train,
             flip=train and self._config.data.flip,
-            cache=train and self._config.data.cache and batch_size == self._config.train.batch_size,
+            cache=cache,
             workers=self._config.data.workers if train else 0,
         )
 
     def batches(self) -> Iterator[Batch]:
-        return self._loader(self._config.data.train, self._config.train.batch_size, train=True)
+        config = self._config
+        return self._loader(config.data.train, config.train.batch_size, train=True, cache=config.data.cache)
 
     def init(self) -> TokenizerState:
         images = jnp.asarray(self._first, jnp.float32) / 127.5 - 1.0
@@ -71,4 +78,4 @@ class TokenizerTask:
         """Rows of original, discrete and hybrid reconstruction of the first test images."""
         discrete, hybrid = jax.device_get(self._reconstruct(state.model.ema, self._shown))
         rows = np.concatenate([self._shown, to_uint8(discrete), to_uint8(hybrid)])
-        return {"reconstructions": grid(rows, columns=SHOWN)}
+        return {"reconstructions": grid(rows, columns=len(self._shown))}

@@ -1,0 +1,117 @@
+"""A model folder: `tokenizer/ transformer/ text_encoder/`, each with config.json and model.safetensors; complete in itself."""
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit, read_json
+from hart_jax.errors import UserError
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.transformer.model import Hart
+from hart_jax.weights import check_tree, load_weights, save_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, if there is one."""
+
+    tokenizer_config: TokenizerConfig
+    tokenizer: Any
+    transformer_config: TransformerConfig
+    transformer: Any
+    text_encoder: Path | None
+
+
+def abstract_tokenizer(config: TokenizerConfig) -> Any:
+    """Shapes of the tokenizer's parameters, without computing any."""
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    variables = jax.eval_shape(Tokenizer(config).init, jax.random.key(0), image)
+    return nn.unbox(variables["params"])
+
+
+def abstract_transformer(config: TransformerConfig) -> Any:
+    """Shapes of the transformer's and its head's parameters, without computing any."""
+    shape = jax.ShapeDtypeStruct
+    condition: Any = (
+        shape((1, config.context_tokens, config.context_dim), jnp.float32),
+        shape((1, config.context_tokens), jnp.int32),
+    )
+    if config.num_classes:
+        condition = shape((1,), jnp.int32)
+    latent = shape((1, config.num_tokens - 1, config.latent_channels), jnp.float32)
+    kept = shape((1, config.patch_nums[-1] ** 2), jnp.int32)
+    variables = jax.eval_shape(Hart(config).init, jax.random.key(0), condition, latent, kept)
+    return nn.unbox(variables["params"])
+
+
+def write_part(folder: Path, config: Settings, params: Any, dtype: str = "float32") -> None:
+    """Writes config.json and model.safetensors of one part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS, params, dtype=dtype)
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read_tokenizer(folder: Path) -> tuple[TokenizerConfig, Any]:
+    """The tokenizer in `folder`; `UserError` if a file is missing, damaged, or of another model."""
+    config = TokenizerConfig.from_dict(read_json(folder / CONFIG))
+    params = load_weights(folder / WEIGHTS)
+    check_tree(params, abstract_tokenizer(config), f"tokenizer weights {folder / WEIGHTS}")
+    return config, params
+
+
+def read_transformer(folder: Path) -> tuple[TransformerConfig, Any]:
+    """The transformer in `folder`; `UserError` if a file is missing, damaged, or of another model."""
+    config = TransformerConfig.from_dict(read_json(folder / CONFIG))
+    params = load_weights(folder / WEIGHTS)
+    check_tree(params, abstract_transformer(config), f"transformer weights {folder / WEIGHTS}")
+    return config, params
+
+
+def read_model(folder: str | Path) -> Model:
+    """A whole model folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    tokenizer_config, tokenizer = read_tokenizer(folder / "tokenizer")
+    transformer_config, transformer = read_transformer(folder / "transformer")
+    check_fit(tokenizer_config, transformer_config)
+    text_encoder = folder / "text_encoder"
+    return Model(
+        tokenizer_config, tokenizer, transformer_config, transformer, text_encoder if text_encoder.is_dir() else None
+    )
+
+
+def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> None:
+    """Writes a whole model folder, or nothing; `UserError` if `folder` exists."""
+
+    def write(target: Path) -> None:
+        write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer, dtype)
+        write_part(target / "transformer", model.transformer_config, model.transformer, dtype)
+        if model.text_encoder is not None:
+            shutil.copytree(model.text_encoder, target / "text_encoder")
+
+    write_folder(Path(folder), write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary folder that becomes `folder` if it succeeds; `UserError` if `folder` exists."""
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; give a new folder or remove it")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

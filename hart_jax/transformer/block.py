@@ -1,0 +1,157 @@
+"""One transformer block, and the key-value cache that sampling keeps (SPEC.md section 2)."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import TransformerConfig
+from hart_jax.layers import dense, rms_norm
+from hart_jax.transformer.attention import Segments, attention
+from hart_jax.transformer.rotary import rotate
+
+MAX_SCALE_MUL = float(np.log(100.0))
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers, preallocated, (layers, B, M, H, K); rotary positions are applied already."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (config.depth, batch, length, config.heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def append(self, layer: jax.Array, start: int, k_BQHK: jax.Array, v_BQHK: jax.Array) -> "KVCache":
+        """With the keys and values of positions start.. of one layer written."""
+        at = (layer, 0, start, 0, 0)
+        write = jax.lax.dynamic_update_slice
+        return KVCache(
+            write(self.k, k_BQHK[None].astype(self.k.dtype), at), write(self.v, v_BQHK[None].astype(self.v.dtype), at)
+        )
+
+    def read(self, layer: jax.Array, end: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer before position `end`, (B, end, H, K)."""
+        _, batch, _, heads, width = self.k.shape
+        at, size = (layer, 0, 0, 0, 0), (1, batch, end, heads, width)
+        return jax.lax.dynamic_slice(self.k, at, size)[0], jax.lax.dynamic_slice(self.v, at, size)[0]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; bias on q and v only."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x_BQW: jax.Array, angle_BQK: jax.Array, segments: Segments | None, cached) -> tuple:
+        """`cached` is None, or (cache, layer, start): then the queries see the cache before them and each other."""
+        cfg, zeros = self.config, nn.initializers.zeros
+        kernel_init = nn.with_logical_partitioning(
+            nn.initializers.truncated_normal(0.02), ("embed", None, "heads", "head_dim")
+        )
+        kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
+        bias_init = nn.with_logical_partitioning(zeros, ("heads", "head_dim"))
+        q_bias = self.param("q_bias", bias_init, (cfg.heads, cfg.head_dim))
+        v_bias = self.param("v_bias", bias_init, (cfg.heads, cfg.head_dim))
+        qkv = jnp.einsum("bqw,wnhk->nbqhk", x_BQW, kernel.astype(x_BQW.dtype))
+        q = qkv[0] + q_bias.astype(qkv.dtype)
+        k, v = qkv[1], qkv[2] + v_bias.astype(qkv.dtype)
+        scale = 0.25 / cfg.head_dim**0.5
+        if cfg.attn_l2_norm:
+            start = nn.with_logical_partitioning(nn.initializers.constant(np.log(4.0)), ("heads",))
+            scale_mul = jnp.exp(jnp.minimum(self.param("scale_mul", start, (cfg.heads,)), MAX_SCALE_MUL))
+            q = _unit(q) * scale_mul[:, None].astype(q.dtype)
+            k, scale = _unit(k), 1.0
+        q, k = rotate(q, angle_BQK), rotate(k, angle_BQK)
+        cache = None
+        if cached is not None:
+            cache, layer, begin = cached
+            cache = cache.append(layer, begin, k, v)
+            k, v = cache.read(layer, begin + x_BQW.shape[1])
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), kv_end=segments, scale=scale)
+        out = out.reshape(*x_BQW.shape[:2], cfg.width)
+        init = nn.initializers.truncated_normal(0.02 / (2 * cfg.depth) ** 0.5)
+        return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), cache
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    length = jnp.sqrt(jnp.sum(x32 * x32, -1, keepdims=True))
+    return (x32 / jnp.maximum(length, 1e-12)).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    config: TransformerConfig
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        gate = dense(cfg.mlp_width, ("embed", "mlp"), bias=False, dtype=self.dtype, name="gate")(x)
+        up = dense(cfg.mlp_width, ("embed", "mlp"), bias=False, dtype=self.dtype, name="up")(x)
+        return dense(cfg.width, ("mlp", "embed"), bias=False, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x += attn(norm(x)); x += mlp(norm(x)): one norm weight for both, modulated where the config has AdaLN.
+
+    A scan body: the carry is (x, cache), `layer` its index.
+    """
+
+    config: TransformerConfig
+    segments: Segments | None = None
+    cache_start: int | None = None
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, carry, layer: jax.Array, angle_BQK: jax.Array, pooled_BW: jax.Array | None):
+        x_BQW, cache = carry
+        cfg = self.config
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        weight = self.param("norm_scale", ones, (cfg.width,))
+        modulation = self._modulation(pooled_BW)
+
+        def normed(x, which):
+            x = rms_norm(x, weight, cfg.norm_eps)
+            if modulation is None:
+                return x
+            return x * (1 + modulation["scale"][which]) + modulation["shift"][which]
+
+        def gated(x, which):
+            return x if modulation is None else x * modulation["gamma"][which]
+
+        cached = None if self.cache_start is None else (cache, layer, self.cache_start)
+        attend = SelfAttention(cfg, self.dtype, name="attn")
+        out, new_cache = attend(normed(x_BQW, 0), angle_BQK, self.segments, cached)
+        x_BQW = x_BQW + gated(out, 0)
+        x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)
+        return (x_BQW, cache if new_cache is None else new_cache), None
+
+    def _modulation(self, pooled_BW: jax.Array | None) -> dict[str, jax.Array] | None:
+        """gamma, scale and shift, each (2, B, 1, W): for attention and MLP."""
+        cfg = self.config
+        if cfg.adaln == "none":
+            return None
+        if cfg.adaln == "own":
+            out = dense(6 * cfg.width, (None, "embed"), init=_adaln_init(cfg.width), dtype=self.dtype, name="ada_lin")
+            rows = out(nn.silu(pooled_BW)).reshape(-1, 6, cfg.width)
+        else:
+            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), (None, "embed"))
+            rows = self.param("scale_shift_table", init, (6, cfg.width)) + pooled_BW[:, None]
+        rows = jnp.moveaxis(rows.astype(self.dtype or jnp.float32), 1, 0)[:, :, None]
+        return {"gamma": rows[0:2], "scale": rows[2:4], "shift": rows[4:6]}
+
+
+def _adaln_init(width: int):
+    """Truncated normal; gates start at almost nothing, scales and shifts at half (VAR)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        kernel = nn.initializers.truncated_normal(0.02)(key, shape, dtype)
+        return kernel * jnp.where(jnp.arange(shape[-1]) < 2 * width, 1e-5, 0.5)
+
+    return init
