@@ -25,13 +25,13 @@ def main() -> None:
         if not getattr(experiment.data, name):
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     # After the checks, so that a wrong setting is reported at once.
-    from hart_jax.training.loop import run
+    from hart_jax.training.hart_task import HartTask
+    from hart_jax.training.loop import Task, run
+    from hart_jax.training.tokenizer_task import TokenizerTask
 
-    if isinstance(experiment, HartExperiment):
-        from hart_jax.training.hart_task import HartTask as Task
-    else:
-        from hart_jax.training.tokenizer_task import TokenizerTask as Task
-    run(Task(experiment), experiment.train, experiment.to_dict(), Path(_WORKDIR.value))
+    workdir = Path(_WORKDIR.value)
+    task: Task = HartTask(experiment, workdir) if isinstance(experiment, HartExperiment) else TokenizerTask(experiment)
+    run(task, experiment.train, experiment.to_dict(), workdir)
 
 
 if __name__ == "__main__":

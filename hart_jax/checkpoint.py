@@ -151,13 +151,13 @@ class Checkpoints:
 
 
 def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any]:
-    """Reads one top-level field of the state in the latest readable checkpoint, and nothing else of it.
+    """Reads one field of the state in the latest readable checkpoint, and nothing else of it.
 
     Safe beside a running training: it only reads.
 
     Args:
       workdir: a training workdir.
-      which: the field, "ema" or "params" as a rule.
+      which: the field, "ema" or "params" as a rule; dots lead into nested ones ("model.ema").
 
     Returns:
       nested dict of numpy arrays.
@@ -174,11 +174,19 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
     for step in steps:
         path = directory / str(step)
         try:
-            fields = ocp.metadata(path).metadata
-            if which in fields:
-                abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), fields[which])
+            fields = field = ocp.metadata(path).metadata
+            names = which.split(".")
+            for name in names:
+                field = field.get(name) if isinstance(field, Mapping) else None
+            if field is not None:
+                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), field)
+                for name in reversed(names):
+                    wanted = {name: wanted}
                 with partial:
-                    return ocp.load(path, {which: abstract})[which]
+                    loaded = ocp.load(path, wanted)
+                for name in names:
+                    loaded = loaded[name]
+                return loaded
         except Exception as error:  # Orbax and TensorStore each raise their own kinds
             print(f"warning: checkpoint {path} cannot be read: {_first_line(error)}")
         else:

@@ -64,7 +64,8 @@ class SampleConfig(Settings):
 
     def __post_init__(self) -> None:
         checks = {
-            f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0 and self.top_k_late >= 0,
+            f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
+            f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
             f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
             f"temperature={self.temperature}: must be above 0": self.temperature > 0,
             f"cfg={self.cfg}: must be 0 or more": self.cfg >= 0,

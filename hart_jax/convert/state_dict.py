@@ -13,18 +13,23 @@ def transpose_conv(weight: np.ndarray) -> np.ndarray:
 
 
 class StateDict:
-    """Hands out the tensors of a released part; `finish` says whether every one was explained."""
+    """Hands out the tensors of a released part; `finish` says whether every one was explained.
+
+    `source` names the file in messages, `latest` is the key handed out last.
+    """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
-        self._tensors, self._source, self._used = tensors, source, set[str]()
+        self._tensors, self.source, self._used = tensors, source, set[str]()
+        self.latest = ""
 
     def take(self, key: str) -> np.ndarray:
         """The tensor under `key`, as float32; `UserError` if the checkpoint lacks it."""
         if key not in self._tensors:
             raise UserError(
-                f"{self._source}: no tensor {key!r}; this is not a checkpoint of the model its config.json says"
+                f"{self.source}: no tensor {key!r}; this is not a checkpoint of the model its config.json says"
             )
         self._used.add(key)
+        self.latest = key
         return np.asarray(self._tensors[key], np.float32)
 
     def take_any(self, key: str) -> np.ndarray | None:
@@ -59,4 +64,4 @@ class StateDict:
         left = list(self.unexplained())
         if left:
             names = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
-            raise UserError(f"{self._source}: {len(left)} tensors that this model has no place for: {names}")
+            raise UserError(f"{self.source}: {len(left)} tensors that this model has no place for: {names}")

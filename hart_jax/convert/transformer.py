@@ -51,10 +51,16 @@ def transformer_config(released: Mapping[str, Any], tokenizer: Mapping[str, Any]
     )
 
 
-def _stack(trees: list[Any]) -> Any:
+def _stack(trees: list[Any], name: str) -> Any:
     """One tree whose leaves have a leading axis over these."""
     if isinstance(trees[0], dict):
-        return {name: _stack([tree[name] for tree in trees]) for name in trees[0]}
+        some = set().union(*trees) - set.intersection(*map(set, trees))
+        if some:
+            raise UserError(f"{name}: only some blocks have {', '.join(sorted(some))}")
+        return {key: _stack([tree[key] for tree in trees], f"{name} {key}") for key in trees[0]}
+    shapes = {tree.shape for tree in trees}
+    if len(shapes) > 1:
+        raise UserError(f"{name}: the blocks differ in shape, {sorted(shapes)}")
     return np.stack(trees)
 
 
@@ -103,7 +109,7 @@ def _diffusion_head(state: StateDict, config: DiffusionConfig) -> dict[str, Any]
         "time_embed": _timestep_embed(state, f"{net}.time_embed"),
         "cond_embed": state.linear(f"{net}.cond_embed"),
         "input_proj": state.linear(f"{net}.input_proj"),
-        "blocks": _stack([res_block(f"{net}.res_blocks.{index}") for index in range(config.depth)]),
+        "blocks": _stack([res_block(f"{net}.res_blocks.{index}") for index in range(config.depth)], "res_blocks"),
         "final_ada_lin": state.linear(f"{net}.final_layer.adaLN_modulation.1"),
         "final_linear": state.linear(f"{net}.final_layer.linear"),
     }
@@ -118,7 +124,7 @@ def transformer_params(state: StateDict, config: TransformerConfig) -> dict[str,
     params: dict[str, Any] = {
         "word_embed": state.linear("word_embed"),
         "context_embed": state.linear("context_embed"),
-        "layers": _stack([_block(state, config, f"blocks.{index}") for index in range(config.depth)]),
+        "layers": _stack([_block(state, config, f"blocks.{index}") for index in range(config.depth)], "blocks"),
         "head_norm": {"scale": state.take("head_nm.ln_wo_grad.weight")},
         "head_ada_lin": state.linear("head_nm.ada_lin.1"),
         "head": state.linear("head"),

@@ -62,7 +62,14 @@ class Quantizer(nn.Module):
         cfg = self.config
         index = phi_index(scale, len(cfg.patch_nums), cfg.num_phi) if cfg.share_quant_resi else scale
         kernel, bias = self.phi_kernel[index].astype(h_BhwC.dtype), self.phi_bias[index].astype(h_BhwC.dtype)
-        out = jax.lax.conv_general_dilated(h_BhwC, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        out = jax.lax.conv_general_dilated(
+            h_BhwC,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
         ratio = abs(cfg.quant_resi)
         return (1 - ratio) * h_BhwC + ratio * (out + bias)
 

@@ -34,7 +34,9 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _resize(x_BHWC: jax.Array, matrix: np.ndarray) -> jax.Array:
-    return jnp.einsum("ph,qw,bhwc->bpqc", matrix, matrix, x_BHWC, optimize=[(0, 2), (0, 1)])
+    # Full precision: which code is nearest must not depend on the device.
+    precision = jax.lax.Precision.HIGHEST
+    return jnp.einsum("ph,qw,bhwc->bpqc", matrix, matrix, x_BHWC, optimize=[(0, 2), (0, 1)], precision=precision)
 
 
 def area(x_BHWC: jax.Array, side: int) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from hart_jax.checkpoint import Checkpoints
 from hart_jax.config import TrainConfig
+from hart_jax.parallel.mesh import data_mesh, replicated, split_batch
 from hart_jax.training.metrics import MetricsWriter, Progress
 
 Batch = dict[str, np.ndarray]
@@ -39,21 +40,24 @@ class Task(Protocol):
 
 
 def run(task: Task, train: TrainConfig, config: dict[str, Any], workdir: Path) -> None:
-    """Trains to `train.steps`, from the latest checkpoint in `workdir` if there is one.
+    """Trains to `train.steps`, from the latest checkpoint in `workdir` if there is one, on all devices.
 
     Args:
       config: the whole experiment as plain values; a workdir of another experiment is an error.
     """
+    mesh = data_mesh(train.batch_size)
+    everywhere = replicated(mesh)
     batches = task.batches()
     with Checkpoints(workdir, config, train.keep_checkpoints, train.save_every, MAY_CHANGE) as checkpoints:
-        restored = checkpoints.restore(jax.eval_shape(task.init), batches)
-        first, state = restored if restored else (0, jax.jit(task.init)())
+        init = jax.jit(task.init, out_shardings=everywhere)
+        restored = checkpoints.restore(init.eval_shape(), batches)
+        first, state = restored if restored else (0, init())
         print(f"{workdir}: {'resuming at' if first else 'starting at'} step {first} of {train.steps}", flush=True)
         resumed_step = first if restored else None
         with MetricsWriter(workdir, resumed_step) as writer, Progress(train.steps, first) as progress:
             window, since = [], time.monotonic()
             for step in range(first + 1, train.steps + 1):
-                state, metrics = task.step(state, next(batches), step)
+                state, metrics = task.step(state, split_batch(mesh, next(batches)), step)
                 window.append(metrics)
                 last = step == train.steps
                 if step % train.log_every == 0 or last:

@@ -11,6 +11,7 @@ from hart_jax.data.pipeline import make_loader
 from hart_jax.errors import UserError
 from hart_jax.experiment import TokenizerExperiment
 from hart_jax.images import grid, to_uint8
+from hart_jax.parallel.mesh import data_mesh, replicated
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import load_lpips
 from hart_jax.training.loop import Batch
@@ -35,7 +36,9 @@ class TokenizerTask:
         loss = experiment.loss
         if loss.perceptual > 0 and not loss.perceptual_weights:
             raise UserError("loss.perceptual_weights is empty: give the LPIPS weights, or set loss.perceptual=0")
-        self._lpips = load_lpips(loss.perceptual_weights) if loss.perceptual > 0 else None
+        mesh = data_mesh(train.batch_size)
+        lpips = load_lpips(loss.perceptual_weights) if loss.perceptual > 0 else None
+        self._lpips = jax.device_put(lpips, replicated(mesh))
         self._shown = next(self._loader(experiment.data.test, SHOWN, train=False))["image"]
         # The codebook starts from the latents of these; enough of them for distinct codes.
         batches = self._loader(experiment.data.train, train.batch_size, train=True)

@@ -1,0 +1,60 @@
+"""The bundled model: 64 px pictures from prompts, small enough to train on two CPU cores.
+
+python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart
+python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"
+"""
+
+from ml_collections import ConfigDict
+
+PATCH_NUMS = (1, 2, 3, 4, 6, 8)
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "tokenizer": {
+                "image_size": 64,
+                "patch_nums": PATCH_NUMS,
+                "channels": 32,
+                "channel_multipliers": (1, 1, 2, 4),
+                "res_blocks": 1,
+                "latent_channels": 16,
+                "vocab_size": 1024,
+            },
+            "transformer": {
+                "patch_nums": PATCH_NUMS,
+                "vocab_size": 1024,
+                "latent_channels": 16,
+                "context_tokens": 20,
+                "context_dim": 384,
+                "depth": 8,
+                "width": 192,
+                "heads": 3,
+                "diffusion": {"width": 192, "depth": 3, "batch_mul": 2},
+            },
+            "tokenizer_from": "runs/emoji_tokenizer",
+            "text_encoder": "data/minilm",
+            "loss": {"keep_counts": 1, "condition_top_k": 600},
+            "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 200, "clip_norm": 1.0, "ema_decay": 0.998},
+            "data": {"train": "data/shards/train", "test": "data/shards/test", "cache": True},
+            "train": {
+                "steps": 3600,
+                "batch_size": 32,
+                "log_every": 25,
+                "save_every": 250,
+                "sample_every": 600,
+            },
+            "sample": {"cfg": 3.0, "top_k": 600, "top_k_late": 300},
+            "sample_prompts": (
+                "a 3D render of a red apple",
+                "a flat icon of a dog",
+                "a cartoon of a house",
+                "a glossy icon of a red heart",
+                "a simple emoji of a grinning face",
+                "a 3D render of a soccer ball",
+                "a clip art drawing of a tree",
+                "a 3D model of a chair",
+            ),
+            "model": "assets/emoji",
+        }
+    )

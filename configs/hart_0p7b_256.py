@@ -1,0 +1,57 @@
+"""The published 0.7B text-to-image model at 256 px, first of its curriculum of 256, 512 and 1024 px.
+
+python train.py --config=configs/hart_0p7b_256.py --workdir=runs/hart_0p7b_256
+
+Learning rate, weight decay, clipping and batch are VAR's recipe for depth 24; the number of steps is not published.
+"""
+
+from ml_collections import ConfigDict
+
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+BATCH_SIZE = 1024
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "tokenizer": {
+                "image_size": 256,
+                "patch_nums": PATCH_NUMS,
+                "channels": 160,
+                "channel_multipliers": (1, 1, 2, 2, 4),
+                "latent_channels": 32,
+                "vocab_size": 4096,
+            },
+            "transformer": {
+                "patch_nums": PATCH_NUMS,
+                "vocab_size": 4096,
+                "latent_channels": 32,
+                "context_tokens": 300,
+                "context_dim": 1536,
+                "depth": 24,
+                "width": 1536,
+                "heads": 24,
+                "diffusion": {"width": 1024, "depth": 6, "sampling_steps": 8, "batch_mul": 4},
+            },
+            "tokenizer_from": "runs/hart_tokenizer",
+            "text_encoder": "data/qwen2-vl-1.5b-instruct",
+            # 300 states of 1536 floats for each caption would outgrow the pictures.
+            "precompute_text": False,
+            "loss": {"drop_text": 0.1, "condition_top_k": 600, "condition_top_p": 0.96},
+            "optimizer": {
+                "learning_rate": 8e-5 * BATCH_SIZE / 256,
+                "warmup_steps": 5000,
+                "weight_decay": 0.05,
+                "clip_norm": 2.0,
+            },
+            "data": {"train": "data/captioned/train", "test": "data/captioned/test"},
+            "train": {"steps": 200_000, "batch_size": BATCH_SIZE},
+            "sample": {"cfg": 4.5, "top_k": 600, "top_k_late": 300},
+            "sample_prompts": (
+                "a photograph of an astronaut riding a horse on the moon",
+                "a watercolour of a lighthouse in a storm",
+                "a bowl of ramen on a wooden table, seen from above",
+                "a red fox asleep in fresh snow",
+            ),
+        }
+    )

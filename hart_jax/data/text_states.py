@@ -1,0 +1,56 @@
+"""Text states of all captions, computed once and kept on disk as float16."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from hart_jax.text.encoder import TextEncoder
+
+BATCH = 256
+
+
+class TextTable:
+    """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from the files that `precompute` wrote."""
+
+    def __init__(self, folder: Path):
+        self._rows = {caption: row for row, caption in enumerate(json.loads((folder / "captions.json").read_text()))}
+        self._states = np.load(folder / "states.npy", mmap_mode="r")
+        self._masks = np.load(folder / "masks.npy")
+
+    def __call__(self, caption: str) -> dict[str, np.ndarray]:
+        row = self._rows[caption]
+        return {"text": np.asarray(self._states[row]), "mask": self._masks[row]}
+
+
+def precompute(encoder: TextEncoder, captions: Sequence[str], length: int, folder: Path) -> TextTable:
+    """The table of these captions at `length` positions in `folder`, computed there unless it is complete already.
+
+    Interrupted work is done again: `captions.json`, written last, marks a complete table. A table of other captions or
+    of another encoder has another name.
+    """
+    probe = np.asarray(encoder([captions[0]], length).states_BTD[0])
+    digest = hashlib.sha256(probe.round(2).tobytes())
+    digest.update(json.dumps([length, *captions]).encode())
+    folder = folder / digest.hexdigest()[:16]
+    if not (folder / "captions.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (len(captions), *probe.shape)
+        states = np.lib.format.open_memmap(folder / "states.npy", "w+", np.float16, shape)
+        masks = np.zeros(shape[:2], np.int32)
+        cut = 0
+        for start in tqdm(range(0, len(captions), BATCH), desc="text states", unit_scale=BATCH, mininterval=5):
+            batch = list(captions[start : start + BATCH])
+            # A full batch each time, so that one compilation serves all.
+            encoded = encoder(batch + [batch[0]] * (BATCH - len(batch)), length)
+            states[start : start + len(batch)] = np.asarray(encoded.states_BTD)[: len(batch)]
+            masks[start : start + len(batch)] = encoded.mask_BT[: len(batch)]
+            cut += sum(encoded.truncated[: len(batch)])
+        states.flush()
+        np.save(folder / "masks.npy", masks)
+        print(f"text states: {len(captions)} captions, {cut} cut to {length} positions", flush=True)
+        (folder / "captions.json").write_text(json.dumps(list(captions)))
+    return TextTable(folder)

@@ -1,0 +1,29 @@
+"""`python -m hart_jax.export --workdir runs/emoji_hart --out assets/emoji`: a trained model as a folder complete in itself.
+
+Writes the averaged parameters of the latest checkpoint with the tokenizer and the text encoder that the run used.
+"""
+
+import argparse
+
+from hart_jax.errors import UserError, run_cli
+from hart_jax.model_folder import write_model
+from hart_jax.training.workdir import read_workdir
+from hart_jax.weights import DTYPES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="workdir of a transformer's training")
+    parser.add_argument("--out", required=True, help="the model folder to write; must not exist")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="type of the stored weights")
+    parser.add_argument("--params", default="ema", choices=("ema", "params"), help="averaged or latest parameters")
+    arguments = parser.parse_args()
+    model = read_workdir(arguments.workdir, arguments.params)
+    if model.text_encoder is None:
+        raise UserError(f"{arguments.workdir}: its text encoder's folder is gone; a model folder needs one")
+    write_model(arguments.out, model, arguments.dtype)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

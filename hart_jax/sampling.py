@@ -1,0 +1,122 @@
+"""Pictures from prompts with a model from anywhere: what `sample.py` and a notebook call.
+
+    model = load_model("assets/emoji")
+    images = Painter(model, SampleConfig(cfg=3.0))(["a flat icon of a dog"], seed=0)
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import Settings
+from hart_jax.errors import UserError
+from hart_jax.experiment import HartExperiment, SampleConfig
+from hart_jax.generate import make_sampler
+from hart_jax.images import to_uint8
+from hart_jax.model_folder import Model, read_model
+from hart_jax.text.encoder import load_text_encoder
+from hart_jax.text.prompts import check_prompts, report_truncation
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training.state import compute_dtype
+from hart_jax.transformer.model import Hart
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled functions on disk, so that the next process starts quickly.
+
+    In $JAX_COMPILATION_CACHE_DIR where that is set, else in hart_jax under the user's cache folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "hart_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def load_model(path: str | Path) -> Model:
+    """The model in a training workdir, a model folder, or a folder in the released layout.
+
+    Raises:
+      UserError: the path holds none of them, or a damaged one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
+    # Each reader brings libraries that the others do without.
+    if (path / "checkpoints").is_dir():
+        from hart_jax.training.workdir import read_workdir
+
+        return read_workdir(path)
+    if (path / "llm").is_dir():
+        from hart_jax.convert.released import read_released
+
+        return read_released(path)
+    return read_model(path)
+
+
+def check_model(model: Model, experiment: HartExperiment, source: str | Path) -> None:
+    """Raises `UserError` if the model is not the one that the experiment describes, naming what differs."""
+    parts: list[tuple[str, Settings, Settings]] = [
+        ("tokenizer", experiment.tokenizer, model.tokenizer_config),
+        ("transformer", experiment.transformer, model.transformer_config),
+    ]
+    for part, ours, theirs in parts:
+        pairs = {name: (value, theirs.to_dict()[name]) for name, value in ours.to_dict().items()}
+        differing = [f"{part}.{name} is {b!r}, the config says {a!r}" for name, (a, b) in pairs.items() if a != b]
+        if differing:
+            raise UserError(f"{source}: a checkpoint of another config: {'; '.join(differing[:4])}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One sample: `image` uint8 (H, W, 3), number `index` of its prompt."""
+
+    prompt: str
+    index: int
+    image: np.ndarray
+
+
+class Painter:
+    """Draws pictures; compiled once per batch size. `text_encoder` replaces the folder that the model names."""
+
+    def __init__(self, model: Model, settings: SampleConfig, text_encoder: str | Path | None = None):
+        folder = text_encoder or model.text_encoder
+        if folder is None:
+            raise UserError("the model has no text encoder; give the folder of one (text_encoder in the config)")
+        self._encoder = load_text_encoder(folder)
+        config = model.transformer_config
+        if self._encoder.context_dim != config.context_dim:
+            raise UserError(f"{folder}: its states are {self._encoder.context_dim} wide, the model's {config.context_dim}")
+        self._length = config.context_tokens
+        dtype = compute_dtype("auto")
+        self._sample = make_sampler(Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), settings)
+        self._params = jax.device_put({"transformer": model.transformer, "tokenizer": model.tokenizer})
+
+    def draw(self, prompts: Sequence[str], num_images: int, seed: int, batch_size: int = 8) -> Iterator[list[Picture]]:
+        """Batches of pictures, `num_images` of each prompt. A picture depends on (prompt, seed, its index) alone.
+
+        Raises:
+          UserError: no prompt, or an empty one. One longer than the context is cut, which is reported on stderr.
+        """
+        check_prompts(prompts)
+        jobs = [(prompt, index) for prompt in prompts for index in range(num_images)]
+        truncated = self._encoder.tokenize(list(prompts), self._length)[2]
+        report_truncation(list(prompts), truncated, self._length)
+        size = min(batch_size, len(jobs))
+        for start in range(0, len(jobs), size):
+            part = jobs[start : start + size]
+            # The last batch is filled up, so that one compilation serves all.
+            full = part + part[:1] * (size - len(part))
+            text = self._encoder([prompt for prompt, _ in full], self._length)
+            indices_B = jnp.array([index for _, index in full])
+            images, _ = self._sample(self._params, (text.states_BTD, jnp.asarray(text.mask_BT)), seed, indices_B)
+            pictures = zip(part, to_uint8(jax.device_get(images)), strict=False)
+            yield [Picture(prompt, index, image) for (prompt, index), image in pictures]
+
+    def __call__(self, prompts: Sequence[str], seed: int = 0, num_images: int = 1) -> np.ndarray:
+        """All pictures at once, uint8 (N, H, W, 3), prompt by prompt."""
+        return np.stack([picture.image for batch in self.draw(prompts, num_images, seed) for picture in batch])

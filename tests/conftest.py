@@ -1,0 +1,9 @@
+"""Options of the whole suite; pytest reads them from here however the tests are named on the command line."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", metavar="DIR", help="golden cases for tests/parity: a folder of them, or one (default: the two there)"
+    )

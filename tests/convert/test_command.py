@@ -1,0 +1,67 @@
+"""`python -m hart_jax.convert`: a whole model folder, or one clear error and nothing."""
+
+import importlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from hart_jax.convert.released import read_released
+from hart_jax.errors import UserError
+from hart_jax.model_folder import read_model
+from tests.convert.conftest import edit_tensors
+
+
+def convert(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    importlib.import_module("hart_jax.convert.__main__").main()
+
+
+def test_writes_a_model_folder(pristine, tmp_path, monkeypatch, capsys):
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text("{}")
+    convert(monkeypatch, "--source", pristine, "--out", tmp_path / "model", "--text_encoder", encoder)
+    ours, released = read_model(tmp_path / "model"), read_released(pristine)
+    assert (ours.tokenizer_config, ours.transformer_config) == (released.tokenizer_config, released.transformer_config)
+    for part in ("tokenizer", "transformer"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, getattr(ours, part), getattr(released, part)))
+    assert (ours.text_encoder / "config.json").is_file()
+    assert "M parameters" in capsys.readouterr().out
+
+
+def test_bfloat16_is_half_as_large(pristine, tmp_path, monkeypatch):
+    convert(monkeypatch, "--source", pristine, "--out", tmp_path / "model", "--dtype", "bfloat16")
+    released = pristine / "llm/model.safetensors"
+    ours = tmp_path / "model/transformer/model.safetensors"
+    assert ours.stat().st_size < 0.6 * released.stat().st_size
+    kernel = read_model(tmp_path / "model").transformer["head"]["kernel"]
+    np.testing.assert_allclose(kernel, read_released(pristine).transformer["head"]["kernel"], rtol=2**-8)
+
+
+def test_existing_out_is_left_alone(pristine, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine").write_text("kept")
+    with pytest.raises(UserError, match=r"--out=.*model: already exists"):
+        convert(monkeypatch, "--source", pristine, "--out", tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
+
+
+def test_a_fault_leaves_nothing_behind(release, tmp_path, monkeypatch):
+    edit_tensors(release / "llm/model.safetensors", lambda tensors: tensors.pop("head.weight"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"no tensor 'head\.weight'"):
+        convert(monkeypatch, "--source", release, "--out", tmp_path / "out/model")
+    with pytest.raises(UserError, match="not a text encoder's folder"):
+        convert(monkeypatch, "--source", release, "--out", tmp_path / "out/model", "--text_encoder", tmp_path / "none")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_exit_code(tmp_path):
+    command = [sys.executable, "-m", "hart_jax.convert", "--source", tmp_path / "absent", "--out", tmp_path / "model"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "absent/tokenizer: no such folder" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,144 @@
+"""A tokenizer training step: it learns, draws what is decoded, restarts dead codes, and trains the judge when due."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hart_jax.config import OptimizerConfig, TokenizerConfig, TokenizerLossConfig
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training.state import make_optimizer
+from hart_jax.training.tokenizer_step import init_tokenizer_state, make_tokenizer_step, restart_unused_codes
+
+CONFIG = TokenizerConfig(
+    image_size=24,
+    patch_nums=(1, 3, 6),
+    channels=32,
+    channel_multipliers=(1, 1, 1),
+    res_blocks=1,
+    latent_channels=4,
+    vocab_size=16,
+)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=2e-3, warmup_steps=2), 100)
+KEY = jax.random.key(0)
+TOKENIZER = Tokenizer(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Smooth pictures: a corner of each is bright."""
+    ramp = np.linspace(0, 255, 24)
+    picture = np.minimum.outer(ramp, ramp)
+    return np.stack([picture, picture[::-1], picture[:, ::-1], picture.T / 2])[..., None].repeat(3, -1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def initial(images):
+    scaled = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    return jax.device_get(jax.jit(lambda: init_tokenizer_state(KEY, TOKENIZER, OPTIMIZER, scaled))())
+
+
+@pytest.fixture
+def state(initial):
+    """A state that may be donated."""
+    return jax.tree.map(jnp.array, initial)
+
+
+@functools.cache
+def step_with(**loss):
+    return make_tokenizer_step(TOKENIZER, OPTIMIZER, TokenizerLossConfig(**loss), ema_decay=0.9)
+
+
+def differs(a, b) -> bool:
+    return any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_codebook_starts_among_the_latents(initial, images):
+    params = jax.tree.map(jnp.asarray, initial.model.params)
+    scaled = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    # The last scale is looked up with another codebook at initialisation, so only the first one is the same.
+    pooled = np.mean(TOKENIZER.apply({"params": params}, scaled, method="encode"), axis=(1, 2))
+    codebook = initial.model.params["quantizer"]["codebook"]
+    assert np.abs(codebook).max() < 20 * np.abs(pooled).max()
+    np.testing.assert_array_equal(codebook, initial.model.ema["quantizer"]["codebook"])
+    np.testing.assert_array_equal(initial.code_usage_V, np.ones(16))
+
+
+def test_learns_one_batch_and_leaves_the_judge_alone(state, initial, images):
+    step = step_with(continuous_fraction=0.5)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, images, KEY, None, adversarial=False)
+        losses.append(float(metrics["mse"]))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+    assert int(state.step) == 20
+    assert "discriminator" not in metrics and "generator" not in metrics
+    assert differs(state.model.params, initial.model.params) and differs(state.model.ema, initial.model.ema)
+    assert not differs((state.disc, state.disc_stats), (initial.disc, initial.disc_stats))
+    # Without restarts the codes' usage is not followed.
+    np.testing.assert_array_equal(state.code_usage_V, initial.code_usage_V)
+
+
+def test_same_state_batch_and_key_give_the_same_bits(initial, images):
+    step = step_with(continuous_fraction=0.5)
+    runs = [step(jax.tree.map(jnp.array, initial), images, KEY, None, adversarial=False) for _ in range(2)]
+    assert not differs(*runs)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_what_is_decoded(state, initial, images, fraction):
+    _, metrics = step_with(continuous_fraction=fraction)(state, images, KEY, None, adversarial=False)
+    drawn, other = ("continuous", "discrete") if fraction else ("discrete", "continuous")
+    np.testing.assert_allclose(metrics[f"mse_{drawn}"], metrics["mse"], rtol=1e-6)
+    assert metrics[f"mse_{other}"] == 0.0
+    params = {"params": jax.tree.map(jnp.asarray, initial.model.params)}
+    scaled = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+    @jax.jit
+    def decoded(params):
+        latent = TOKENIZER.apply(params, scaled, method="encode")
+        latent = latent if fraction else TOKENIZER.apply(params, latent, method="quantize").f_hat_BhwC
+        return TOKENIZER.apply(params, latent, method="decode")
+
+    np.testing.assert_allclose(metrics["mse"], np.mean((decoded(params) - scaled) ** 2), rtol=1e-4)
+
+
+def test_adversarial_step_trains_the_judge(state, initial, images):
+    step = step_with(continuous_fraction=0.0, adversarial=0.1)
+    for _ in range(2):
+        state, metrics = step(state, images, KEY, None, adversarial=True)
+    assert differs(state.disc.params, initial.disc.params)
+    assert differs(state.disc_stats, initial.disc_stats)
+    assert int(state.disc.step) == 2
+    assert 0 < metrics["discriminator"] < 3 and np.isfinite(metrics["generator"])
+
+
+def test_dead_codes_become_latents_of_the_batch(state, images):
+    scaled = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+    @jax.jit
+    def restarted(state):
+        latent = TOKENIZER.apply({"params": state.model.params}, scaled, method="encode")
+        quantized = TOKENIZER.apply({"params": state.model.params}, latent, method="quantize")
+        return quantized, restart_unused_codes(KEY, state, quantized, below=0.03)
+
+    # Codes 3 and 4 were hardly hit; 3 is out of reach, so it is not hit now either.
+    codebook = state.model.params["quantizer"]["codebook"].at[3].set(1e3)
+    params = {**state.model.params, "quantizer": {**state.model.params["quantizer"], "codebook": codebook}}
+    usage = jnp.full(16, 0.5).at[3].set(0.001)
+    before = state.replace(model=state.model.replace(params=params), code_usage_V=usage)
+    quantized, after = restarted(before)
+    latents = np.concatenate(quantized.inputs)
+    new = after.model.params["quantizer"]["codebook"]
+    assert any(np.allclose(new[3], latent) for latent in latents)
+    np.testing.assert_array_equal(new[3], after.model.ema["quantizer"]["codebook"][3])
+    kept = np.arange(16) != 3
+    np.testing.assert_array_equal(new[kept], codebook[kept])
+    np.testing.assert_array_equal(
+        after.model.ema["quantizer"]["codebook"][kept], before.model.ema["quantizer"]["codebook"][kept]
+    )
+    expected = 0.99 * 0.5 + 0.01 * np.asarray(quantized.hits_V)
+    np.testing.assert_allclose(after.code_usage_V[kept], expected[kept], rtol=1e-6)
+    assert after.code_usage_V[3] == 1.0
