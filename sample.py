@@ -74,7 +74,9 @@ def output_paths(asked: list[str], count: int) -> tuple[list[Path], Path | None]
     taken = [int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
     first = max(taken, default=-1) + 1
     names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in asked]
-    paths = [out / f"{first + i:05d}-{name}.png" for i, name in enumerate(n for n in names for _ in range(_NUM_IMAGES.value))]
+    paths = [
+        out / f"{first + i:05d}-{name}.png" for i, name in enumerate(n for n in names for _ in range(_NUM_IMAGES.value))
+    ]
     return paths, out / f"{first:05d}-grid.png" if count > 1 else None
 
 

@@ -268,9 +268,7 @@ class _Run:
                 repeated = jnp.tile(at_Bl, (len(array) // batch, 1))
                 return jnp.take_along_axis(array, repeated[..., None], axis=1)
 
-            hidden, cache = self.hart(
-                "blocks", pick(x_all), pick(angle_all), context, cache=cache, cache_start=filled
-            )
+            hidden, cache = self.hart("blocks", pick(x_all), pick(angle_all), context, cache=cache, cache_start=filled)
             filled += size
             noise = pick(token_noise), None if smooth_noise is None else pick(smooth_noise)
             index, value, guided = self.choose(hidden, context, scale, noise)

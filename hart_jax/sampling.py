@@ -1,7 +1,7 @@
 """Pictures from prompts with a model from anywhere: what `sample.py` and a notebook call.
 
-    model = load_model("assets/emoji")
-    images = Painter(model, SampleConfig(cfg=3.0))(["a flat icon of a dog"], seed=0)
+model = load_model("assets/emoji")
+images = Painter(model, SampleConfig(cfg=3.0))(["a flat icon of a dog"], seed=0)
 """
 
 import dataclasses
@@ -90,7 +90,9 @@ class Painter:
         self._encoder = load_text_encoder(folder)
         config = model.transformer_config
         if self._encoder.context_dim != config.context_dim:
-            raise UserError(f"{folder}: its states are {self._encoder.context_dim} wide, the model's {config.context_dim}")
+            raise UserError(
+                f"{folder}: its states are {self._encoder.context_dim} wide, the model's {config.context_dim}"
+            )
         self._length = config.context_tokens
         dtype = compute_dtype("auto")
         self._sample = make_sampler(Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), settings)

@@ -5,5 +5,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--golden", metavar="DIR", help="golden cases for tests/parity: a folder of them, or one (default: the two there)"
+        "--golden",
+        metavar="DIR",
+        help="golden cases for tests/parity: a folder of them, or one (default: the two there)",
     )

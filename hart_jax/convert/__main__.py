@@ -20,11 +20,15 @@ def main() -> None:
     )
     parser.add_argument("--source", type=Path, required=True, help="folder with tokenizer/ and llm/, as released")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write; it must not exist")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the stored weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the stored weights"
+    )
     parser.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="ema: the EMA's where there are any (default)"
     )
-    parser.add_argument("--text_encoder", type=Path, help="text encoder folder to copy in, so that the model is complete")
+    parser.add_argument(
+        "--text_encoder", type=Path, help="text encoder folder to copy in, so that the model is complete"
+    )
     args = parser.parse_args()
     # Both before the minutes that reading takes.
     if args.out.exists():

@@ -1,6 +1,6 @@
 """Prompts of pictures drawn at random from shards, for grids that nobody picked by hand.
 
-    python -m hart_jax.data.pick_prompts --shards data/shards/test --count 32 --out held_out.txt
+python -m hart_jax.data.pick_prompts --shards data/shards/test --count 32 --out held_out.txt
 """
 
 import argparse

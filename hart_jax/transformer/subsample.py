@@ -23,7 +23,9 @@ def draw_keep_count(seed: int, step: int, positions: int, loss: HartLossConfig) 
     while not loss.drop_min <= dropped <= 1:
         dropped = random.normal(loss.drop_mean, loss.drop_std)
     kept = positions - min(int(np.ceil(positions * dropped)), max(0, positions - loss.min_kept))
-    return next((bucket for bucket in keep_buckets(positions, loss) if bucket >= kept), keep_buckets(positions, loss)[-1])
+    return next(
+        (bucket for bucket in keep_buckets(positions, loss) if bucket >= kept), keep_buckets(positions, loss)[-1]
+    )
 
 
 def draw_kept(key: jax.Array, batch: int, positions: int, count: int) -> jax.Array:

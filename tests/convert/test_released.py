@@ -63,7 +63,9 @@ def test_pickles(release):
     torch = pytest.importorskip("torch")
     tensors = load_file(release / LLM)
     as_torch = {name: torch.from_numpy(value) for name, value in tensors.items()}
-    torch.save({name: torch.from_numpy(value) for name, value in shifted(tensors).items()}, release / "llm/ema_model.bin")
+    torch.save(
+        {name: torch.from_numpy(value) for name, value in shifted(tensors).items()}, release / "llm/ema_model.bin"
+    )
     np.testing.assert_array_equal(head_bias_and_kernel(release)[1], shifted(tensors)["head.weight"].T)
 
     (release / LLM).unlink()

@@ -21,7 +21,9 @@ def _cases(config: pytest.Config) -> list[Path]:
     folder = PUBLISHED if golden is None else (config.invocation_params.dir / golden).resolve()
     cases = find_cases(folder)
     if not cases:
-        raise pytest.UsageError(f"--golden={golden}: no case in it, which is a folder with manifest.json and vectors.npz")
+        raise pytest.UsageError(
+            f"--golden={golden}: no case in it, which is a folder with manifest.json and vectors.npz"
+        )
     return cases
 
 

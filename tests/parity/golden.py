@@ -23,7 +23,9 @@ MAX_ERROR_SAMPLED, MEAN_ERROR_SAMPLED = 1e-2, 1e-3
 
 def find_cases(folder: Path) -> list[Path]:
     """The case folders in `folder`, or `folder` if it is one."""
-    return sorted(manifest.parent for pattern in ("manifest.json", "*/manifest.json") for manifest in folder.glob(pattern))
+    return sorted(
+        manifest.parent for pattern in ("manifest.json", "*/manifest.json") for manifest in folder.glob(pattern)
+    )
 
 
 class Case:

@@ -124,7 +124,9 @@ def _network(checks: Checks) -> Any:
 def context(checks: Checks) -> None:
     case = checks.case
     mask = checks.given("ctx.mask")
-    text = checks.given("ctx.embeddings", lambda: np.zeros((*mask.shape, case.transformer_config.context_dim), np.float32))
+    text = checks.given(
+        "ctx.embeddings", lambda: np.zeros((*mask.shape, case.transformer_config.context_dim), np.float32)
+    )
     embedded = Hart(case.transformer_config).apply(
         {"params": case.params["transformer"]}, text, mask, method="embed_text"
     )
@@ -200,7 +202,9 @@ def _start_noise(checks: Checks, batch: int) -> np.ndarray:
     positions = config.patch_nums[-1] ** 2
 
     def formula() -> np.ndarray:
-        noise = generator(checks.case.seed, name).standard_normal((batch * positions, config.latent_channels), np.float32)
+        noise = generator(checks.case.seed, name).standard_normal(
+            (batch * positions, config.latent_channels), np.float32
+        )
         return noise.reshape(batch, positions, config.latent_channels)
 
     return checks.given(name, formula)

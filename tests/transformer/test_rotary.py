@@ -37,9 +37,7 @@ def test_image_rotation_is_the_formula_of_the_release():
     frequencies = 10000.0 ** (-np.array([0, 4]) / K)
     row, col = (np.tile((n / side * last_side + offset) * frequencies, 2) for n in divmod(index, side))
     first, second = x[0, 0, 0, : K // 2], x[0, 0, 0, K // 2 :]
-    expected = np.concatenate(
-        [first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)]
-    )
+    expected = np.concatenate([first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)])
     np.testing.assert_allclose(rotate(x, angle)[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,115 @@
+"""Wrong inputs of train.py: each one clear error, exit code 2, and nothing written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hart_jax.checkpoint import CHECKPOINT_DIR, CONFIG_FILE
+from tests.train_runs import run_to_end, write_tokenizer_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A config file that trains, beside its shards; read only."""
+    return write_tokenizer_config(tmp_path_factory.mktemp("inputs"))
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The error that train.py gives; `folder` holds everything it might write to."""
+    before = contents(folder)
+    code, _, err = run_to_end(*arguments)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    assert code == 2, err
+    assert len(errors) == 1, err
+    assert contents(folder) == before
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.foo=1"], "unknown key foo; known: tokenizer, loss"),
+        (["--config.train.foo=1"], "TrainConfig: unknown key foo; known: steps"),
+        (["--config.train.steps.more=1"], "no such section"),
+        (["--config.train.steps=many"], "--config.train.steps=many"),
+        (["--config.loss.mse=much"], "TokenizerLossConfig.mse='much': expected float"),
+        (["--config.tokenizer.patch_nums=(1, 2, 3)"], "patch_nums=(1, 2, 3): the last entry"),
+        (["--config.loss.adversarial=0.1"], "image_size=8: the discriminator needs 24 px"),
+        (["--config.data.test="], "data.test is empty"),
+        (["--stesp=3"], "Unknown command line flag 'stesp'"),
+        (["three"], "unexpected argument 'three'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_command_lines(tmp_path, config, arguments, message):
+    assert message in refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments)
+
+
+def test_missing_flags(tmp_path, config):
+    assert "--config is missing" in refused(tmp_path, f"--workdir={tmp_path / 'run'}")
+    assert "--workdir is missing" in refused(tmp_path, f"--config={config}")
+
+
+@pytest.mark.parametrize("override", [[], ["--config.train.steps=3"]], ids=["alone", "with an override"])
+def test_missing_config_file(tmp_path, override):
+    missing = tmp_path / "absent.py"
+    error = refused(tmp_path, f"--config={missing}", f"--workdir={tmp_path / 'run'}", *override)
+    assert f"--config={missing}: no such file" in error
+
+
+@pytest.mark.parametrize("text", ["x = 1\n", "def get_config():\n    return {}\n", "def get_config(:\n"])
+def test_files_that_are_no_config(tmp_path, text):
+    (tmp_path / "broken.py").write_text(text)
+    error = refused(tmp_path, f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'run'}")
+    assert "get_config()" in error or "invalid syntax" in error
+
+
+def test_workdir_that_is_a_file(tmp_path, config):
+    (tmp_path / "run").write_text("notes")
+    assert "is a file" in refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}")
+
+
+def test_workdir_of_another_config(tmp_path, config):
+    workdir = tmp_path / "run"
+    (workdir / CHECKPOINT_DIR / "4").mkdir(parents=True)
+    (workdir / CONFIG_FILE).write_text(json.dumps({"train": {"seed": 7}}))
+    error = refused(tmp_path, f"--config={config}", f"--workdir={workdir}")
+    assert f"{workdir} holds a run of another config" in error
+
+
+def test_missing_shards(tmp_path, config):
+    error = refused(
+        tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={tmp_path / 'nowhere'}"
+    )
+    assert f"{tmp_path / 'nowhere'} is not a shard folder" in error
+
+
+def test_truncated_shard(tmp_path, config):
+    shards = shutil.copytree(config.parent / "train" / "shards", tmp_path / "shards")
+    shard = max(shards.glob("*.array_record"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    error = refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={shards}")
+    assert f"shard {shard} is truncated" in error
+
+
+def test_missing_perceptual_weights(tmp_path, config):
+    arguments = (f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    perceptual = ("--config.loss.perceptual=0.5", "--config.loss.perceptual_layers=2")
+    assert "loss.perceptual_weights is empty" in refused(tmp_path, *arguments, *perceptual)
+    missing = f"--config.loss.perceptual_weights={tmp_path / 'absent.tar.gz'}"
+    assert "absent.tar.gz do not exist" in refused(tmp_path, *arguments, *perceptual, missing)
+
+
+def test_help_names_the_flags():
+    code, out, _ = run_to_end("--help")
+    assert code == 0
+    assert "--config" in out and "--workdir" in out
