@@ -1,4 +1,4 @@
-"""`python -m hart_jax.export --workdir runs/emoji_hart --out assets/emoji`: a trained model as a folder complete in itself.
+"""A trained model as a folder: `python -m hart_jax.export --workdir runs/emoji_hart --out assets/emoji`.
 
 Writes the averaged parameters of the latest checkpoint with the tokenizer and the text encoder that the run used.
 """

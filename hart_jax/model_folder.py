@@ -1,4 +1,4 @@
-"""A model folder: `tokenizer/ transformer/ text_encoder/`, each with config.json and model.safetensors; complete in itself."""
+"""A model folder, complete in itself: `tokenizer/ transformer/ text_encoder/`, each with config and weights."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, if there is one."""
+    """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, or None."""
 
     tokenizer_config: TokenizerConfig
     tokenizer: Any

@@ -40,7 +40,8 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(tmp_path, expe
     with start(*again, cache=cache) as process:
         announcement = process.stdout.readline()
         process.kill()
-    assert (resumed := re.search(r"(starting|resuming) at step (\d+) of 32", announcement))
+    resumed = re.search(r"(starting|resuming) at step (\d+) of 32", announcement)
+    assert resumed, announcement
     # While it saves, further on.
     further = int(resumed[2]) + 10
     kill_when(start(*again, cache=cache), lambda: logged_steps(killed) >= further and saving(killed))

@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """(x_t (N, C), t (N,) in 0..999, z (N, W)) -> (N, 2C) float32: predicted noise, then the variance's interpolation."""
+    """(x_t (N, C), t (N,) in 0..999, z (N, W)) -> (N, 2C) float32: the noise, then the variance's interpolation."""
 
     config: DiffusionConfig
     channels: int

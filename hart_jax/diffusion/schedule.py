@@ -1,4 +1,4 @@
-"""Diffusion of the residual: cosine schedule, learned-range variance, respaced sampling (SPEC.md section 4; improved DDPM).
+"""Diffusion of the residual: cosine schedule, learned-range variance, respaced sampling (improved DDPM; SPEC.md 4).
 
 Rows are tokens: x, noise (N, C). Targets are divided by RESIDUAL_SCALE before, samples multiplied by it after.
 """
@@ -123,7 +123,7 @@ def sample_residual(
     cfg: float | jax.Array,
     steps: int,
 ) -> jax.Array:
-    """Guided ancestral sampling of residuals, (M, C) with M = 2N, from conditions z: N conditional, N unconditional rows.
+    """Guided ancestral sampling of residuals (M, C), M = 2N: N conditional rows of z, then N unconditional ones.
 
     Args:
       init_noise_NC: where both halves start.

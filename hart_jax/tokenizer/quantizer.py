@@ -1,5 +1,7 @@
 """Multi-scale residual quantizer with the continuous residual (SPEC.md section 1)."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -93,7 +95,8 @@ class Quantizer(nn.Module):
 
     def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
         """f_hat of one index array (B, p*p) per scale, phi at every scale, (B, h, w, C)."""
-        return sum(self.contribution(self.lookup(index), scale) for scale, index in enumerate(indices))
+        parts = [self.contribution(self.lookup(index), scale) for scale, index in enumerate(indices)]
+        return functools.reduce(jnp.add, parts)
 
     def quantize(self, f_BhwC: jax.Array) -> Quantized:
         """Takes a latent apart; no gradient is stopped, none flows through the indices."""
@@ -112,7 +115,7 @@ class Quantizer(nn.Module):
         return Quantized(f_hat, residual, tuple(partial), tuple(indices), tuple(inputs), hits_V)
 
     def tokens(self, f_BhwC: jax.Array) -> Tokens:
-        """Training targets of the transformer: the last scale's code is never subtracted, so phi is not applied there."""
+        """Targets of the transformer: the last scale's code is never subtracted, so phi is not applied there."""
         residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
         indices, inputs = [], []
         sides = self.config.patch_nums

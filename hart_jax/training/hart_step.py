@@ -31,7 +31,8 @@ def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
 
 def token_losses(logits_BLV: jax.Array, targets: list[jax.Array]) -> tuple[jax.Array, Metrics]:
     """Mean cross-entropy over all tokens, and loss and accuracy of each scale."""
-    metrics, total, start = {}, 0.0, 0
+    metrics: Metrics = {}
+    total, start = jnp.zeros(()), 0
     for scale, target_Bl in enumerate(targets):
         logits = logits_BLV[:, start : start + target_Bl.shape[1]]
         start += target_Bl.shape[1]
@@ -77,7 +78,7 @@ def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array
 def make_hart_step(
     hart: Hart, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, loss: HartLossConfig, ema_decay: float
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The function (state, frozen tokenizer params, images (B, H, W, 3) uint8, condition, key, kept) -> (state, metrics).
+    """The function (state, tokenizer's params, images (B, H, W, 3) uint8, condition, key, kept) -> (state, metrics).
 
     `kept`, the number of last-scale tokens in this step, is static: one compilation for each.
     """

@@ -12,8 +12,7 @@ from hart_jax.config import OptimizerConfig
 Params = Any
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """`ema` is the exponential moving average of `params`, in float32. Randomness is a function of (seed, step)."""
 
     step: jax.Array

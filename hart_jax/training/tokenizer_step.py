@@ -20,8 +20,7 @@ from hart_jax.training.state import Params, TrainState, apply_gradients, new_sta
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TokenizerState:
+class TokenizerState(flax.struct.PyTreeNode):
     """The tokenizer's state, the discriminator's, and how often each code was hit lately (V,)."""
 
     model: TrainState

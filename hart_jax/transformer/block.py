@@ -135,7 +135,7 @@ class Block(nn.Module):
     def _modulation(self, pooled_BW: jax.Array | None) -> dict[str, jax.Array] | None:
         """gamma, scale and shift, each (2, B, 1, W): for attention and MLP."""
         cfg = self.config
-        if cfg.adaln == "none":
+        if pooled_BW is None:
             return None
         if cfg.adaln == "own":
             out = dense(6 * cfg.width, (None, "embed"), init=_adaln_init(cfg.width), dtype=self.dtype, name="ada_lin")

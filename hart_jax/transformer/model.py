@@ -3,6 +3,8 @@
 One module holds all parameters; its methods are the pieces that training and sampling put together.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -16,8 +18,7 @@ from hart_jax.transformer.block import Block, KVCache
 from hart_jax.transformer.rotary import context_angles, image_angles
 
 
-@flax.struct.dataclass
-class Context:
+class Context(flax.struct.PyTreeNode):
     """The condition as the transformer holds it.
 
     `tokens` (B, T, W) are the embedded states, `pooled` (B, W) what the blocks' AdaLN sees (None without), `head_scale`
@@ -95,10 +96,11 @@ class Hart(nn.Module):
     def embed_classes(self, label_B: jax.Array) -> Context:
         """The context of class labels; label `num_classes` is the unconditional one."""
         tokens_B1W = self.class_embed[label_B][:, None]
-        context = self._context(tokens_B1W, tokens_B1W[:, 0], jnp.zeros((len(label_B), 1), jnp.int32))
+        pooled_BW = None if self.config.adaln == "none" else tokens_B1W[:, 0]
+        context = self._context(tokens_B1W, pooled_BW, jnp.zeros((len(label_B), 1), jnp.int32))
         return context.replace(tokens=context.tokens + self.start)
 
-    def embed_condition(self, condition: jax.Array | tuple[jax.Array, jax.Array]) -> Context:
+    def embed_condition(self, condition: Any) -> Context:
         """The context of labels (B,) or of (text states (B, T, D), mask (B, T)), whichever the model has."""
         if self.config.num_classes:
             return self.embed_classes(condition)
@@ -168,9 +170,7 @@ class Hart(nn.Module):
         """One call of the diffusion head's network."""
         return self.diffusion_head(x_NC, t_N, z_NW)
 
-    def __call__(
-        self, condition: jax.Array | tuple[jax.Array, jax.Array], ar_input_BLC: jax.Array, kept_BN: jax.Array
-    ) -> TrainOutput:
+    def __call__(self, condition: Any, ar_input_BLC: jax.Array, kept_BN: jax.Array) -> TrainOutput:
         """Teacher forcing.
 
         Args:

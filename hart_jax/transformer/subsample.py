@@ -17,15 +17,14 @@ def keep_buckets(positions: int, loss: HartLossConfig) -> tuple[int, ...]:
 
 
 def draw_keep_count(seed: int, step: int, positions: int, loss: HartLossConfig) -> int:
-    """How many tokens step number `step` keeps: from the truncated normal of the dropped fraction, rounded up to a bucket."""
+    """How many tokens step number `step` keeps: drawn from the truncated normal, rounded up to a bucket."""
     random = np.random.default_rng((seed, step))
     dropped = np.inf
     while not loss.drop_min <= dropped <= 1:
         dropped = random.normal(loss.drop_mean, loss.drop_std)
     kept = positions - min(int(np.ceil(positions * dropped)), max(0, positions - loss.min_kept))
-    return next(
-        (bucket for bucket in keep_buckets(positions, loss) if bucket >= kept), keep_buckets(positions, loss)[-1]
-    )
+    buckets = keep_buckets(positions, loss)
+    return next((bucket for bucket in buckets if bucket >= kept), buckets[-1])
 
 
 def draw_kept(key: jax.Array, batch: int, positions: int, count: int) -> jax.Array:
