@@ -13,7 +13,7 @@ from hart_jax.errors import UserError
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of `path`: a `.safetensors` file, a `.bin` file of torch.save, or the `.index.json` of several of these.
+    """The tensors of `path`: a `.safetensors` file, a `.bin` of torch.save, or the `.index.json` of several of these.
 
     Safetensors are read one at a time as they are asked for, so that no second copy of a model lies in memory.
 

@@ -106,7 +106,7 @@ def test_several_files(release):
     with pytest.raises(UserError, match=f"tensor '{names[0]}' is not in its file model-00002"):
         read_released(release)
     (release / "llm/model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00002.safetensors: no such weight file"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors: no such weight file"):
         read_released(release)
 
 
@@ -163,28 +163,47 @@ def test_every_variant_is_accounted_for(changed, tmp_path, change, setting, valu
     assert getattr(getattr(model, f"{part}_config"), name) == value
 
 
-def set_tensor(name, make):
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def changed_to(name, make):
     return lambda tensors: tensors.update({name: make(tensors.get(name))})
 
 
+def shortened(name):
+    return changed_to(name, lambda weight: weight[:-1])
+
+
 @pytest.mark.parametrize(
-    ("file", "change", "message"),
+    ("change", "message"),
     [
-        (LLM, lambda t: t.pop("blocks.1.ffn.up_proj.weight"), r"llm.*no tensor 'blocks\.1\.ffn\.up_proj\.weight'"),
-        (LLM, lambda t: t.pop("head.bias"), r"llm.*1 missing \(head/bias\)"),
-        (LLM, lambda t: t.pop("blocks.0.attn.proj.bias"), r"blocks attn proj: only some blocks have bias"),
-        (LLM, set_tensor("blocks.7.extra", lambda _: np.zeros(3)), r"1 tensors .* no place for: blocks\.7\.extra"),
-        (LLM, set_tensor("head.weight", lambda w: w[:-1]), r"head/kernel \(48, 95\) instead of \(48, 96\)"),
-        (LLM, set_tensor("blocks.0.attn.qkv_proj.weight", lambda w: w[:-1]), r"'blocks\.0\.attn\.qkv_proj\.weight' does not fit"),
-        (LLM, set_tensor("blocks.1.ffn.up_proj.weight", lambda w: w[:-1]), r"blocks mlp up kernel: the blocks differ in shape"),
-        (LLM, set_tensor("blocks.1.attn.zero_k_bias", lambda w: w + 1), r"blocks\.1\.attn\.zero_k_bias is not zero"),
-        (TOKENIZER, lambda t: t.pop("vae.decoder.conv_in.weight"), r"tokenizer.*no tensor 'vae\.decoder\.conv_in\.weight'"),
-        (TOKENIZER, set_tensor("vae.quant_conv.weight", lambda w: w[0]), r"tokenizer.*'vae\.quant_conv\.weight' does not fit"),
-        (TOKENIZER, set_tensor("vae.other", lambda _: np.zeros(3)), r"tokenizer.*no place for: vae\.other"),
+        (without("blocks.1.ffn.up_proj.weight"), r"llm.*no tensor 'blocks\.1\.ffn\.up_proj\.weight'"),
+        (without("head.bias"), r"llm.*1 missing \(head/bias\)"),
+        (without("blocks.0.attn.proj.bias"), "blocks attn proj: only some blocks have bias"),
+        (changed_to("blocks.7.extra", lambda _: np.zeros(3)), r"1 tensors .* no place for: blocks\.7\.extra"),
+        (shortened("head.weight"), r"head/kernel \(48, 95\) instead of \(48, 96\)"),
+        (shortened("blocks.0.attn.qkv_proj.weight"), r"'blocks\.0\.attn\.qkv_proj\.weight' does not fit"),
+        (shortened("blocks.1.ffn.up_proj.weight"), "blocks mlp up kernel: the blocks differ in shape"),
+        (changed_to("blocks.1.attn.zero_k_bias", lambda w: w + 1), r"blocks\.1\.attn\.zero_k_bias is not zero"),
     ],
-)  # fmt: skip
-def test_wrong_tensors(release, file, change, message):
-    edit_tensors(release / file, change)
+)
+def test_wrong_transformer_tensors(release, change, message):
+    edit_tensors(release / LLM, change)
+    with pytest.raises(UserError, match=message):
+        read_released(release)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("vae.decoder.conv_in.weight"), r"tokenizer.*no tensor 'vae\.decoder\.conv_in\.weight'"),
+        (changed_to("vae.quant_conv.weight", lambda w: w[0]), r"tokenizer.*'vae\.quant_conv\.weight' does not fit"),
+        (changed_to("vae.other", lambda _: np.zeros(3)), r"tokenizer.*no place for: vae\.other"),
+    ],
+)
+def test_wrong_tokenizer_tensors(release, change, message):
+    edit_tensors(release / TOKENIZER, change)
     with pytest.raises(UserError, match=message):
         read_released(release)
 

@@ -1,6 +1,6 @@
 """A golden case as its checks see it: its arrays, its imported model, and the comparison of ours with theirs.
 
-Every array is optional. One that is neither compared nor used as an input makes its check fail, so that none is skipped.
+Every array is optional. One that is neither compared nor used as an input makes its check fail: none is skipped.
 """
 
 import functools
