@@ -38,11 +38,11 @@ def get_config() -> ConfigDict:
             "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 200, "clip_norm": 1.0, "ema_decay": 0.998},
             "data": {"train": "data/shards/train", "test": "data/shards/test", "cache": True},
             "train": {
-                "steps": 2800,
+                "steps": 2300,
                 "batch_size": 32,
                 "log_every": 25,
                 "save_every": 250,
-                "sample_every": 700,
+                "sample_every": 575,
             },
             "sample": {"cfg": 3.0, "top_k": 600, "top_k_late": 300},
             "sample_prompts": (

@@ -56,7 +56,8 @@ class Checkpoints:
         self.save_every = save_every
         workdir = Path(workdir).absolute()
         directory = workdir / CHECKPOINT_DIR
-        _claim(workdir, config, may_change)
+        check_workdir(workdir, config, may_change)
+        _write_config(workdir, config)
         self._orbax = ocp.training.Checkpointer(
             directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -174,23 +175,20 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
     for step in steps:
         path = directory / str(step)
         try:
-            fields = field = ocp.metadata(path).metadata
-            names = which.split(".")
-            for name in names:
-                field = field.get(name) if isinstance(field, Mapping) else None
-            if field is not None:
-                wanted = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), field)
-                for name in reversed(names):
-                    wanted = {name: wanted}
+            fields = _flat(ocp.metadata(path).metadata)
+            wanted = {key: leaf for key, leaf in fields.items() if f"{key}.".startswith(f"{which}.")}
+            if wanted:
+                abstract = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in wanted.items()}
                 with partial:
-                    loaded = ocp.load(path, wanted)
-                for name in names:
+                    loaded: Any = ocp.load(path, _nested(abstract))
+                for name in which.split("."):
                     loaded = loaded[name]
                 return loaded
         except Exception as error:  # Orbax and TensorStore each raise their own kinds
             print(f"warning: checkpoint {path} cannot be read: {_first_line(error)}")
         else:
-            raise UserError(f"checkpoint {path} has no field {which!r}; it has {', '.join(sorted(fields))}")
+            tops = sorted({key.split(".")[0] for key in fields})
+            raise UserError(f"checkpoint {path} has no field {which!r}; it has {', '.join(tops)}")
     raise UserError(f"none of the checkpoints in {directory} (steps {steps}) can be read")
 
 
@@ -209,19 +207,21 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable JSON file: {_first_line(error)}") from None
 
 
-def _claim(workdir: Path, config: Mapping[str, Any], may_change: Collection[str]) -> None:
-    """Writes config.json, after comparing it with the one of the run that `workdir` already holds."""
-    config = json.loads(json.dumps(config))
-    path = workdir / CONFIG_FILE
-    if _complete_steps(workdir / CHECKPOINT_DIR):
-        differences = _differences(load_config(workdir), config, may_change)
+def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
+    """Raises `UserError` if `workdir` holds checkpoints of another configuration; writes nothing."""
+    if _complete_steps(Path(workdir) / CHECKPOINT_DIR):
+        differences = _differences(load_config(workdir), json.loads(json.dumps(config)), may_change)
         if differences:
             shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
             raise UserError(
                 f"{workdir} holds a run of another config: {shown}. Use another workdir, or the config of that run"
             )
+
+
+def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / CONFIG_FILE
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(temporary, path)
@@ -242,6 +242,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `_flat` takes apart."""
+    tree: dict[str, Any] = {}
+    for key, leaf in flat.items():
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
 
 
 def _complete_steps(directory: Path) -> list[int]:

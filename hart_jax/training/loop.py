@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from hart_jax.checkpoint import Checkpoints
+from hart_jax.checkpoint import Checkpoints, check_workdir
 from hart_jax.config import TrainConfig
 from hart_jax.parallel.mesh import data_mesh, replicated, split_batch
 from hart_jax.training.metrics import MetricsWriter, Progress
@@ -47,6 +47,8 @@ def run(task: Task, train: TrainConfig, config: dict[str, Any], workdir: Path) -
     """
     mesh = data_mesh(train.batch_size)
     everywhere = replicated(mesh)
+    # Before `batches`, which may fill the workdir with text states.
+    check_workdir(workdir, config, MAY_CHANGE)
     batches = task.batches()
     with Checkpoints(workdir, config, train.keep_checkpoints, train.save_every, MAY_CHANGE) as checkpoints:
         init = jax.jit(task.init, out_shardings=everywhere)
