@@ -4,11 +4,26 @@ Writes the averaged parameters of the latest checkpoint with the tokenizer and t
 """
 
 import argparse
+from pathlib import Path
 
 from hart_jax.errors import UserError, run_cli
 from hart_jax.model_folder import write_model
 from hart_jax.training.workdir import read_workdir
 from hart_jax.weights import DTYPES
+
+
+def export(workdir: str | Path, out: str | Path, dtype: str = "bfloat16", params: str = "ema") -> None:
+    """Writes the model folder `out` from a workdir's latest checkpoint.
+
+    Raises:
+      UserError: `out` exists, the workdir is not a transformer's, or its tokenizer or text encoder is gone.
+    """
+    if Path(out).exists():
+        raise UserError(f"{out}: already exists; give a new folder or remove it")
+    model = read_workdir(workdir, params)
+    if model.text_encoder is None:
+        raise UserError(f"{workdir}: its text encoder's folder is gone; a model folder needs one")
+    write_model(out, model, dtype)
 
 
 def main() -> None:
@@ -18,10 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="type of the stored weights")
     parser.add_argument("--params", default="ema", choices=("ema", "params"), help="averaged or latest parameters")
     arguments = parser.parse_args()
-    model = read_workdir(arguments.workdir, arguments.params)
-    if model.text_encoder is None:
-        raise UserError(f"{arguments.workdir}: its text encoder's folder is gone; a model folder needs one")
-    write_model(arguments.out, model, arguments.dtype)
+    export(arguments.workdir, arguments.out, arguments.dtype, arguments.params)
     print(arguments.out)
 
 

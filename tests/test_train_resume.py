@@ -10,12 +10,21 @@ import pytest
 
 from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
 from hart_jax.training.metrics import SAMPLES_DIR, read_metrics
-from tests.train_runs import METRICS, kill_when, logged_steps, run_to_end, start, write_tokenizer_config
+from tests.train_runs import (
+    METRICS,
+    kill_when,
+    logged_steps,
+    run_to_end,
+    start,
+    write_hart_config,
+    write_tokenizer_config,
+)
 
 # What writes a config file of 32 steps (logged every 2nd, saved every 4th) and its inputs into a folder, and the fields
 # of the state to compare.
 EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "tokenizer": (write_tokenizer_config, ("model.params", "model.ema", "code_usage_V")),
+    "hart": (write_hart_config, ("params", "ema")),
 }
 
 

@@ -12,6 +12,10 @@ import numpy as np
 from PIL import Image
 
 from hart_jax.data.shards import write_shards
+from hart_jax.model_folder import write_part
+from hart_jax.text.minilm import import_minilm
+from tests.tiny import tiny_model
+from tests.tiny_bert import write_published
 
 ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
@@ -41,6 +45,28 @@ def get_config():
     )
 """
 
+# The transformer on top: {tokenizer} and {text_encoder} are folders.
+HART_CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(
+        {{
+            "tokenizer": {tokenizer_settings!r},
+            "transformer": {transformer_settings!r},
+            "loss": {{"condition_top_k": 8, "min_kept": 4, "keep_counts": 2}},
+            "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4}},
+            "data": {{"train": {train!r}, "test": {train!r}, "cache": True}},
+            "train": {{"steps": 32, "batch_size": 4, "log_every": 2, "save_every": 4, "sample_every": 16}},
+            "sample": {{"top_k": 8, "top_k_late": 8}},
+            "sample_prompts": ("a red apple", "a blue dog"),
+            "tokenizer_from": {tokenizer!r},
+            "text_encoder": {text_encoder!r},
+        }}
+    )
+"""
+
 
 def make_shards(folder: Path, count: int, seed: int) -> Path:
     """Shards of random pictures of 16 px with captions."""
@@ -63,6 +89,24 @@ def write_tokenizer_config(folder: Path) -> Path:
     train, test = (make_shards(folder / name, count, seed) for name, count, seed in (("train", 14, 0), ("test", 3, 1)))
     path = folder / "tiny_tokenizer.py"
     path.write_text(TOKENIZER_CONFIG.format(train=str(train), test=str(test)))
+    return path
+
+
+def write_hart_config(folder: Path) -> Path:
+    """A config file of a tiny transformer beside its data, tokenizer and text encoder."""
+    model = tiny_model(context_tokens=6, context_dim=24)
+    write_part(folder / "tokenizer", model.tokenizer_config, model.tokenizer)
+    import_minilm(write_published(folder / "published"), folder / "text_encoder")
+    path = folder / "tiny_hart.py"
+    path.write_text(
+        HART_CONFIG.format(
+            tokenizer_settings=model.tokenizer_config.to_dict(),
+            transformer_settings=model.transformer_config.to_dict(),
+            train=str(make_shards(folder / "train", 14, seed=0)),
+            tokenizer=str(folder / "tokenizer"),
+            text_encoder=str(folder / "text_encoder"),
+        )
+    )
     return path
 
 

@@ -48,6 +48,14 @@ def test_keys_past_the_end_do_not_matter():
     np.testing.assert_array_equal(out, attention(q, k, v, kv_end=((3, 4),), scale=1.0))
 
 
+def test_one_head_at_a_time_is_the_same(monkeypatch):
+    segments = scale_causal_segments(3, (1, 4))
+    q, k, v = qkv(8, 8)
+    at_once = attention(q, k, v, kv_end=segments, scale=0.3)
+    monkeypatch.setattr("hart_jax.transformer.attention.MAX_LOGITS_BYTES", 0)
+    np.testing.assert_allclose(attention(q, k, v, kv_end=segments, scale=0.3), at_once, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_stays_near():
     q, k, v = qkv(5, 5)
     exact = attention(q, k, v, scale=0.5)
