@@ -63,7 +63,7 @@ def test_an_existing_folder_stays_as_it_is(run, tmp_path):
 
 
 def test_a_tokenizer_workdir_is_no_model(tmp_path):
-    experiment = TokenizerExperiment(tokenizer=TOKENIZER, loss=TokenizerLossConfig(adversarial=0.0))
+    experiment = TokenizerExperiment(tokenizer=TOKENIZER, loss=TokenizerLossConfig(adversarial=0.0, perceptual=0.0))
     with Checkpoints(tmp_path, experiment.to_dict(), save_every=1) as checkpoints:
         checkpoints.save(1, {"model": {"ema": {"a": jnp.zeros(2)}}})
     with pytest.raises(UserError, match="trains a tokenizer"):
