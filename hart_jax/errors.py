@@ -9,9 +9,12 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs a command's main function; a `UserError` becomes one line on stderr and exit code 2."""
+    """Runs a command's main function; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where complete work ends", file=sys.stderr)
+        sys.exit(130)

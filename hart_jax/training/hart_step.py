@@ -94,7 +94,7 @@ def make_hart_step(
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         gradient = jax.value_and_grad(compute, has_aux=True)
         (_, metrics), grads = gradient(state.params, tokens, condition, codebook_VC, kept_BN, loss_key)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         return apply_gradients(state, grads, optimizer, ema_decay), metrics
 
     return jax.jit(step, static_argnames="kept", donate_argnums=0)

@@ -127,7 +127,7 @@ def make_tokenizer_step(
         (total, (parts, output, quantized)), grads = gradient(
             state.model.params, state, image, decode_key, lpips_params, adversarial
         )
-        metrics = {"loss": total, "gradient_norm": optax.global_norm(grads), **parts}
+        metrics = {"loss": total, "gradient_norm": optax.tree.norm(grads), **parts}
         state = state.replace(model=apply_gradients(state.model, grads, optimizer, ema_decay))
         if loss.restart_below > 0:
             state = restart_unused_codes(restart_key, state, quantized, loss.restart_below)

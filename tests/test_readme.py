@@ -1,0 +1,49 @@
+"""The README's commands: the ones that draw are run, the ones that train are those of the script that made the model."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "make_bundled_model.sh"
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("    #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+DRAWING = [command for command in commands() if command.startswith("python sample.py")]
+
+
+def test_every_command_is_of_a_kind_that_something_runs():
+    script = SCRIPT.read_text()
+    # What CI runs itself, and what a test of its own runs (tests/convert/test_command.py, tests/test_reconstruction.py).
+    elsewhere = ("make sample", "make test", "pip install -e", "python -m hart_jax.convert")
+    for command in commands():
+        if command in DRAWING or command.startswith(elsewhere):
+            continue
+        start = command.replace("--out assets/emoji", "--out")
+        assert start in script, f"{command!r} is neither run by a test nor part of {SCRIPT.name}"
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_drawing_commands_run(command, tmp_path):
+    arguments = [part for part in shlex.split(command)[2:] if not part.startswith("--out=")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "sample.py", *arguments, f"--out={tmp_path}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert list(tmp_path.glob("*.png"))
