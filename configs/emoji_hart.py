@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
                 "save_every": 250,
                 "sample_every": 575,
             },
-            "sample": {"cfg": 3.0, "top_k": 600, "top_k_late": 300},
+            "sample": {"cfg": 4.0, "top_k": 60, "top_k_late": 60},
             "sample_prompts": (
                 "a 3D render of a red apple",
                 "a flat icon of a dog",
