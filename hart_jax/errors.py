@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs a command's main function; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs a command's main function; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C code 130."""
     try:
         main()
     except UserError as error:

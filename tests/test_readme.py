@@ -1,4 +1,4 @@
-"""The README's commands: the ones that draw are run, the ones that train are those of the script that made the model."""
+"""The README's commands: those that draw are run, those that train are in the script that made the model."""
 
 import os
 import re
@@ -25,7 +25,7 @@ DRAWING = [command for command in commands() if command.startswith("python sampl
 
 def test_every_command_is_of_a_kind_that_something_runs():
     script = SCRIPT.read_text()
-    # What CI runs itself, and what a test of its own runs (tests/convert/test_command.py, tests/test_reconstruction.py).
+    # What CI runs itself, and what has a test of its own (tests/convert/test_command.py).
     elsewhere = ("make sample", "make test", "pip install -e", "python -m hart_jax.convert")
     for command in commands():
         if command in DRAWING or command.startswith(elsewhere):
