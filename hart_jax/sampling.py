@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.config import Settings
+from hart_jax.convert.released import is_released, read_released
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, SampleConfig
 from hart_jax.generate import make_sampler
@@ -46,14 +47,12 @@ def load_model(path: str | Path) -> Model:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
-    # Each reader brings libraries that the others do without.
+    # Here, because Orbax takes seconds to import and only workdirs need it.
     if (path / "checkpoints").is_dir():
         from hart_jax.training.workdir import read_workdir
 
         return read_workdir(path)
-    if (path / "llm").is_dir():
-        from hart_jax.convert.released import read_released
-
+    if is_released(path):
         return read_released(path)
     return read_model(path)
 

@@ -45,11 +45,6 @@ def normalise(code_points: str) -> str:
     return "-".join(part for part in parts if part and part != "fe0f")
 
 
-def without_skin_tones(code: str) -> str:
-    """A normalised code without its skin-tone modifiers."""
-    return "-".join(part for part in code.split("-") if part not in SKIN_TONES)
-
-
 def has_skin_tone(code: str) -> bool:
     return not SKIN_TONES.isdisjoint(code.split("-"))
 

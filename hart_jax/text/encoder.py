@@ -6,16 +6,15 @@ system prompt in front, whose states it drops; the context is always the last T 
 
 import abc
 import importlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from hart_jax.config import read_json
 from hart_jax.errors import UserError
 
 # The module of each `model_type` has `load(folder) -> TextEncoder`; imported only when it is asked for.
@@ -80,16 +79,3 @@ def load_text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
             f"{path / 'config.json'}: model_type {model_type!r} is unknown; known are {', '.join(_MODULES)}"
         )
     return importlib.import_module(_MODULES[model_type]).load(path)
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """The object in a JSON file; `UserError` where the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return value

@@ -28,8 +28,9 @@ import numpy as np
 from flax import linen as nn
 from tokenizers import Tokenizer
 
+from hart_jax.config import read_json
 from hart_jax.errors import UserError, run_cli
-from hart_jax.text.encoder import TextEncoder, read_json
+from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.prompts import check_prompts
 from hart_jax.weights import DTYPES, check_tree, load_weights, read_tensors, save_weights
 
