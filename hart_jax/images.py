@@ -14,6 +14,11 @@ _CAPTION_MARGIN = 2
 _CAPTION_MAX_LINES = 5
 
 
+def from_uint8(image):
+    """A uint8 array, NumPy's or JAX's, as float32 in [-1, 1], as the models take images."""
+    return image.astype(np.float32) / 127.5 - 1.0
+
+
 def to_uint8(image) -> np.ndarray:
     """Values of any float array in [-1, 1] as uint8 in [0, 255], rounded to the nearest and clipped; NaN becomes 0."""
     scaled = (np.asarray(image, np.float32) + 1.0) * 127.5

@@ -18,7 +18,7 @@ import numpy as np
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.pipeline import make_loader
 from hart_jax.errors import run_cli
-from hart_jax.images import grid, save_png, to_uint8
+from hart_jax.images import from_uint8, grid, save_png, to_uint8
 from hart_jax.model_folder import read_tokenizer
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import load_lpips, lpips
@@ -52,7 +52,7 @@ def measure(
     for batch in loader:
         count = len(batch["image"])
         padded = np.concatenate([batch["image"], np.repeat(batch["image"][:1], BATCH - count, axis=0)])
-        results = jax.device_get(compare(params, lpips_params, padded.astype(np.float32) / 127.5 - 1.0))
+        results = jax.device_get(compare(params, lpips_params, from_uint8(padded)))
         for mode, (_, psnr_B, lpips_B) in results.items():
             scores[mode].append(np.stack([psnr_B, lpips_B], axis=1)[:count])
         if not rows:

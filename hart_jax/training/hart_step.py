@@ -11,6 +11,7 @@ import optax
 from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
 from hart_jax.generate import keep_top
+from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.state import Params, TrainState, apply_gradients
@@ -86,7 +87,7 @@ def make_hart_step(
 
     def step(state: TrainState, tokenizer_params: Params, image_BHWC: jax.Array, condition, key, kept: int):
         drop_key, keep_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        image = image_BHWC.astype(jnp.float32) / 127.5 - 1.0
+        image = from_uint8(image_BHWC)
         tokens = tokenizer.apply({"params": tokenizer_params}, image, method="tokens")
         dropped_B = jax.random.bernoulli(drop_key, loss.drop_text, (len(image),))
         condition = drop_condition(hart, condition, dropped_B)

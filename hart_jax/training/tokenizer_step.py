@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from hart_jax.config import TokenizerLossConfig
+from hart_jax.images import from_uint8
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, straight_through, vq_loss
 from hart_jax.tokenizer.model import Tokenizer
@@ -122,7 +123,7 @@ def make_tokenizer_step(
 
     def step(state: TokenizerState, image_BHWC: jax.Array, key: jax.Array, lpips_params, adversarial: bool):
         decode_key, restart_key = jax.random.split(jax.random.fold_in(key, state.step))
-        image = image_BHWC.astype(jnp.float32) / 127.5 - 1.0
+        image = from_uint8(image_BHWC)
         gradient = jax.value_and_grad(generator_loss, has_aux=True)
         (total, (parts, output, quantized)), grads = gradient(
             state.model.params, state, image, decode_key, lpips_params, adversarial

@@ -10,7 +10,7 @@ import numpy as np
 from hart_jax.data.pipeline import make_loader
 from hart_jax.errors import UserError
 from hart_jax.experiment import TokenizerExperiment
-from hart_jax.images import grid, to_uint8
+from hart_jax.images import from_uint8, grid, to_uint8
 from hart_jax.parallel.mesh import data_mesh, replicated
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import load_lpips
@@ -62,7 +62,7 @@ class TokenizerTask:
         return self._loader(config.data.train, config.train.batch_size, train=True, cache=config.data.cache)
 
     def init(self) -> TokenizerState:
-        images = jnp.asarray(self._first, jnp.float32) / 127.5 - 1.0
+        images = from_uint8(jnp.asarray(self._first))
         return init_tokenizer_state(jax.random.fold_in(self._key, 0), self._tokenizer, self._optimizer, images)
 
     def step(self, state: TokenizerState, batch: Batch, step: int) -> tuple[TokenizerState, dict[str, jax.Array]]:
@@ -70,7 +70,7 @@ class TokenizerTask:
         return self._step(state, batch["image"], jax.random.fold_in(self._key, 1), self._lpips, adversarial)
 
     def _both_reconstructions(self, params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        image = images.astype(jnp.float32) / 127.5 - 1.0
+        image = from_uint8(images)
         discrete, hybrid = (
             self._tokenizer.apply({"params": params}, image, continuous=continuous, method="reconstruct")
             for continuous in (False, True)
