@@ -17,7 +17,8 @@ from hart_jax.experiment import HartExperiment, SampleConfig
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one prompt per line.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt.")
+_LABELS = flags.DEFINE_list("labels", [], "Classes to draw, for a class-conditional model: --labels=3,17.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or label.")
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed, another picture.")
 _CFG = flags.DEFINE_float("cfg", None, "Classifier-free guidance; 0 is none.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept at every scale; 0 keeps all.")
@@ -48,7 +49,17 @@ def settings(experiment: HartExperiment) -> SampleConfig:
     return changed
 
 
-def prompts() -> list[str]:
+def wishes(experiment: HartExperiment) -> list[str] | list[int]:
+    """The prompts of the command line, or its labels for a class-conditional model."""
+    classes, prompted = experiment.transformer.num_classes, _PROMPT.value or _PROMPTS_FILE.value is not None
+    if classes:
+        if prompted or not _LABELS.value:
+            raise UserError(f"--config: a model of {classes} classes, not of prompts; give --labels=3,17")
+        if not all(label.isdigit() and int(label) < classes for label in _LABELS.value):
+            raise UserError(f"--labels={','.join(_LABELS.value)}: needs numbers from 0 to {classes - 1}")
+        return [int(label) for label in _LABELS.value]
+    if _LABELS.value:
+        raise UserError("--labels: this config's model draws prompts, not classes; give --prompt")
     from hart_jax.text.prompts import check_prompts, read_prompts_file
 
     found = list(_PROMPT.value)
@@ -60,7 +71,7 @@ def prompts() -> list[str]:
     return found
 
 
-def output_paths(asked: list[str], count: int) -> tuple[list[Path], Path | None]:
+def output_paths(asked: list[str] | list[int], count: int) -> tuple[list[Path], Path | None]:
     """A new file for each picture and, for several, for their grid. Numbers go on after those in the folder."""
     out = Path(_OUT.value)
     if out.suffix == ".png":
@@ -73,7 +84,7 @@ def output_paths(asked: list[str], count: int) -> tuple[list[Path], Path | None]
         raise UserError(f"--out={out}: is not a folder")
     taken = [int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
     first = max(taken, default=-1) + 1
-    names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in asked]
+    names = [re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60] for wish in asked]
     paths = [
         out / f"{first + i:05d}-{name}.png" for i, name in enumerate(n for n in names for _ in range(_NUM_IMAGES.value))
     ]
@@ -88,7 +99,7 @@ def main() -> None:
     for flag in (_NUM_IMAGES, _BATCH_SIZE):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value}: must be 1 or more")
-    asked, chosen = prompts(), settings(experiment)
+    asked, chosen = wishes(experiment), settings(experiment)
     count = len(asked) * _NUM_IMAGES.value
     paths, grid_path = output_paths(asked, count)
     # After the checks, so that a wrong flag is reported at once.
@@ -102,11 +113,12 @@ def main() -> None:
     painter = Painter(model, chosen, None if model.text_encoder else experiment.text_encoder)
     common = {"software": "hart_jax", "model": str(source), "seed": str(_SEED.value)}
     common["settings"] = json.dumps(dataclasses.asdict(chosen))
+    kind = "label" if experiment.transformer.num_classes else "prompt"
     pictures = []
     with tqdm(total=count, unit="image", desc="drawing", disable=count == 1) as bar:
         for batch in painter.draw(asked, _NUM_IMAGES.value, _SEED.value, _BATCH_SIZE.value):
             for picture in batch:
-                about = {"prompt": picture.prompt, "index": str(picture.index), **common}
+                about = {kind: str(picture.wish), "index": str(picture.index), **common}
                 save_png(paths[len(pictures)], picture.image, about)
                 pictures.append(picture)
             bar.update(len(batch))
@@ -114,8 +126,8 @@ def main() -> None:
         import numpy as np
 
         images = np.stack([picture.image for picture in pictures])
-        tiles = grid(images, columns=min(8, count), captions=[picture.prompt for picture in pictures])
-        save_png(grid_path, tiles, {"prompts": json.dumps(asked), **common})
+        tiles = grid(images, columns=min(8, count), captions=[str(picture.wish) for picture in pictures])
+        save_png(grid_path, tiles, {f"{kind}s": json.dumps(asked), **common})
     print(grid_path or paths[0])
 
 

@@ -21,17 +21,25 @@ def main() -> None:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
     if Path(_WORKDIR.value).exists() and not Path(_WORKDIR.value).is_dir():
         raise UserError(f"--workdir={_WORKDIR.value}: is a file; give a folder")
-    for name in ("train", "test"):
-        if not getattr(experiment.data, name):
+    for name, folder in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
+        if not folder:
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     # After the checks, so that a wrong setting is reported at once.
+    from hart_jax.parallel.launch import join_processes
+    from hart_jax.parallel.mesh import Placement
     from hart_jax.training.hart_task import HartTask
     from hart_jax.training.loop import Task, run
     from hart_jax.training.tokenizer_task import TokenizerTask
 
     workdir = Path(_WORKDIR.value)
-    task: Task = HartTask(experiment, workdir) if isinstance(experiment, HartExperiment) else TokenizerTask(experiment)
-    run(task, experiment.train, experiment.to_dict(), workdir)
+    join_processes()
+    placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
+    task: Task
+    if isinstance(experiment, HartExperiment):
+        task = HartTask(experiment, workdir, placement)
+    else:
+        task = TokenizerTask(experiment, placement)
+    run(task, placement, experiment.train, experiment.to_dict(), workdir)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.995,
             },
+            "mesh": {},
             "data": {"train": "data/shards/train", "test": "data/shards/test", "cache": True},
             "train": {
                 "steps": 2600,

@@ -15,5 +15,7 @@ def get_config() -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("hart_0p7b_256.py")))["get_config"]()
     config.tokenizer.image_size = 1024
     config.tokenizer.patch_nums = config.transformer.patch_nums = PATCH_NUMS
+    config.init_from = "runs/hart_0p7b_512"
     config.train.steps = 20_000
+    config.optimizer.warmup_steps = 1000
     return config

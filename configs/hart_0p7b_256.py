@@ -2,7 +2,9 @@
 
 python train.py --config=configs/hart_0p7b_256.py --workdir=runs/hart_0p7b_256
 
-Learning rate, weight decay, clipping and batch are VAR's recipe for depth 24; the number of steps is not published.
+Learning rate, its decay, weight decay, clipping and batch are VAR's recipe for depth 24; the weights of the two losses
+and the number of steps are not published. The mesh is for a pod or several hosts of GPUs, in groups of 16 chips; on
+fewer chips set --config.mesh.fsdp to their number. `python -m hart_jax.parallel.plan` says what fits.
 """
 
 from ml_collections import ConfigDict
@@ -37,15 +39,32 @@ def get_config() -> ConfigDict:
             "text_encoder": "data/qwen2-vl-1.5b-instruct",
             # 300 states of 1536 floats for each caption would outgrow the pictures.
             "precompute_text": False,
-            "loss": {"drop_text": 0.1, "condition_top_k": 600, "condition_top_p": 0.96},
+            "loss": {
+                "token": 1.0,
+                "diffusion": 1.0,
+                "condition_top_k": 600,
+                "condition_top_p": 0.96,
+                "drop_text": 0.1,
+                # Token subsampling: the share of the last scale that a step leaves out is a truncated normal.
+                "drop_mean": 1.0,
+                "drop_std": 0.25,
+                "drop_min": 0.5,
+                "min_kept": 32,
+                "keep_counts": 4,
+            },
             "optimizer": {
                 "learning_rate": 8e-5 * BATCH_SIZE / 256,
                 "warmup_steps": 5000,
+                "schedule": "linear",
+                "b1": 0.9,
+                "b2": 0.95,
                 "weight_decay": 0.05,
                 "clip_norm": 2.0,
+                "ema_decay": 0.9999,
             },
+            "mesh": {"data": -1, "fsdp": 16},
             "data": {"train": "data/captioned/train", "test": "data/captioned/test"},
-            "train": {"steps": 200_000, "batch_size": BATCH_SIZE},
+            "train": {"steps": 200_000, "batch_size": BATCH_SIZE, "remat": "full"},
             "sample": {"cfg": 4.5, "top_k": 600, "top_k_late": 300},
             "sample_prompts": (
                 "a photograph of an astronaut riding a horse on the moon",

@@ -2,7 +2,7 @@
 
 python train.py --config=configs/hart_d20.py --workdir=runs/hart_d20
 
-Learning rate, batch and length (250 epochs) are VAR's recipe for this depth.
+Learning rate and its decay, batch and length (250 epochs, 5 of them warm-up) are VAR's recipe for this depth.
 """
 
 from ml_collections import ConfigDict
@@ -36,13 +36,19 @@ def get_config() -> ConfigDict:
                 "diffusion": {"width": 1024, "depth": 6, "sampling_steps": 8, "batch_mul": 4},
             },
             "tokenizer_from": "runs/hart_tokenizer",
+            "loss": {"condition_top_k": 600, "condition_top_p": 0.96, "drop_text": 0.1, "keep_counts": 4},
             "optimizer": {
                 "learning_rate": 1e-4 * BATCH_SIZE / 256,
-                "warmup_steps": 8000,
+                "warmup_steps": 8300,
+                "schedule": "linear",
+                "b1": 0.9,
+                "b2": 0.95,
                 "weight_decay": 0.05,
                 "clip_norm": 2.0,
+                "ema_decay": 0.9999,
             },
-            "data": {"train": "data/imagenet/train", "test": "data/imagenet/test"},
+            "mesh": {"data": 1, "fsdp": -1},
+            "data": {"train": "data/imagenet/train", "test": "data/imagenet/test", "flip": False},
             "train": {"steps": 417_000, "batch_size": BATCH_SIZE},
             "sample": {"cfg": 1.5, "top_k": 600, "top_k_late": 300},
         }

@@ -15,4 +15,6 @@ def get_config() -> ConfigDict:
     config.transformer.width = 1536
     config.train.steps = 584_000
     config.optimizer.learning_rate = 8e-5 * config.train.batch_size / 256
+    config.optimizer.warmup_steps = 11_700
+    config.optimizer.final_fraction = 0.01
     return config

@@ -16,4 +16,6 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 1024
     config.train.steps = 438_000
     config.optimizer.learning_rate = 8e-5 * config.train.batch_size / 256
+    config.optimizer.warmup_steps = 8_800
+    config.optimizer.final_fraction = 0.01
     return config

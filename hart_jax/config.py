@@ -42,14 +42,35 @@ class Settings:
             _require(type(value) is kind, f"{cls.__name__}.{name}={value!r}: expected {kind.__name__}")
             if isinstance(value, tuple):
                 (item, _) = typing.get_args(fields[name].type)
+                if item is float:
+                    value = tuple(float(entry) if type(entry) is int else entry for entry in value)
                 fits = all(type(entry) is item for entry in value)
                 _require(fits, f"{cls.__name__}.{name}={value!r}: expected a tuple of {item.__name__}")
             arguments[name] = value
         return cls(**arguments)
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The settings in a JSON file; `UserError`, naming the file, if it is missing or holds something else."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON writes them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def check_same(self, theirs: Self, source: str | Path, part: str) -> None:
+        """Raises `UserError` unless the settings `theirs`, found in `source`, are these; it names what differs."""
+        ours, others = self.to_dict(), theirs.to_dict()
+        differing = [
+            f"{part}.{name} is {others[name]!r}, the config says {ours[name]!r}"
+            for name in ours
+            if ours[name] != others[name]
+        ]
+        _require(not differing, f"{source}: a checkpoint of another config: {'; '.join(differing[:4])}")
 
 
 def _check_patch_nums(patch_nums: tuple[int, ...]) -> None:
@@ -212,9 +233,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """AdamW with warm-up and decay; weight decay on matrices only."""
+    """AdamW with warm-up and decay; weight decay on matrices only.
+
+    `muon_learning_rate` above 0 trains the matrices of the transformer's blocks with Muon at that peak instead
+    (arXiv 2502.16982: updates of Adam's size, so that both rates compare), everything else with AdamW as before.
+    """
 
     learning_rate: float = 1e-4
+    muon_learning_rate: float = 0.0
     warmup_steps: int = 1000
     schedule: str = "cosine"
     final_fraction: float = 0.1
@@ -225,10 +251,11 @@ class OptimizerConfig(Settings):
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        _require(self.schedule in ("cosine", "constant"), f"schedule={self.schedule!r}: must be 'cosine' or 'constant'")
+        known = ("cosine", "linear", "constant")
+        _require(self.schedule in known, f"schedule={self.schedule!r}: must be one of {', '.join(known)}")
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         _require(self.clip_norm > 0, f"clip_norm={self.clip_norm}: must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("muon_learning_rate", "warmup_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be 0 or more")
         for name in ("b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}: must be in [0, 1)")
@@ -236,17 +263,52 @@ class OptimizerConfig(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(Settings):
+    """Sizes of the mesh's axes, one of them possibly -1 (the remaining devices); `rules` change
+    `hart_jax.parallel.rules.RULES`, as "mlp=fsdp"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    rules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor")}
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}={size}: must be 1 or more, or -1 for the remaining devices")
+        _require(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one size can be -1")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
-    """Folders of ArrayRecord shards (`hart_jax.data.shards`); `cache` keeps the resized images in memory."""
+    """Folders of ArrayRecord shards (`hart_jax.data.shards`); `cache` keeps the resized images in memory.
+
+    Training images come from `train`, or from several folders, `sources`: in proportion to `weights`, by size without.
+    Of them, `max_bad_records` may turn out not to decode: others take their places.
+    """
 
     train: str = ""
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     test: str = ""
     flip: bool = True
     cache: bool = False
     workers: int = 0
+    max_bad_records: int = 100
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"data.workers={self.workers}: must be 0 or more")
+        for name in ("workers", "max_bad_records"):
+            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must be 0 or more")
+        both = f"data.sources={self.sources} and data.train={self.train!r}: give one of them, set the other to empty"
+        _require(not (self.sources and self.train), both)
+        weights = f"data.weights={self.weights}: needs one above 0 for each of the {len(self.sources)} data.sources"
+        _require(not self.weights or len(self.weights) == len(self.sources), weights)
+        _require(all(weight > 0 for weight in self.weights), weights)
+
+    @property
+    def train_folders(self) -> tuple[str, ...]:
+        """The folders of training images; empty where none is set."""
+        return self.sources or ((self.train,) if self.train else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,24 +361,58 @@ class HartLossConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Length, logging and precision of a training run. `dtype` "auto": bfloat16 on TPU and GPU, float32 on CPU."""
+    """Length, logging, checkpoints and precision of a training run.
+
+    `dtype` "auto": bfloat16 on TPU and GPU, float32 on CPU. `remat` trades memory for time in the transformer's blocks:
+    "none", "dots" (keeps the results of products with weights) or "full" (keeps the blocks' inputs alone).
+    `accumulate` splits every batch of `batch_size` into so many parts that are computed one after the other.
+
+    The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
+    one with the lowest logged value of the metric `keep_best` (empty: none). A step whose loss or gradients are not
+    finite changes nothing; after `max_skipped` of them in a row training stops. `profile_steps` (first, last) are
+    traced into the workdir's `profile`. `log_records` writes which images every step took into records.jsonl.
+    """
 
     steps: int = 100_000
     batch_size: int = 256
+    accumulate: int = 1
     seed: int = 0
     dtype: str = "auto"
+    remat: str = "none"
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 5000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    keep_best: str = ""
+    max_skipped: int = 10
+    profile_steps: tuple[int, ...] = ()
+    log_records: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "keep_checkpoints")
+        for name in (*counts, "max_skipped"):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be 1 or more")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.accumulate={self.accumulate}: must divide train.batch_size={self.batch_size}",
+        )
         _require(
             self.dtype in ("auto", "float32", "bfloat16"), f"train.dtype={self.dtype!r}: auto, float32 or bfloat16"
         )
+        _require(self.remat in ("none", "dots", "full"), f"train.remat={self.remat!r}: none, dots or full")
         _require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be in 0..2**32-1")
-        # Logged means then never span a checkpoint, so that a resumed run logs what an undisturbed one does.
-        aligned = self.save_every % self.log_every == 0
-        _require(aligned, f"train.save_every={self.save_every}: must be a multiple of log_every={self.log_every}")
+        _require(
+            self.keep_every >= 0 and self.keep_every % self.save_every == 0,
+            f"train.keep_every={self.keep_every}: must be 0 or a multiple of save_every={self.save_every}",
+        )
+        _require(
+            not self.keep_best or self.save_every % self.log_every == 0,
+            f"train.save_every={self.save_every}: must be a multiple of log_every={self.log_every}, "
+            "as train.keep_best chooses by the value logged at a checkpoint",
+        )
+        profiled = self.profile_steps
+        _require(
+            not profiled or (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]),
+            f"train.profile_steps={profiled}: must be (first, last) with 1 <= first <= last, or empty",
+        )

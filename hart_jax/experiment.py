@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from hart_jax.config import (
     DataConfig,
     HartLossConfig,
+    MeshConfig,
     OptimizerConfig,
     Settings,
     TokenizerConfig,
@@ -24,19 +25,34 @@ from hart_jax.errors import UserError
 
 # Below this the discriminator's last layer has no patch left.
 SMALLEST_JUDGED = 24
+TOKENIZER_MODULES = ("encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerExperiment(Settings):
-    """Trains the hybrid tokenizer."""
+    """Trains the hybrid tokenizer.
+
+    It starts from the tokenizer in `init_from` (a workdir, a model folder, a release; empty: from scratch), of which
+    the modules `freeze` stay as they are: with encoder, quant_conv and quantizer, only decoding is trained.
+    """
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    init_from: str = ""
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.freeze) - set(TOKENIZER_MODULES))
+        if unknown or set(self.freeze) == set(TOKENIZER_MODULES):
+            raise UserError(f"freeze={self.freeze}: give some of {', '.join(TOKENIZER_MODULES)}, not all")
+        if self.freeze and not self.init_from:
+            raise UserError(f"freeze={self.freeze}: needs init_from, a trained tokenizer to start from")
+        if "quantizer" in self.freeze and self.loss.restart_below > 0:
+            raise UserError("loss.restart_below: a frozen quantizer's codes do not restart; set it to 0")
         size, loss = self.tokenizer.image_size, self.loss
         if loss.adversarial > 0 and size < SMALLEST_JUDGED:
             raise UserError(
@@ -87,6 +103,8 @@ class HartExperiment(Settings):
     """Trains the transformer with its diffusion head on a frozen tokenizer and text encoder, and samples from it.
 
     `tokenizer_from` is a tokenizer workdir or a model folder's `tokenizer/`; `text_encoder` a text encoder's folder;
+    `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
+    `precompute_text` and `precompute_tokens` keep text states and image tokens on disk instead of computing them anew;
     `model` the folder that `sample.py` draws from if no checkpoint is given.
     """
 
@@ -94,18 +112,23 @@ class HartExperiment(Settings):
     transformer: TransformerConfig = TransformerConfig()
     loss: HartLossConfig = HartLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     tokenizer_from: str = ""
+    init_from: str = ""
     text_encoder: str = ""
     precompute_text: bool = True
+    precompute_tokens: bool = False
     sample_prompts: tuple[str, ...] = ()
     model: str = ""
 
     def __post_init__(self) -> None:
         check_fit(self.tokenizer, self.transformer)
         self.sample.check_vocabulary(self.tokenizer.vocab_size)
+        if self.precompute_tokens and self.data.flip:
+            raise UserError("precompute_tokens=True keeps tokens of images as they are: set data.flip=False")
         if self.loss.condition_top_k > self.tokenizer.vocab_size:
             message = (
                 f"loss.condition_top_k={self.loss.condition_top_k}: the codebook has {self.tokenizer.vocab_size} codes"

@@ -21,7 +21,7 @@ def export(workdir: str | Path, out: str | Path, dtype: str = "bfloat16", params
     if Path(out).exists():
         raise UserError(f"{out}: already exists; give a new folder or remove it")
     model = read_workdir(workdir, params)
-    if model.text_encoder is None:
+    if model.text_encoder is None and not model.transformer_config.num_classes:
         raise UserError(f"{workdir}: its text encoder's folder is gone; a model folder needs one")
     write_model(out, model, dtype)
 

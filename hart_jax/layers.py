@@ -1,26 +1,103 @@
 """Layers that the transformer and the diffusion head share, with logical axis names on every parameter."""
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"
 Axes = tuple[str | None, ...]
+
+
+def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jnp.einsum` of x and a float32 kernel, in the type of x; rematerialisation knows its result as `PRODUCT`.
+
+    The kernel's gradient is float32 from its first sum on, over samples and over devices, where the usual one is
+    rounded to the type of x before devices add theirs.
+    """
+    return checkpoint_name(_product(equation, x, kernel), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+def _product_forward(equation: str, x: jax.Array, kernel: jax.Array):
+    return _product(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    (x, kernel), (inputs, out) = kept, equation.split("->")
+    of_x, of_kernel = inputs.split(",")
+    x_gradient = jnp.einsum(f"{out},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
+    kernel_gradient = jnp.einsum(f"{of_x},{out}->{of_kernel}", x, gradient, preferred_element_type=kernel.dtype)
+    return x_gradient, kernel_gradient
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in the type of x, added in float32, as is the bias's gradient."""
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """A linear layer: see `product` and `add_bias`. `dtype` is the compute type."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        rows = "abc"[: x.ndim - 1]
+        y = product(f"{rows}i,io->{rows}o", x.astype(self.dtype or jnp.float32), kernel)
+        return add_bias(y, self.param("bias", self.bias_init, (self.features,))) if self.use_bias else y
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """x with its first axis, of samples or of samples' tokens, split over the devices, and the others whole.
+
+    Where activations of split parameters are left to the compiler, it may gather the batch instead of the weights.
+    """
+    return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
+
+
+def parts(*axes: str) -> int:
+    """Into how many parts an array with these logical axes is split, by the mesh and rules that it is traced under."""
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = nn.logical_to_mesh_axes(axes) or ()
+    split = [name for names in spec for name in ((names,) if isinstance(names, str) else names or ())]
+    return math.prod(mesh.shape[name] for name in split)
 
 
 def dense(
     features: int, axes: Axes, *, name: str, bias: bool = True, init=None, dtype: jnp.dtype | None = None
-) -> nn.Dense:
+) -> Dense:
     """A linear layer whose kernel has these two logical axes."""
     init = nn.initializers.truncated_normal(0.02) if init is None else init
-    return nn.Dense(
+    return Dense(
         features,
-        use_bias=bias,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        use_bias=bias,
         dtype=dtype,
         name=name,
     )
+
+
+def width_init(width: int, factor: float = 1.0) -> nn.initializers.Initializer:
+    """Truncated normal of deviation factor / sqrt(3 width), as VAR's: a narrow model starts with larger weights."""
+    return nn.initializers.truncated_normal(factor / (3 * width) ** 0.5)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -51,13 +128,15 @@ def sinusoidal(t_N: jax.Array, width: int = 256, max_period: float = 10000.0) ->
 
 
 class TimestepEmbed(nn.Module):
-    """sinusoidal(256) -> Linear, SiLU, Linear to (N, features)."""
+    """sinusoidal(256) -> Linear, SiLU, Linear to (N, features). `many` rows are split over the devices."""
 
     features: int
     axis: str
     dtype: jnp.dtype | None = None
+    many: bool = False
 
     @nn.compact
     def __call__(self, t_N: jax.Array) -> jax.Array:
-        h = dense(self.features, (None, self.axis), name="linear_1", dtype=self.dtype)(sinusoidal(t_N))
-        return dense(self.features, (None, self.axis), name="linear_2", dtype=self.dtype)(nn.silu(h))
+        place = split_rows if self.many else lambda x: x
+        h = place(dense(self.features, (None, self.axis), name="linear_1", dtype=self.dtype)(place(sinusoidal(t_N))))
+        return place(dense(self.features, (None, self.axis), name="linear_2", dtype=self.dtype)(nn.silu(h)))

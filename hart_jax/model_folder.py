@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit, read_json
+from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
@@ -64,7 +64,7 @@ def write_part(folder: Path, config: Settings, params: Any, dtype: str = "float3
 
 def read_tokenizer(folder: Path) -> tuple[TokenizerConfig, Any]:
     """The tokenizer in `folder`; `UserError` if a file is missing, damaged, or of another model."""
-    config = TokenizerConfig.from_dict(read_json(folder / CONFIG))
+    config = TokenizerConfig.read(folder / CONFIG)
     params = load_weights(folder / WEIGHTS)
     check_tree(params, abstract_tokenizer(config), f"tokenizer weights {folder / WEIGHTS}")
     return config, params
@@ -72,7 +72,7 @@ def read_tokenizer(folder: Path) -> tuple[TokenizerConfig, Any]:
 
 def read_transformer(folder: Path) -> tuple[TransformerConfig, Any]:
     """The transformer in `folder`; `UserError` if a file is missing, damaged, or of another model."""
-    config = TransformerConfig.from_dict(read_json(folder / CONFIG))
+    config = TransformerConfig.read(folder / CONFIG)
     params = load_weights(folder / WEIGHTS)
     check_tree(params, abstract_transformer(config), f"transformer weights {folder / WEIGHTS}")
     return config, params

@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import Settings
+from hart_jax.conditions import conditions_of
 from hart_jax.convert.released import is_released, read_released
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, SampleConfig
 from hart_jax.generate import make_sampler
 from hart_jax.images import to_uint8
 from hart_jax.model_folder import Model, read_model
-from hart_jax.text.encoder import load_text_encoder
-from hart_jax.text.prompts import check_prompts, report_truncation
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
@@ -59,22 +57,15 @@ def load_model(path: str | Path) -> Model:
 
 def check_model(model: Model, experiment: HartExperiment, source: str | Path) -> None:
     """Raises `UserError` if the model is not the one that the experiment describes, naming what differs."""
-    parts: list[tuple[str, Settings, Settings]] = [
-        ("tokenizer", experiment.tokenizer, model.tokenizer_config),
-        ("transformer", experiment.transformer, model.transformer_config),
-    ]
-    for part, ours, theirs in parts:
-        pairs = {name: (value, theirs.to_dict()[name]) for name, value in ours.to_dict().items()}
-        differing = [f"{part}.{name} is {b!r}, the config says {a!r}" for name, (a, b) in pairs.items() if a != b]
-        if differing:
-            raise UserError(f"{source}: a checkpoint of another config: {'; '.join(differing[:4])}")
+    experiment.tokenizer.check_same(model.tokenizer_config, source, "tokenizer")
+    experiment.transformer.check_same(model.transformer_config, source, "transformer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One sample: `image` uint8 (H, W, 3), number `index` of its prompt."""
+    """One sample: `image` uint8 (H, W, 3), number `index` of its wish (a prompt, or the label of a class)."""
 
-    prompt: str
+    wish: str | int
     index: int
     image: np.ndarray
 
@@ -83,41 +74,33 @@ class Painter:
     """Draws pictures; compiled once per batch size. `text_encoder` replaces the folder that the model names."""
 
     def __init__(self, model: Model, settings: SampleConfig, text_encoder: str | Path | None = None):
-        folder = text_encoder or model.text_encoder
-        if folder is None:
-            raise UserError("the model has no text encoder; give the folder of one (text_encoder in the config)")
-        self._encoder = load_text_encoder(folder)
-        config = model.transformer_config
-        if self._encoder.context_dim != config.context_dim:
-            raise UserError(
-                f"{folder}: its states are {self._encoder.context_dim} wide, the model's {config.context_dim}"
-            )
-        self._length = config.context_tokens
-        dtype = compute_dtype("auto")
+        config, dtype = model.transformer_config, compute_dtype("auto")
+        self._conditions = conditions_of(config, text_encoder or model.text_encoder)
         self._sample = make_sampler(Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), settings)
         self._params = jax.device_put({"transformer": model.transformer, "tokenizer": model.tokenizer})
 
-    def draw(self, prompts: Sequence[str], num_images: int, seed: int, batch_size: int = 8) -> Iterator[list[Picture]]:
-        """Batches of pictures, `num_images` of each prompt. A picture depends on (prompt, seed, its index) alone.
+    def draw(
+        self, wishes: Sequence[str | int], num_images: int, seed: int, batch_size: int = 8
+    ) -> Iterator[list[Picture]]:
+        """Batches of pictures, `num_images` of each wish: prompts, or labels for a class-conditional model.
+
+        A picture depends on (wish, seed, its index) alone.
 
         Raises:
-          UserError: no prompt, or an empty one. One longer than the context is cut, which is reported on stderr.
+          UserError: no wish, an empty prompt, or a label that the model does not have.
         """
-        check_prompts(prompts)
-        jobs = [(prompt, index) for prompt in prompts for index in range(num_images)]
-        truncated = self._encoder.tokenize(list(prompts), self._length)[2]
-        report_truncation(list(prompts), truncated, self._length)
+        self._conditions.check(wishes)
+        jobs = [(wish, index) for wish in wishes for index in range(num_images)]
         size = min(batch_size, len(jobs))
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
             # The last batch is filled up, so that one compilation serves all.
             full = part + part[:1] * (size - len(part))
-            text = self._encoder([prompt for prompt, _ in full], self._length)
-            indices_B = jnp.array([index for _, index in full])
-            images, _ = self._sample(self._params, (text.states_BTD, jnp.asarray(text.mask_BT)), seed, indices_B)
+            condition = self._conditions([wish for wish, _ in full])
+            images, _ = self._sample(self._params, condition, seed, jnp.array([index for _, index in full]))
             pictures = zip(part, to_uint8(jax.device_get(images)), strict=False)
-            yield [Picture(prompt, index, image) for (prompt, index), image in pictures]
+            yield [Picture(wish, index, image) for (wish, index), image in pictures]
 
-    def __call__(self, prompts: Sequence[str], seed: int = 0, num_images: int = 1) -> np.ndarray:
-        """All pictures at once, uint8 (N, H, W, 3), prompt by prompt."""
-        return np.stack([picture.image for batch in self.draw(prompts, num_images, seed) for picture in batch])
+    def __call__(self, wishes: Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
+        """All pictures at once, uint8 (N, H, W, 3), wish by wish."""
+        return np.stack([picture.image for batch in self.draw(wishes, num_images, seed) for picture in batch])

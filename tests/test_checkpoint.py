@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact round trips, kills at any moment, damaged directories, other configs."""
 
+import math
 import os
 import shutil
 import signal
@@ -75,6 +76,8 @@ def damage(checkpoint: Path, how: str) -> None:
             os.truncate(path, path.stat().st_size // 2)
     elif how == "metadata lost":
         (checkpoint / "state" / "_METADATA").unlink()
+    elif how == "log truncated":
+        os.truncate(checkpoint / "log" / "data.json", 1)
     elif how == "state lost":
         shutil.rmtree(checkpoint / "state")
     else:
@@ -94,11 +97,24 @@ def test_round_trip_is_bit_exact_and_continues_the_data(tmp_path):
 
     abstract, iterator = jax.eval_shape(lambda: state), make_iterator()
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        step, restored = checkpoints.restore(abstract, iterator)
-    assert step == 4
+        step, restored, log = checkpoints.restore(abstract, iterator)
+    assert (step, log) == (4, None)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert bits(restored) == bits(state)
     np.testing.assert_array_equal([next(iterator) for _ in range(30)], expected)
+
+
+def test_what_is_not_logged_yet_is_stored_to_the_last_bit(tmp_path):
+    log = [{"loss": float(np.float32(0.1)), "absent": float("nan")}, {}]
+    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+        checkpoints.save(1, make_state(1), log=log)
+        checkpoints.save(2, make_state(2), log=[])
+        checkpoints.wait()
+        assert checkpoints.restore(make_state()).log == []
+        damage(tmp_path / "checkpoints" / "2", "log truncated")
+        step, _, restored = checkpoints.restore(make_state())
+    assert step == 1
+    assert str(restored) == str(log)
 
 
 def test_saved_state_may_be_donated_at_once(tmp_path):
@@ -124,12 +140,39 @@ def test_keeps_the_latest_and_saves_the_last_step_once(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7"]
 
 
+def test_keeps_multiples_and_the_best_besides_the_latest(tmp_path):
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 4.0, 6: None, 7: 6.0, 8: 9.0, 9: 2.0, 10: 3.0, 11: 3.0}
+    settings = {"keep": 1, "save_every": 1, "keep_every": 5, "keep_best": "loss"}
+    kept = {}
+    # Twice, as a run that is killed and resumed: the metrics are read back.
+    for steps in (range(1, 8), range(8, 12)):
+        with Checkpoints(tmp_path, CONFIG, **settings) as checkpoints:
+            for step in steps:
+                metrics = None if losses[step] is None else {"loss": losses[step], "other": 0.0}
+                checkpoints.save(step, {"params": jnp.ones(3)}, metrics=metrics)
+                checkpoints.wait()
+                kept[step] = {int(name) for name in os.listdir(tmp_path / "checkpoints")}
+    assert kept[4] == {2, 4}
+    assert kept[7] == {2, 5, 7}
+    assert kept[8] == {2, 5, 8}
+    assert kept[9] == {5, 9}
+    assert kept[11] == {5, 9, 10, 11}
+
+
+def test_best_by_a_metric_that_is_not_logged(tmp_path):
+    with (
+        Checkpoints(tmp_path, CONFIG, save_every=1, keep_best="lost") as checkpoints,
+        pytest.raises(UserError, match="keep_best='lost': no such metric; there are accuracy, loss"),
+    ):
+        checkpoints.save(1, {"params": jnp.ones(3)}, metrics={"loss": 1.0, "accuracy": 0.0})
+
+
 def test_restores_onto_a_sharding(tmp_path):
     save_steps(tmp_path, range(1, 2))
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make_state())
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        _, restored = checkpoints.restore(abstract)
+        _, restored, _ = checkpoints.restore(abstract)
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
 
 
@@ -139,13 +182,35 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
     damage(tmp_path / "checkpoints" / "3", how)
     assert bits(load_params(tmp_path)) == bits(make_state(2).ema)
     with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
-        step, restored = checkpoints.restore(make_state())
+        step, restored, _ = checkpoints.restore(make_state())
         assert (step, bits(restored)) == (2, bits(make_state(2)))
         assert checkpoints.save(3, make_state(3))
     assert "checkpoints/3 cannot be read" in capfd.readouterr().out
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore(make_state())[0] == 3
     assert (tmp_path / "checkpoints" / "3.unreadable").exists()
+
+
+def test_whichever_file_is_torn_nothing_wrong_is_restored(tmp_path):
+    whole = tmp_path / "whole"
+    with Checkpoints(whole, CONFIG, save_every=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), make_iterator(), log=[step])
+    files = [path.relative_to(whole) for path in (whole / "checkpoints" / "2").rglob("*") if path.is_file()]
+    found = {}
+    for number, file in enumerate(files):
+        torn = tmp_path / str(number)
+        shutil.copytree(whole, torn)
+        os.truncate(torn / file, (torn / file).stat().st_size // 2)
+        with Checkpoints(torn, CONFIG) as checkpoints:
+            step, state, log = checkpoints.restore(make_state(), make_iterator())
+        assert bits(state) == bits(make_state(step)) and log == [step]
+        found[file] = step
+    # Some files do not matter; those with the arrays do.
+    assert {1, 2} == set(found.values())
+    assert all(
+        step == 1 for file, step in found.items() if file.parent.name == "d" and file.parent.parent.name == "state"
+    )
 
 
 def test_no_readable_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):
@@ -184,7 +249,7 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
             restored = checkpoints.restore({"params": jnp.zeros((700, 1000))})
             assert not list((tmp_path / "checkpoints").glob("*tmp*"))
         if restored is not None:
-            reached, state = restored
+            reached, state, _ = restored
             np.testing.assert_array_equal(state["params"], np.full((700, 1000), float(reached)))
     assert reached >= 4
 

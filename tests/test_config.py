@@ -44,6 +44,13 @@ def test_nested_settings_lists_and_whole_numbers():
     assert config.patch_nums == (1, 4)
     assert config.mlp_ratio == 3.0 and isinstance(config.mlp_ratio, float)
     assert config.diffusion == DiffusionConfig(depth=2)
+    assert DataConfig.from_dict({"sources": ["a", "b"], "weights": [3, 0.5]}).weights == (3.0, 0.5)
+
+
+def test_training_folders():
+    assert DataConfig().train_folders == ()
+    assert DataConfig(train="a").train_folders == ("a",)
+    assert DataConfig(sources=("a", "b")).train_folders == ("a", "b")
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -115,7 +122,7 @@ def test_wrong_types(kind, name, value, expected):
         (TransformerConfig, {"sep_aln_pooling_mode": "mean"}, "sep_aln_pooling_mode"),
         (TransformerConfig, {"shared_aln": True, "disable_aln": False}, "shared_aln"),
         (TransformerConfig, {"num_classes": 10, "context_tokens": 2}, "context_tokens"),
-        (OptimizerConfig, {"schedule": "linear"}, "schedule"),
+        (OptimizerConfig, {"schedule": "step"}, "schedule"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate"),
         (OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate"),
         (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
@@ -126,6 +133,11 @@ def test_wrong_types(kind, name, value, expected):
         (OptimizerConfig, {"b2": -0.1}, "b2"),
         (OptimizerConfig, {"ema_decay": 1.0}, "ema_decay"),
         (DataConfig, {"workers": -1}, "data.workers"),
+        (DataConfig, {"max_bad_records": -1}, "data.max_bad_records"),
+        (DataConfig, {"train": "a", "sources": ("b",)}, "data.sources"),
+        (DataConfig, {"train": "a", "weights": (1.0,)}, "data.weights"),
+        (DataConfig, {"sources": ("a", "b"), "weights": (1.0,)}, "data.weights"),
+        (DataConfig, {"sources": ("a", "b"), "weights": (1.0, 0.0)}, "data.weights"),
         (TokenizerLossConfig, {"continuous_fraction": 1.1}, "loss.continuous_fraction"),
         (TokenizerLossConfig, {"perceptual_layers": 6}, "loss.perceptual_layers"),
         (TokenizerLossConfig, {"perceptual": -1.0}, "loss.perceptual"),
@@ -139,10 +151,18 @@ def test_wrong_types(kind, name, value, expected):
         (HartLossConfig, {"keep_counts": 0}, "loss.keep_counts"),
         (TrainConfig, {"steps": 0}, "train.steps"),
         (TrainConfig, {"batch_size": 0}, "train.batch_size"),
+        (TrainConfig, {"accumulate": 0}, "train.accumulate"),
+        (TrainConfig, {"batch_size": 8, "accumulate": 3}, "train.accumulate"),
         (TrainConfig, {"log_every": 0}, "train.log_every"),
         (TrainConfig, {"sample_every": 0}, "train.sample_every"),
         (TrainConfig, {"keep_checkpoints": 0}, "train.keep_checkpoints"),
-        (TrainConfig, {"save_every": 75}, "train.save_every"),
+        (TrainConfig, {"save_every": 100, "keep_every": 150}, "train.keep_every"),
+        (TrainConfig, {"keep_every": -1000}, "train.keep_every"),
+        (TrainConfig, {"save_every": 75, "keep_best": "loss"}, "train.save_every"),
+        (TrainConfig, {"max_skipped": 0}, "train.max_skipped"),
+        (TrainConfig, {"profile_steps": (3,)}, "train.profile_steps"),
+        (TrainConfig, {"profile_steps": (3, 2)}, "train.profile_steps"),
+        (TrainConfig, {"profile_steps": (0, 2)}, "train.profile_steps"),
         (TrainConfig, {"seed": -1}, "train.seed"),
         (TrainConfig, {"dtype": "float16"}, "train.dtype"),
     ],

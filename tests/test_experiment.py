@@ -1,5 +1,6 @@
 """Experiments: read from config files, checked as a whole."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_every_config_file_is_read_and_survives_a_round_trip(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_docstring_is_the_launch_command(path):
     assert f"--config=configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_section_can_be_changed_on_the_command_line(path):
+    """`--config.mesh.fsdp=2` needs the section in the file."""
+    sections = {name for name, value in read_experiment(path).to_dict().items() if isinstance(value, dict)}
+    written = runpy.run_path(str(path))["get_config"]()
+    assert sections - {"loss", "optimizer", "sample"} <= set(written)
 
 
 def test_kind_is_told_by_the_transformer():

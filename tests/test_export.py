@@ -1,5 +1,6 @@
 """From a training workdir to a model folder, and what is refused on the way."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -77,8 +78,15 @@ def test_a_tokenizer_of_another_config_is_named(run, tmp_path):
     write_model(tmp_path / "model", model)
     path = tmp_path / "model" / "tokenizer" / "config.json"
     path.write_text(json.dumps({**TOKENIZER.to_dict(), "quant_resi": 0.25}))
-    with pytest.raises(UserError, match=r"quant_resi=0\.25, not 0\.5"):
+    with pytest.raises(UserError, match=r"tokenizer\.quant_resi is 0\.25, the config says 0\.5"):
         load_tokenizer(tmp_path / "model", TOKENIZER)
     shutil.rmtree(tmp_path / "model" / "tokenizer")
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "model", TOKENIZER)
+
+
+def test_one_tokenizer_serves_all_image_sizes(run, tmp_path):
+    model = tiny_model()
+    write_model(tmp_path / "model", model)
+    larger = dataclasses.replace(TOKENIZER, image_size=16, patch_nums=(1, 2, 4, 8))
+    jax.tree.map(np.testing.assert_array_equal, load_tokenizer(tmp_path / "model", larger), model.tokenizer)

@@ -1,4 +1,4 @@
-"""The real-size configs have the published models' shapes; nothing of them is computed."""
+"""The real-size configs have the published models' shapes and recipe; nothing of them is computed."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from hart_jax.experiment import HartExperiment, read_experiment
+from hart_jax.experiment import HartExperiment, TokenizerExperiment, read_experiment
 from hart_jax.model_folder import abstract_tokenizer, abstract_transformer
+from hart_jax.transformer.subsample import keep_buckets
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Of SPEC.md section 1, and L.
@@ -42,14 +43,53 @@ def test_class_conditional(name, count):
     assert config.transformer.adaln == "own"
 
 
-def test_learning_rate_follows_batch_and_depth():
-    for name, base in {"hart_0p7b_256": 8e-5, "hart_d20": 1e-4, "hart_d24": 8e-5, "hart_d30": 8e-5}.items():
-        config = experiment(name)
-        assert config.optimizer.learning_rate == pytest.approx(base * config.train.batch_size / 256)
+CURRICULUM = ("hart_0p7b_256", "hart_0p7b_512", "hart_0p7b_1024")
+CLASSES = ("hart_d20", "hart_d24", "hart_d30")
+
+
+@pytest.mark.parametrize("name", [*CURRICULUM, *CLASSES])
+def test_training_is_as_published(name):
+    """SPEC.md section 5."""
+    config = experiment(name)
+    loss, optimizer, train = config.loss, config.optimizer, config.train
+    assert config.transformer.diffusion.batch_mul == 4
+    assert (loss.condition_top_k, loss.condition_top_p, loss.drop_text) == (600, 0.96, 0.1)
+    assert (loss.drop_mean, loss.drop_std, loss.drop_min, loss.min_kept) == (1.0, 0.25, 0.5, 32)
+    positions = config.transformer.patch_nums[-1] ** 2
+    counts = keep_buckets(positions, loss)
+    assert len(counts) == 4 and (counts[0], counts[-1]) == (32, positions // 2)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.05, 2.0)
+    assert optimizer.muon_learning_rate == 0
+    base = 1e-4 if config.transformer.depth < 24 else 8e-5
+    assert optimizer.learning_rate == pytest.approx(base * train.batch_size / 256)
+    assert 768 <= train.batch_size <= 1024
+    assert 0 < optimizer.warmup_steps <= train.steps / 10
+    assert 0.999 <= optimizer.ema_decay < 1
+    assert train.dtype == "auto"
+
+
+def test_every_stage_of_the_curriculum_starts_from_the_one_before():
+    before = ["", *(f"runs/{name}" for name in CURRICULUM)]
+    assert [experiment(name).init_from for name in CURRICULUM] == before[:-1]
+    assert all(experiment(name).tokenizer_from == "runs/hart_tokenizer" for name in (*CURRICULUM, *CLASSES))
+
+
+def tokenizer_experiment(name: str) -> TokenizerExperiment:
+    read = read_experiment(CONFIGS / f"{name}.py")
+    assert isinstance(read, TokenizerExperiment)
+    return read
 
 
 def test_tokenizer():
-    shared = read_experiment(CONFIGS / "hart_tokenizer.py").tokenizer
+    """SPEC.md section 1: the hybrid one starts from VAR's, whose encoder and codes stay."""
+    discrete, hybrid = (tokenizer_experiment(name) for name in ("var_tokenizer", "hart_tokenizer"))
+    shared = hybrid.tokenizer
     assert round(millions(abstract_tokenizer(shared)), 2) == 108.95
-    for name in ("hart_0p7b_256", "hart_d20"):
-        assert experiment(name).tokenizer == shared
+    for config in (discrete, experiment("hart_0p7b_256"), experiment("hart_d20")):
+        assert config.tokenizer == shared
+    assert (shared.beta, hybrid.loss.mse, discrete.loss.mse, discrete.loss.vq) == (0.25, 1.0, 1.0, 1.0)
+    assert (discrete.init_from, discrete.freeze, discrete.loss.continuous_fraction) == ("", (), 0.0)
+    assert hybrid.init_from == "runs/var_tokenizer"
+    assert hybrid.freeze == ("encoder", "quant_conv", "quantizer")
+    assert hybrid.loss.continuous_fraction == 0.5
+    assert hybrid.loss.perceptual > 0 and hybrid.loss.adversarial > 0

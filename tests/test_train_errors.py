@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hart_jax.checkpoint import CHECKPOINT_DIR, CONFIG_FILE
-from tests.train_runs import run_to_end, write_tokenizer_config
+from tests.train_runs import run_to_end, write_hart_config, write_tokenizer_config
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,16 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def refused(folder: Path, *arguments: str) -> str:
+@pytest.fixture(scope="module")
+def hart_config(tmp_path_factory) -> Path:
+    """Likewise, of a transformer."""
+    return write_hart_config(tmp_path_factory.mktemp("hart_inputs"))
+
+
+def refused(folder: Path, *arguments: str, devices: int = 1) -> str:
     """The error that train.py gives; `folder` holds everything it might write to."""
     before = contents(folder)
-    code, _, err = run_to_end(*arguments)
+    code, _, err = run_to_end(*arguments, devices=devices)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in err
     assert code == 2, err
@@ -45,6 +51,15 @@ def refused(folder: Path, *arguments: str) -> str:
         (["--config.tokenizer.patch_nums=(1, 2, 3)"], "patch_nums=(1, 2, 3): the last entry"),
         (["--config.loss.adversarial=0.1"], "image_size=8: the discriminator needs 24 px"),
         (["--config.data.test="], "data.test is empty"),
+        (["--config.mesh.data=3"], "mesh: data=3, fsdp=1, tensor=1 does not multiply to the 1 devices"),
+        (
+            ["--config.mesh.rules=('mlpp=fsdp',)"],
+            "mesh.rules: unknown rule 'mlpp=fsdp'; write AXIS=MESH_AXIS with one of",
+        ),
+        (["--config.mesh.rules=('mlp=pod',)"], "mesh.rules: 'mlp=pod' names no axis of the mesh; it has data, fsdp"),
+        (["--config.train.accumulate=3"], "train.accumulate=3: must divide train.batch_size=4"),
+        (["--config.freeze=('encoder', 'head')"], "freeze=('encoder', 'head'): give some of encoder, quant_conv"),
+        (["--config.freeze=('encoder',)"], "freeze=('encoder',): needs init_from"),
         (["--stesp=3"], "Unknown command line flag 'stesp'"),
         (["three"], "unexpected argument 'three'"),
     ],
@@ -52,6 +67,46 @@ def refused(folder: Path, *arguments: str) -> str:
 )
 def test_wrong_command_lines(tmp_path, config, arguments, message):
     assert message in refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.batch_size=12"], "train.batch_size=12: must be a multiple of data*fsdp=8"),
+        (
+            ["--config.train.batch_size=8", "--config.train.accumulate=2"],
+            "train.batch_size=8: must be a multiple of data*fsdp*train.accumulate=16",
+        ),
+    ],
+)
+def test_batches_that_the_devices_do_not_divide(tmp_path, config, arguments, message):
+    assert message in refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments, devices=8)
+
+
+def test_heads_that_the_devices_do_not_divide(tmp_path, hart_config):
+    arguments = (f"--config={hart_config}", f"--workdir={tmp_path / 'run'}", "--config.mesh.tensor=4")
+    assert "mesh: heads is 2, which tensor=4 does not divide" in refused(tmp_path, *arguments, devices=4)
+
+
+@pytest.mark.parametrize("kind", ["hart", "tokenizer"])
+def test_missing_stage_before(tmp_path, config, hart_config, kind):
+    arguments = (f"--config={hart_config if kind == 'hart' else config}", f"--workdir={tmp_path / 'run'}")
+    error = refused(tmp_path, *arguments, f"--config.init_from={tmp_path / 'absent'}")
+    assert (
+        f"init_from={tmp_path / 'absent'}: cannot start from it: {tmp_path / 'absent'}/config.json: no such file"
+        in error
+    )
+
+
+def test_stages_before_of_another_kind_or_shape(tmp_path, config, hart_config):
+    inputs = hart_config.parent
+    hart = (f"--config={hart_config}", f"--workdir={tmp_path / 'run'}")
+    error = refused(tmp_path, *hart, f"--config.init_from={inputs / 'tokenizer'}")
+    assert f"init_from={inputs / 'tokenizer'}: cannot start from it" in error
+    tokenizer = (f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    error = refused(tmp_path, *tokenizer, f"--config.init_from={inputs / 'tokenizer'}")
+    assert "cannot start from it" in error
+    assert "tokenizer.vocab_size is 16, the config says 32" in error
 
 
 def test_missing_flags(tmp_path, config):

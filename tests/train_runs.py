@@ -1,17 +1,22 @@
 """Runs of `train.py` in processes of their own, on a few synthetic pictures; shared by tests."""
 
+import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from hart_jax.data.shards import write_shards
+from hart_jax.data import shards
 from hart_jax.model_folder import write_part
 from hart_jax.text.minilm import import_minilm
 from tests.tiny import tiny_model
@@ -19,6 +24,10 @@ from tests.tiny_bert import write_published
 
 ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
+COMPILED = ROOT / ".pytest_cache" / "compiled"
+CATEGORIES = ("animals", "things")
+# Of one run, on a machine that does much else.
+LIMIT_SECONDS = 3600
 
 # A tokenizer that trains in milliseconds a step; {train} and {test} are shard folders.
 TOKENIZER_CONFIG = """
@@ -39,6 +48,7 @@ def get_config():
             }},
             "loss": {{"perceptual": 0.0, "adversarial": 0.0, "restart_below": 0.95}},
             "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4}},
+            "mesh": {{}},
             "data": {{"train": {train!r}, "test": {test!r}}},
             "train": {{"steps": 32, "batch_size": 4, "log_every": 2, "save_every": 4, "sample_every": 16}},
         }}
@@ -56,8 +66,10 @@ def get_config():
             "tokenizer": {tokenizer_settings!r},
             "transformer": {transformer_settings!r},
             "loss": {{"condition_top_k": 8, "min_kept": 4, "keep_counts": 2}},
-            "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4}},
-            "data": {{"train": {train!r}, "test": {train!r}, "cache": True}},
+            "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4, "muon_learning_rate": {muon!r}}},
+            "mesh": {{}},
+            "data": {{"train": {train!r}, "test": {train!r}, "cache": True, "flip": not {ahead!r}}},
+            "precompute_tokens": {ahead!r},
             "train": {{"steps": 32, "batch_size": 4, "log_every": 2, "save_every": 4, "sample_every": 16}},
             "sample": {{"top_k": 8, "top_k_late": 8}},
             "sample_prompts": ("a red apple", "a blue dog"),
@@ -68,19 +80,26 @@ def get_config():
 """
 
 
-def make_shards(folder: Path, count: int, seed: int) -> Path:
-    """Shards of random pictures of 16 px with captions."""
+def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) -> Path:
+    """Shards of random pictures of 16 px with captions; of the numbers in `bad`, half the file is missing."""
     rng = np.random.default_rng(seed)
-    (folder / "source" / "things").mkdir(parents=True)
     entries = {}
+    for category in CATEGORIES:
+        (folder / "source" / category).mkdir(parents=True)
     for number in range(count):
-        name = f"thing{number:02d}"
+        name, category = f"thing{number:03d}", CATEGORIES[number % 2]
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((16, 16)).save(folder / "source" / "things" / f"{name}.png")
+        picture = folder / "source" / category / f"{name}.png"
+        Image.fromarray(coarse).resize((16, 16)).save(picture)
+        if number in bad:
+            os.truncate(picture, picture.stat().st_size // 2)
         captions = [f"thing {number}", f"a picture of thing {number}"]
-        entries[name] = {"category": "things", "prompt": captions[0], "captions": captions}
+        entries[name] = {"category": category, "prompt": captions[0], "captions": captions}
     (folder / "source" / "meta_data.json").write_text(json.dumps(entries))
-    write_shards(folder / "source", folder / "shards", records_per_shard=8)
+    with pytest.MonkeyPatch.context() as patch:
+        # Files may also go bad after they were checked.
+        patch.setattr(shards, "_decode", lambda example: None)
+        shards.write_shards(folder / "source", folder / "shards", records_per_shard=8)
     return folder / "shards"
 
 
@@ -92,55 +111,85 @@ def write_tokenizer_config(folder: Path) -> Path:
     return path
 
 
-def write_hart_config(folder: Path) -> Path:
-    """A config file of a tiny transformer beside its data, tokenizer and text encoder."""
+def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0) -> Path:
+    """A config file of a tiny transformer beside its data, tokenizer and text encoder; `ahead` precomputes tokens."""
     model = tiny_model(context_tokens=6, context_dim=24)
     write_part(folder / "tokenizer", model.tokenizer_config, model.tokenizer)
     import_minilm(write_published(folder / "published"), folder / "text_encoder")
     path = folder / "tiny_hart.py"
     path.write_text(
         HART_CONFIG.format(
-            tokenizer_settings=model.tokenizer_config.to_dict(),
-            transformer_settings=model.transformer_config.to_dict(),
+            tokenizer_settings=dataclasses.asdict(model.tokenizer_config),
+            transformer_settings=dataclasses.asdict(model.transformer_config),
             train=str(make_shards(folder / "train", 14, seed=0)),
             tokenizer=str(folder / "tokenizer"),
             text_encoder=str(folder / "text_encoder"),
+            ahead=ahead,
+            muon=muon,
         )
     )
     return path
 
 
-def start(*arguments: str, cache: Path | None = None) -> subprocess.Popen:
-    """Starts `train.py`; `cache` keeps compiled programs between runs."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    if cache is not None:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
+def start(*arguments: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts `train.py` on that many fake devices.
+
+    Programs are compiled quickly rather than well, once for all runs that need them.
+    """
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **environment,
+    }
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
 
 
-def run_to_end(*arguments: str, cache: Path | None = None) -> tuple[int, str, str]:
+def start_job(*arguments: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts `train.py` in so many processes that meet over loopback, each on that many fake devices."""
+    if processes == 1:
+        return [start(*arguments, devices=devices)]
+    with socket.create_server(("localhost", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [start(*arguments, devices=devices, **job, JAX_PROCESS_ID=str(index)) for index in range(processes)]
+
+
+def outcome(job: list[subprocess.Popen]) -> tuple[int, str, str]:
+    """Waits for a job: the exit code that is not 0, if there is one, and all standard output and standard error."""
+    with ThreadPoolExecutor(len(job)) as pool:
+        texts = list(pool.map(lambda process: process.communicate(timeout=LIMIT_SECONDS), job))
+    code = next((process.returncode for process in job if process.returncode), 0)
+    return code, "".join(out for out, _ in texts), "".join(err for _, err in texts)
+
+
+def run_to_end(*arguments: str, processes: int = 1, devices: int = 1) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a whole run."""
-    with start(*arguments, cache=cache) as process:
-        out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return outcome(start_job(*arguments, processes=processes, devices=devices))
 
 
 def kill_when(process: subprocess.Popen, due: Callable[[], bool]) -> None:
     """Sends SIGKILL as soon as `due` holds; fails if the run ends before."""
+    code, _, _ = signal_when(process, due, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+
+
+def signal_when(process: subprocess.Popen, due: Callable[[], bool], number: signal.Signals) -> tuple[int, str, str]:
+    """Sends a signal as soon as `due` holds; exit code, standard output and standard error of the run."""
     with process:
         while not due():
-            assert process.poll() is None, f"ended before it was killed: {process.communicate()}"
+            assert process.poll() is None, f"ended before the signal: {process.communicate()}"
             time.sleep(0.001)
-        process.kill()
-        process.communicate()
-    assert process.returncode == -9
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    return process.returncode, out, err
 
 
 def logged_steps(workdir: Path) -> int:

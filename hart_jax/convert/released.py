@@ -67,23 +67,59 @@ def read_released(source: str | Path, weights: Weights = "ema") -> Model:
         if not (source / part).is_dir():
             raise UserError(f"{source / part}: no such folder; a release has tokenizer/ and llm/ side by side")
     tokenizer_settings, transformer_settings = _read_configs(source)
-    tokenizer = _convert(
-        weight_file(source / TOKENIZER, "model"),
-        lambda state: (tokenizer_params(state, tokenizer_settings), discriminator_variables(state))[0],
-        lambda: abstract_tokenizer(tokenizer_settings),
-    )
+    tokenizer = _convert_tokenizer(_open(weight_file(source / TOKENIZER, "model")), tokenizer_settings)
     transformer = _convert(
-        weight_file(source / TRANSFORMER, weights),
+        _open(weight_file(source / TRANSFORMER, weights)),
         lambda state: transformer_params(state, transformer_settings),
         lambda: abstract_transformer(transformer_settings),
     )
     return Model(tokenizer_settings, tokenizer, transformer_settings, transformer, text_encoder=None)
 
 
+def is_released_tokenizer(source: str | Path) -> bool:
+    """Whether `source` is a file, as VAR's tokenizer is, or a folder whose tokenizer has a released config.json."""
+    config = _tokenizer_folder(Path(source)) / "config.json"
+    return Path(source).is_file() or (config.is_file() and "ch_mult" in read_json(config))
+
+
+def read_released_tokenizer(source: str | Path, expected: TokenizerConfig) -> tuple[TokenizerConfig, Any]:
+    """The tokenizer of a release, parameters in float32, every tensor accounted for; without its discriminator.
+
+    Args:
+      source: a released HART, its `tokenizer/`, or VAR's tokenizer file, whose names lack the first part.
+      expected: says the scales, and for a file, which has no settings of its own, all the rest.
+
+    Raises:
+      UserError: a file, setting or tensor is missing, damaged, of another shape, or has no place in a tokenizer.
+    """
+    source = Path(source)
+    if source.is_file():
+        tensors = {f"vae.{name}": tensor for name, tensor in open_tensors(source).items()}
+        return expected, _convert_tokenizer(StateDict(tensors, str(source)), expected)
+    part = _tokenizer_folder(source)
+    try:
+        config = tokenizer_config(_ReleasedConfig(part / "config.json"), expected.patch_nums)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{part / 'config.json'}: {error}") from None
+    return config, _convert_tokenizer(_open(weight_file(part, "model")), config)
+
+
+def _tokenizer_folder(source: Path) -> Path:
+    return source / TOKENIZER if (source / TOKENIZER).is_dir() else source
+
+
+def _convert_tokenizer(state: StateDict, config: TokenizerConfig) -> Any:
+    return _convert(
+        state,
+        lambda state: (tokenizer_params(state, config), discriminator_variables(state))[0],
+        lambda: abstract_tokenizer(config),
+    )
+
+
 def read_released_discriminator(source: str | Path) -> dict[str, Any] | None:
     """Variables of `Discriminator` in a release's tokenizer, or None if it has none; sampling does not need them."""
     file = weight_file(Path(source) / TOKENIZER, "model")
-    return _explained(StateDict(open_tensors(file), str(file)), discriminator_variables)
+    return _explained(_open(file), discriminator_variables)
 
 
 class _ReleasedConfig(dict[str, Any]):
@@ -112,11 +148,14 @@ def _read_configs(source: Path) -> tuple[TokenizerConfig, TransformerConfig]:
     return theirs, ours
 
 
-def _convert(file: Path, params: Callable[[StateDict], Any], expected: Callable[[], Any]) -> Any:
-    state = StateDict(open_tensors(file), str(file))
+def _open(file: Path) -> StateDict:
+    return StateDict(open_tensors(file), str(file))
+
+
+def _convert(state: StateDict, params: Callable[[StateDict], Any], expected: Callable[[], Any]) -> Any:
     converted = _explained(state, params)
     state.finish()
-    check_tree(converted, expected(), str(file))
+    check_tree(converted, expected(), state.source)
     return converted
 
 

@@ -13,18 +13,18 @@ from hart_jax.errors import UserError
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of `path`: a `.safetensors` file, a `.bin` of torch.save, or the `.index.json` of several of these.
+    """The tensors of `path`: `.safetensors`, a `.bin`, `.pth` or `.pt` of torch.save, or an `.index.json` of several.
 
     Safetensors are read one at a time as they are asked for, so that no second copy of a model lies in memory.
 
     Raises:
-      UserError: a file is missing, damaged or of another kind, or it is a `.bin` and PyTorch is not installed.
+      UserError: a file is missing, damaged or of another kind, or it is of torch.save and PyTorch is not installed.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     if path.name.endswith(".index.json"):
         return _open_index(path)
-    return _open_pickle(path) if path.suffix == ".bin" else _SafetensorsFile(path)
+    return _open_pickle(path) if path.suffix in (".bin", ".pth", ".pt") else _SafetensorsFile(path)
 
 
 class _SafetensorsFile(Mapping[str, np.ndarray]):

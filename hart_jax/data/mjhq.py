@@ -1,9 +1,14 @@
-"""Folders in the layout of MJHQ-30K: `meta_data.json` and `<category>/<id>.png` (or .jpg, .jpeg, .webp)."""
+"""Folders in the layout of MJHQ-30K: `meta_data.json` and `<category>/<id>.png` (or .jpg, .jpeg, .webp).
 
+The images may also be in zip files beside meta_data.json, as MJHQ-30K comes (mjhq30k_imgs.zip); they need no unpacking.
+"""
+
+import functools
 import json
+import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from hart_jax.errors import UserError
 
@@ -19,13 +24,21 @@ class Example:
       id: its key in meta_data.json and the stem of its file.
       category: its folder.
       captions: never empty; the first is the prompt.
-      path: the image file.
+      path: the image file; in a zip file, that one's path and then the one in it.
+      archive: the zip file, None where the image is a file of its own.
     """
 
     id: str
     category: str
     captions: tuple[str, ...]
     path: Path
+    archive: Path | None = None
+
+    def read(self) -> bytes:
+        """The image file's bytes."""
+        if self.archive is None:
+            return self.path.read_bytes()
+        return _opened(self.archive).read(self.path.relative_to(self.archive).as_posix())
 
     @property
     def prompt(self) -> str:
@@ -37,11 +50,15 @@ def read_folder(folder: str | Path) -> list[Example]:
 
     An entry of meta_data.json is `{"category": str, "prompt": str}`; `"captions": [str, ...]` may give alternatives.
 
+    An image that is not in its category's folder is looked for in the zip files, under any path that ends so.
+
     Raises:
-      UserError: no folder or caption file, an entry without category or prompt, or an entry without an image file.
+      UserError: no folder or caption file, an entry without category or prompt, an entry without an image file, or a
+        damaged zip file.
     """
     folder = Path(folder)
     entries = _read_captions(folder)
+    zipped = functools.cache(lambda: _zipped_images(folder))
     files: dict[str, dict[str, Path]] = defaultdict(dict)
     examples = []
     for name, entry in sorted(entries.items()):
@@ -49,13 +66,39 @@ def read_folder(folder: str | Path) -> list[Example]:
         if category not in files:
             paths = sorted((folder / category).glob("*"))
             files[category] = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
-        if name not in files[category]:
+        if name in files[category]:
+            examples.append(Example(name, category, captions, files[category][name]))
+        elif (category, name) in zipped():
+            archive, member = zipped()[category, name]
+            examples.append(Example(name, category, captions, archive / member, archive))
+        else:
             raise UserError(
-                f"{folder / category} has no image {name} ({', '.join(IMAGE_SUFFIXES)}) although {CAPTION_FILE} lists "
-                "it; add the file or remove the entry"
+                f"{folder / category} has no image {name} ({', '.join(IMAGE_SUFFIXES)}), nor has a zip file in "
+                f"{folder}, although {CAPTION_FILE} lists it; add the file or remove the entry"
             )
-        examples.append(Example(name, category, captions, files[category][name]))
     return examples
+
+
+def _zipped_images(folder: Path) -> dict[tuple[str, str], tuple[Path, str]]:
+    """(category, id) -> (zip file, name in it), of the images in the zip files of a folder."""
+    images = {}
+    for archive in sorted(folder.glob("*.zip")):
+        try:
+            names = _opened(archive).namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"zip file {archive} cannot be read ({error}); fetch it again") from error
+        for name in names:
+            path = PurePosixPath(name)
+            # Archives made on a Mac hold a second tree of the same names.
+            if path.suffix.lower() in IMAGE_SUFFIXES and "__MACOSX" not in path.parts:
+                images[path.parent.name, path.stem] = archive, name
+    return images
+
+
+@functools.cache
+def _opened(archive: Path) -> zipfile.ZipFile:
+    """Kept open: reading the list of 30,000 images for each of them would take hours."""
+    return zipfile.ZipFile(archive)
 
 
 def _read_captions(folder: Path) -> dict:

@@ -1,16 +1,18 @@
 """ArrayRecord shards of a captioned image folder.
 
-    python -m hart_jax.data.shards --source DIR --out DIR      # DIR in the layout of `hart_jax.data.mjhq`
-    python -m hart_jax.data.shards --verify DIR                # compares every checksum
+    python -m hart_jax.data.shards --source DIR --out DIR --workers 8     # DIR in the layout of `hart_jax.data.mjhq`
+    python -m hart_jax.data.shards --verify DIR                           # compares every checksum
 
 A shard folder holds
 
     train-00000-of-00012.array_record   group_size:1, so that any record is read alone
     SHA256SUMS                          as `sha256sum -c` reads it
-    dataset.json                        format, number of records, and each shard's name, records and bytes
+    dataset.json                        format, number of records, categories, each shard's name, records and bytes
 
-A record is a msgpack map of `image` (the file's own bytes), `prompt`, `captions`, `category` and `id`. dataset.json is
-written last: a folder without it is unfinished, and the same command carries on with it.
+A record is a msgpack map of `image` (the file's own bytes), `prompt`, `captions`, `category` and `id`, and after
+`hart_jax.data.precompute` also `tokens` and `texts`. dataset.json is written last: a folder without it is unfinished,
+and the same command carries on with it. A record's label is the place of its category among the sorted ones of
+dataset.json.
 """
 
 import argparse
@@ -18,10 +20,12 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 from bisect import bisect_right
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -41,6 +45,8 @@ DATASET_FILE = "dataset.json"
 CHECKSUM_FILE = "SHA256SUMS"
 UNFINISHED_FILE = "unfinished.json"
 
+Folders = str | Path | Sequence[str | Path]
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -51,11 +57,20 @@ class Shard:
     bytes: int
 
 
-def write_shards(source: str | Path, out: str | Path, *, records_per_shard: int = 1024) -> int:
+def write_shards(
+    source: str | Path, out: str | Path, *, records_per_shard: int = 1024, max_aspect: float = 0, workers: int = 0
+) -> int:
     """Writes a folder of captioned images as shards; returns the number of records.
 
-    Every image is decoded once before its shard is begun. A run that was interrupted is carried on with: shards whose
+    Every image is decoded once before any shard is begun. A run that was interrupted is carried on with: shards whose
     checksum is right are kept.
+
+    Args:
+      source: folder in the layout of `hart_jax.data.mjhq`.
+      out: folder for the shards.
+      records_per_shard: images in each but the last.
+      max_aspect: images whose longer side is more than this many times the shorter are left out; 0 keeps all.
+      workers: processes that check and write, on which nothing else depends; 0 does so in this one.
 
     Raises:
       UserError: the source is not such a folder, an image does not decode (nothing is written then), or `out` holds
@@ -64,38 +79,60 @@ def write_shards(source: str | Path, out: str | Path, *, records_per_shard: int 
     source, out = Path(source), Path(out)
     if records_per_shard < 1:
         raise UserError(f"--records_per_shard {records_per_shard} must be at least 1")
-    examples = read_folder(source)
+    if max_aspect and max_aspect < 1:
+        raise UserError(f"--max_aspect {max_aspect:g} must be at least 1, which keeps squares, or 0, which keeps all")
+    if workers < 0:
+        raise UserError(f"--workers {workers} must be 0 or more")
+    with _pool(workers) as pool:
+        return _write_shards(source, out, records_per_shard, max_aspect, pool)
+
+
+def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: float, pool: Executor) -> int:
+    found = examples = read_folder(source)
+    if max_aspect:
+        aspects = _checked(pool, _aspect, found, "measuring")
+        examples = [example for example, aspect in zip(found, aspects, strict=True) if aspect <= max_aspect]
+        if not examples:
+            raise UserError(f"--max_aspect {max_aspect:g} leaves none of the {len(found)} images of {source}")
     settings = {
         "format": FORMAT,
         "count": len(examples),
         "records_per_shard": records_per_shard,
         "source_sha256": _fingerprint(examples),
     }
-    sums = _resume(out, settings)
+    sums = resume(out, settings)
     if sums is None:
         return len(examples)
 
     groups = [examples[start : start + records_per_shard] for start in range(0, len(examples), records_per_shard)]
     stem = source.resolve().name
     paths = [out / f"{stem}-{number:05d}-of-{len(groups):05d}.array_record" for number in range(len(groups))]
-    finished = [path.is_file() and sums.get(path.name) == _sha256(path) for path in paths]
-    unwritten = [group for group, done in zip(groups, finished, strict=True) if not done]
-    _check_images([example for group in unwritten for example in group])
+    finished = [is_finished(path, sums) for path in paths]
+    unwritten = [(path, group) for path, group, done in zip(paths, groups, finished, strict=True) if not done]
+    _checked(pool, _decode, [example for _, group in unwritten for example in group], "checking")
 
-    out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / UNFINISHED_FILE, json.dumps(settings, indent=1) + "\n")
-    for path, group, done in tqdm(list(zip(paths, groups, finished, strict=True)), unit="shard", desc="writing"):
-        if not done:
-            sums[path.name] = _write_shard(path, group)
-            _write_text(out / CHECKSUM_FILE, _checksum_lines(sums))
-    _write_text(out / CHECKSUM_FILE, _checksum_lines({path.name: sums[path.name] for path in paths}))
-    listing = [
-        {"file": path.name, "count": len(group), "bytes": path.stat().st_size}
-        for path, group in zip(paths, groups, strict=True)
-    ]
-    _write_text(out / DATASET_FILE, json.dumps({**settings, "shards": listing}, indent=1) + "\n")
-    (out / UNFINISHED_FILE).unlink()
+    begin(out, settings)
+    # One after the other unless asked otherwise: there is one disk.
+    write_all = pool.map if isinstance(pool, ProcessPoolExecutor) else map
+    digests = write_all(_write_shard, [path for path, _ in unwritten], [group for _, group in unwritten])
+    progress = tqdm(digests, total=len(paths), initial=sum(finished), unit="shard", desc="writing")
+    for (path, _), digest in zip(unwritten, progress, strict=True):
+        sums[path.name] = digest
+        write_checksums(out, sums)
+    categories = sorted({example.category for example in examples})
+    about = {**settings, "left_out": len(found) - len(examples), "categories": categories}
+    complete(out, about, sums, {path.name: len(group) for path, group in zip(paths, groups, strict=True)})
     return len(examples)
+
+
+def check_images(examples: list[Example], workers: int = 0) -> None:
+    """Decodes every image, in so many processes, or in this one.
+
+    Raises:
+      UserError: naming the first image that does not decode.
+    """
+    with _pool(workers) as pool:
+        _checked(pool, _decode, examples, "checking")
 
 
 def open_shards(folder: str | Path) -> list[Shard]:
@@ -110,7 +147,7 @@ def open_shards(folder: str | Path) -> list[Shard]:
         state = "is unfinished; run the same command again" if (folder / UNFINISHED_FILE).exists() else "has none"
         raise UserError(f"{folder} is not a shard folder: it needs {DATASET_FILE} and {state}")
     try:
-        dataset = json.loads(path.read_text(encoding="utf-8"))
+        dataset = read_dataset(folder)
         if dataset["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {dataset['format']}, this version reads {FORMAT}; write the shards anew"
@@ -136,24 +173,42 @@ def verify(folder: str | Path) -> int:
     shards = open_shards(folder)
     sums = _read_checksums(folder)
     for shard in tqdm(shards, unit="shard", desc="verifying"):
-        if sums.get(shard.path.name) != _sha256(shard.path):
+        if sums.get(shard.path.name) != sha256(shard.path):
             raise UserError(f"shard {shard.path} does not match {CHECKSUM_FILE}; copy or write it again")
     return len(shards)
 
 
-class RecordSource:
-    """Random access to the records of a shard folder, for `grain.MapDataset.source`.
+def as_paths(folders: Folders) -> list[Path]:
+    """One or several folders as a list."""
+    return [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
 
-    `source[i]` is a dict with `image` (bytes), `prompt`, `captions` (list), `category` and `id`.
+
+class RecordSource:
+    """Random access to the records of one or several shard folders, one after the other.
+
+    `source[i]` is a dict with `image` (bytes), `prompt`, `captions` (list), `category`, `id` and `label`, the place of
+    its category in `categories`. Folders written before there were labels give none.
+
+    Attributes:
+      folder_starts: where each folder's records start, and where they all end.
+      categories: of all folders, sorted; empty where one has no labels.
+      precomputed: what each folder says of the fields that `hart_jax.data.precompute` added.
 
     Raises:
       UserError: on opening, as `open_shards`; on reading, naming a shard whose record is damaged.
     """
 
-    def __init__(self, folder: str | Path):
-        self.shards = open_shards(folder)
+    def __init__(self, folders: Folders):
+        found = [open_shards(folder) for folder in as_paths(folders)]
+        self.shards = [shard for shards in found for shard in shards]
+        self.folder_starts = [0, *accumulate(sum(shard.count for shard in shards) for shards in found)]
         self._records = grain.sources.ArrayRecordDataSource([str(shard.path) for shard in self.shards])
         self._starts = [0, *accumulate(shard.count for shard in self.shards)]
+        about = [read_dataset(folder) for folder in as_paths(folders)]
+        self.precomputed = [dataset.get("precomputed", {}) for dataset in about]
+        categories = [dataset.get("categories", []) for dataset in about]
+        self.categories = tuple(sorted(set().union(*categories))) if all(categories) else ()
+        self._labels = {category: label for label, category in enumerate(self.categories)}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -161,15 +216,27 @@ class RecordSource:
     def __getitem__(self, index: Any) -> dict[str, Any]:
         index = range(len(self))[int(index)]
         try:
-            return msgpack.unpackb(self._records[index])
+            record = msgpack.unpackb(self._records[index])
         except (RuntimeError, ValueError, msgpack.UnpackException) as error:
             shard = self.shards[bisect_right(self._starts, index) - 1]
             reason = str(error).split(";")[0][:200]
             raise UserError(f"shard {shard.path} is damaged ({reason}); copy or write it again") from error
+        return {**record, "label": self._labels[record["category"]]} if self._labels else record
+
+    def name_of(self, index: int) -> str:
+        """What to call a record in messages: its id where that can be read."""
+        try:
+            return repr(self[index]["id"])
+        except UserError:
+            return f"number {index} of the shards"
 
 
-def _resume(out: Path, settings: dict) -> dict[str, str] | None:
-    """Checksums of the shards already written to `out`; None if it is complete."""
+def resume(out: Path, settings: dict) -> dict[str, str] | None:
+    """Checksums of the shards already written to `out`; None if it is complete.
+
+    Raises:
+      UserError: it holds something else, or what was begun with other settings.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
     for name in (DATASET_FILE, UNFINISHED_FILE):
@@ -184,6 +251,29 @@ def _resume(out: Path, settings: dict) -> dict[str, str] | None:
     raise UserError(f"--out {out} is not empty and not a shard folder; use another folder")
 
 
+def begin(out: Path, settings: dict) -> None:
+    """Makes `out` an unfinished shard folder, which `resume` knows by these settings."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(out / UNFINISHED_FILE, json.dumps(settings, indent=1) + "\n")
+
+
+def is_finished(path: Path, sums: dict[str, str]) -> bool:
+    """Whether a shard is there as its checksum says."""
+    return path.is_file() and sums.get(path.name) == sha256(path)
+
+
+def write_checksums(out: Path, sums: dict[str, str]) -> None:
+    _write_text(out / CHECKSUM_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+
+def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int]) -> None:
+    """Completes a shard folder that holds the files `counts`, of so many records each."""
+    write_checksums(out, {name: sums[name] for name in counts})
+    listing = [{"file": name, "count": count, "bytes": (out / name).stat().st_size} for name, count in counts.items()]
+    _write_text(out / DATASET_FILE, json.dumps({**about, "shards": listing}, indent=1) + "\n")
+    (out / UNFINISHED_FILE).unlink()
+
+
 def _fingerprint(examples: list[Example]) -> str:
     """Digest of all ids and captions: whether an unfinished folder belongs to this source."""
     digest = hashlib.sha256()
@@ -192,46 +282,72 @@ def _fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()
 
 
-def _check_images(examples: list[Example]) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        problems: Iterable[str] = pool.map(_decoding_problem, examples)
-        for example, problem in tqdm(
-            zip(examples, problems, strict=True),
-            total=len(examples),
-            unit="image",
-            desc="checking",
-            disable=not examples,
-        ):
-            if problem:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"image {example.path} does not decode ({problem}); mend it or remove its entry")
-
-
-def _decoding_problem(example: Example) -> str:
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """Processes, or without any threads; nothing more is begun after an error."""
+    # Not forked, since the program that writes shards may have threads of its own.
+    pool: Executor = (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        if workers
+        else ThreadPoolExecutor(os.cpu_count())
+    )
     try:
-        with Image.open(io.BytesIO(example.path.read_bytes())) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error).replace(f"{example.path}", "file").splitlines()[0]
-    return ""
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _checked(pool: Executor, inspect: Callable[[Example], Any], examples: list[Example], verb: str) -> list[Any]:
+    """What `inspect` finds in each image, in order."""
+    found = pool.map(inspect, examples, chunksize=16)
+    return list(tqdm(found, total=len(examples), unit="image", desc=verb, disable=not examples))
+
+
+def _aspect(example: Example) -> float:
+    """Longer side over shorter."""
+    with _image(example) as image:
+        return max(image.size) / min(image.size)
+
+
+def _decode(example: Example) -> None:
+    with _image(example) as image:
+        image.load()
+
+
+@contextmanager
+def _image(example: Example) -> Iterator[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(example.read())) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders and zip files raise all kinds
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"image {example.path} does not decode ({problem}); mend it or remove its entry") from error
 
 
 def _write_shard(path: Path, examples: list[Example]) -> str:
-    """Writes one shard under a temporary name and returns its checksum once it has its own."""
-    partial = path.with_name(path.name + ".partial")
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    for example in examples:
-        record = {
-            "image": example.path.read_bytes(),
+    """Writes one shard and returns its checksum."""
+    records = (
+        {
+            "image": example.read(),
             "prompt": example.prompt,
             "captions": list(example.captions),
             "category": example.category,
             "id": example.id,
         }
-        writer.write(msgpack.packb(record))
+        for example in examples
+    )
+    return write_records(path, map(msgpack.packb, records))
+
+
+def write_records(path: Path, records: Iterable[bytes]) -> str:
+    """Writes a shard under a temporary name and returns its checksum once it has its own."""
+    partial = path.with_name(path.name + ".partial")
+    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    for record in records:
+        writer.write(record)
     writer.close()
     os.replace(partial, path)
-    return _sha256(path)
+    return sha256(path)
 
 
 def _check_shard(shard: Shard) -> None:
@@ -253,6 +369,11 @@ def _check_shard(shard: Shard) -> None:
         raise UserError(f"shard {shard.path} is damaged: {found} instead of {shard.count}; copy or write it again")
 
 
+def read_dataset(folder: Path) -> dict[str, Any]:
+    """What a finished shard folder says of itself."""
+    return json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
+
+
 def _read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUM_FILE
     if not path.is_file():
@@ -261,11 +382,8 @@ def _read_checksums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, name in lines}
 
 
-def _checksum_lines(sums: dict[str, str]) -> str:
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Checksum of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -280,9 +398,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a captioned image folder as ArrayRecord shards, or verify them."
     )
-    parser.add_argument("--source", type=Path, help="folder with meta_data.json and <category>/<id>.png")
+    parser.add_argument(
+        "--source", type=Path, help="folder with meta_data.json and <category>/<id>.png, or these in a zip"
+    )
     parser.add_argument("--out", type=Path, help="folder for the shards; new, empty or unfinished")
     parser.add_argument("--records_per_shard", type=int, default=1024)
+    parser.add_argument("--max_aspect", type=float, default=0, help="leave out longer images; 0 keeps all")
+    parser.add_argument("--workers", type=int, default=0, help="processes that check and write; 0: this one alone")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="only compare the checksums of this shard folder")
     args = parser.parse_args()
     if args.verify is not None:
@@ -290,8 +412,15 @@ def main() -> None:
     elif args.source is None or args.out is None:
         raise UserError("give --source and --out to write shards, or --verify to check them")
     else:
-        count = write_shards(args.source, args.out, records_per_shard=args.records_per_shard)
-        print(f"{count} records in {len(open_shards(args.out))} shards in {args.out}")
+        count = write_shards(
+            args.source,
+            args.out,
+            records_per_shard=args.records_per_shard,
+            max_aspect=args.max_aspect,
+            workers=args.workers,
+        )
+        left_out = read_dataset(args.out).get("left_out", 0)
+        print(f"{count} records in {len(open_shards(args.out))} shards in {args.out}; {left_out} images left out")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,32 @@ from hart_jax.text.encoder import TextEncoder
 BATCH = 256
 
 
+@dataclass(frozen=True)
+class CaptionTokens:
+    """caption -> {"input_ids": (N,), "mask": (N,)} int32, what text states are computed from; picklable."""
+
+    encoder: TextEncoder
+    length: int
+
+    def __call__(self, caption: str) -> dict[str, np.ndarray]:
+        input_ids, mask, _ = self.encoder.tokenize([caption], self.length)
+        return {"input_ids": input_ids[0], "mask": mask[0]}
+
+
+def text_states(encoder: TextEncoder, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """States (n, T, D) float16 and mask (n, T) int32 of n <= BATCH captions, and how many were cut to T = `length`."""
+    # A full batch each time, so that one compilation serves all.
+    encoded = encoder([*captions, *[captions[0]] * (BATCH - len(captions))], length)
+    count = len(captions)
+    states = np.asarray(encoded.states_BTD)[:count].astype(np.float16)
+    return states, encoded.mask_BT[:count], sum(encoded.truncated[:count])
+
+
 class TextTable:
     """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from the files that `precompute` wrote."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
         self._rows = {caption: row for row, caption in enumerate(json.loads((folder / "captions.json").read_text()))}
         self._states = np.load(folder / "states.npy", mmap_mode="r")
         self._masks = np.load(folder / "masks.npy")
@@ -24,6 +47,10 @@ class TextTable:
     def __call__(self, caption: str) -> dict[str, np.ndarray]:
         row = self._rows[caption]
         return {"text": np.asarray(self._states[row]), "mask": self._masks[row]}
+
+    def __reduce__(self) -> tuple:
+        # A worker opens the files; pickling a mapped one would read it all.
+        return TextTable, (self._folder,)
 
 
 def precompute(encoder: TextEncoder, captions: Sequence[str], length: int, folder: Path) -> TextTable:
@@ -43,12 +70,9 @@ def precompute(encoder: TextEncoder, captions: Sequence[str], length: int, folde
         masks = np.zeros(shape[:2], np.int32)
         cut = 0
         for start in tqdm(range(0, len(captions), BATCH), desc="text states", unit_scale=BATCH, mininterval=5):
-            batch = list(captions[start : start + BATCH])
-            # A full batch each time, so that one compilation serves all.
-            encoded = encoder(batch + [batch[0]] * (BATCH - len(batch)), length)
-            states[start : start + len(batch)] = np.asarray(encoded.states_BTD)[: len(batch)]
-            masks[start : start + len(batch)] = encoded.mask_BT[: len(batch)]
-            cut += sum(encoded.truncated[: len(batch)])
+            rows = slice(start, start + BATCH)
+            states[rows], masks[rows], cut_here = text_states(encoder, captions[rows], length)
+            cut += cut_here
         states.flush()
         np.save(folder / "masks.npy", masks)
         print(f"text states: {len(captions)} captions, {cut} cut to {length} positions", flush=True)

@@ -1,27 +1,127 @@
-"""Where a training run's arrays lie: batches split over the devices, everything else on each of them."""
+"""The devices of a run as one mesh, and batches on it."""
 
-from typing import Any
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
+from hart_jax.parallel.rules import AXES, ParameterAxes, Rules, shardings, with_changes
 
 
-def data_mesh(batch_size: int) -> Mesh:
-    """One axis "data" over all devices; `UserError` if the batch does not divide over them."""
-    devices = len(jax.devices())
-    if batch_size % devices:
-        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {devices} devices")
+def make_mesh(
+    config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None, accumulate: int = 1
+) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices of all processes, for batches in `accumulate` parts.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or do not divide a part of the batch.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = count // known
+    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if int(np.prod(sizes)) != count:
+        raise UserError(f"mesh: {shown} does not multiply to the {count} devices; -1 takes the rest")
+    factors = {"data": sizes[0], "fsdp": sizes[1]} | ({"train.accumulate": accumulate} if accumulate > 1 else {})
+    if batch_size % math.prod(factors.values()):
+        needed = f"{'*'.join(factors)}={math.prod(factors.values())}"
+        raise UserError(f"train.batch_size={batch_size}: must be a multiple of {needed} (mesh: {shown})")
     # Flax's logical constraints need Auto axes.
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a run's arrays lie: a mesh and the rules that split arrays over it."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @classmethod
+    def of(cls, config: MeshConfig, batch_size: int, accumulate: int = 1) -> "Placement":
+        """All devices of all processes; raises `UserError` as `make_mesh` and `with_changes` do."""
+        return cls(make_mesh(config, batch_size, accumulate=accumulate), with_changes(config.rules))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """On every device in full."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Split along the first axis."""
+        return NamedSharding(self.mesh, PartitionSpec(self.rules["batch"]))
+
+    def state(self, state: Any, parameters: ParameterAxes) -> Any:
+        """Of every array of a state, or of parameters alone; see `shardings`."""
+        return shardings(state, parameters, self.mesh, self.rules)
+
+    def check_divides(self, sizes: Mapping[str, int]) -> None:
+        """Raises `UserError` unless the rules split logical axes of these sizes evenly."""
+        for axis, size in sizes.items():
+            parts = int(np.prod([self.mesh.shape[name] for name in self.rules.get(axis, ())]))
+            if size % parts:
+                raise UserError(f"mesh: {axis} is {size}, which {'*'.join(self.rules[axis])}={parts} does not divide")
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Within it, what is traced lays out its activations by the rules."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.items())):
+            yield
 
 
-def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> Any:
-    """A host batch on the devices, split along its first axis."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
+    """Which rows of a global batch this process's devices hold, ascending."""
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
+    return sorted({row for rows in slices for row in range(batch_size)[rows]})
+
+
+def to_global(sharding: NamedSharding, batch: Any, batch_size: int) -> Any:
+    """A global batch (a tree of arrays) of which this process gives its `local_rows`."""
+
+    def join(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return jax.tree.map(join, batch)
+
+
+def on_mesh(tree: Any, places: Any) -> Any:
+    """Host arrays, the same in every process, as global arrays at `places` (a sharding, or a tree of them)."""
+    if isinstance(places, NamedSharding):
+        places = jax.tree.map(lambda _: places, tree)
+
+    def put(array: Any, place: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    return jax.tree.map(put, tree, places)
+
+
+def on_host(tree: Any) -> Any:
+    """Global arrays as whole host arrays in every process; every process must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    gathered = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec())), tree)
+    return jax.device_get(gathered)
+
+
+Result = TypeVar("Result")
+
+
+def first_process_first(make: Callable[[], Result]) -> Result:
+    """`make()` in every process, in the first one before the others, so that these find the files that it writes."""
+    if jax.process_index() == 0:
+        make()
+    multihost_utils.sync_global_devices("made by the first process")
+    return make()

@@ -39,6 +39,8 @@ class TextStates:
 class TextEncoder(abc.ABC):
     """A frozen text encoder; subclasses give `tokenize` and `encode`.
 
+    A pickled encoder, for data workers, can only `tokenize`.
+
     Attributes:
       context_dim: D, the width of the states.
     """

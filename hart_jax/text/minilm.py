@@ -175,6 +175,9 @@ class MiniLMEncoder(TextEncoder):
             mask_BT[row, : len(ids)] = 1
         return input_ids_BT, mask_BT, tuple(truncated)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}
+
     def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
         return self._apply({"params": self.params}, input_ids_BN, mask_BN)
 

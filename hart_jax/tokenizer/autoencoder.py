@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         h = conv(self.features, name="conv2", dtype=self.dtype)(nn.silu(norm("norm2", self.dtype)(h)))
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = conv(self.features, 1, name="nin_shortcut", dtype=self.dtype)(x_BHWC)
-        return x_BHWC + h
+        return nn.with_logical_constraint(x_BHWC + h, ("batch", None, None, None))
 
 
 class AttnBlock(nn.Module):

@@ -1,31 +1,63 @@
-"""Loss curves of a run as a PNG, drawn with Pillow: one look at a run without TensorBoard."""
+"""Curves of a run as one PNG, drawn with Pillow: `python -m hart_jax.training.curves WORKDIR`.
 
+One look at a run without TensorBoard: losses, loss and accuracy of every scale, norms, learning rate, speed, waits.
+"""
+
+import argparse
+import colorsys
+import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hart_jax.errors import UserError
+from hart_jax.errors import UserError, run_cli
 from hart_jax.images import save_png
-from hart_jax.training.metrics import METRICS_FILE, read_metrics
+from hart_jax.training.metrics import METRICS_FILE, TIMINGS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
-_WIDTH, _HEIGHT = 900, 480
-_LEFT, _TOP, _RIGHT, _BOTTOM = 70, 20, 880, 430
+_WIDTH, _HEIGHT, _COLUMNS = 800, 360, 2
+_LEFT, _TOP, _RIGHT, _BOTTOM = 72, 34, 580, 316
 _POINTS = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    """A title, which metrics it shows (a pattern of the whole name), and whether its axis is logarithmic."""
+
+    title: str
+    pattern: str
+    log_y: bool
+
+
+_PANELS = (
+    _Panel("losses", r"loss(_token|_diffusion)?|diffusion_mse|mse.*|vq|l1|perceptual", True),
+    _Panel("adversarial losses", r"generator|discriminator", False),
+    _Panel("loss of each scale", r"loss_scale_\d+", False),
+    _Panel("accuracy of each scale", r"accuracy_scale_\d+", False),
+    _Panel("norms", r".*_norm", True),
+    _Panel("learning rate", r"learning_rate", False),
+    _Panel("share of codes in use", r"codes_used", False),
+    _Panel("skipped steps, where there were any", r"skipped_steps", True),
+    _Panel("images per second", r"images_per_second", False),
+    _Panel("model FLOPs utilisation", r"model_flops_utilisation", False),
+    _Panel("seconds per step, and waiting in them", r"(step|.*_wait)_seconds", True),
+    _Panel("device memory, bytes", r"device_memory.*", False),
+)
 
 
 def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, log_y: bool = True) -> Path:
     """Draws metrics over steps into <workdir>/curves.png, long runs as means over stretches of steps.
 
     Args:
-      workdir: a training workdir with metrics.jsonl.
-      names: metrics to draw; None draws every one with "loss" in its name.
-      log_y: logarithmic vertical axis; values that are not positive are then left out.
+      workdir: a training workdir with metrics.jsonl and, as a rule, timings.jsonl.
+      names: metrics to draw in one panel; None draws all that are known, by subject.
+      log_y: logarithmic vertical axis of `names`. Values that are not positive are left out on such an axis.
 
     Returns:
       the file's path.
@@ -33,22 +65,40 @@ def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, 
     Raises:
       UserError: nothing to draw, or an unknown name.
     """
-    records = read_metrics(workdir)
-    known = sorted({name for record in records for name in record} - {"step"})
-    unknown = sorted(set(names or ()) - set(known))
+    curves = _read(workdir)
+    unknown = sorted(set(names or ()) - set(curves))
     if unknown:
-        raise UserError(f"{Path(workdir) / METRICS_FILE} has no metric {', '.join(unknown)}; it has {', '.join(known)}")
-    curves = {}
-    for name in names or [name for name in known if "loss" in name]:
-        points = np.array([(record["step"], record[name]) for record in records if name in record], np.float64)
-        keep = np.isfinite(points[:, 1]) & ((points[:, 1] > 0) | (not log_y))
-        if keep.any():
-            curves[name] = _thin(points[keep])
-    if not curves:
+        file, known = Path(workdir) / METRICS_FILE, ", ".join(sorted(curves))
+        raise UserError(f"{file} has no metric {', '.join(unknown)}; it has {known}")
+    panels: Sequence[_Panel] = _PANELS
+    if names:
+        panels = (_Panel("", "|".join(map(re.escape, names)), log_y),)
+    drawn = []
+    for panel in panels:
+        chosen = {name: _visible(curves[name], panel) for name in curves if re.fullmatch(panel.pattern, name)}
+        chosen = {name: _thin(points) for name, points in chosen.items() if len(points)}
+        if chosen:
+            drawn.append(_draw(panel, chosen))
+    if not drawn:
         raise UserError(f"{Path(workdir) / METRICS_FILE} has nothing to draw")
     path = Path(workdir) / CURVES_FILE
-    save_png(path, _draw(curves, log_y), overwrite=True)
+    save_png(path, _side_by_side(drawn), overwrite=True)
     return path
+
+
+def _read(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """(step, value) rows (N, 2) of every metric, in the order in which they are logged."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for file in (METRICS_FILE, TIMINGS_FILE):
+        for record in read_metrics(workdir, file):
+            step = record.pop("step")
+            for name, value in record.items():
+                curves.setdefault(name, []).append((step, value))
+    return {name: np.array(points, np.float64) for name, points in curves.items()}
+
+
+def _visible(points: np.ndarray, panel: _Panel) -> np.ndarray:
+    return points[np.isfinite(points[:, 1]) & ((points[:, 1] > 0) | (not panel.log_y))]
 
 
 def _thin(points: np.ndarray) -> np.ndarray:
@@ -56,7 +106,25 @@ def _thin(points: np.ndarray) -> np.ndarray:
     return np.stack([part.mean(0) for part in np.array_split(points, min(len(points), _POINTS))])
 
 
-def _draw(curves: dict[str, np.ndarray], log_y: bool) -> np.ndarray:
+def _side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
+    columns = min(_COLUMNS, len(panels))
+    blank = np.full_like(panels[0], 255)
+    filled = [*panels, *[blank] * (-len(panels) % columns)]
+    rows = [np.concatenate(filled[start : start + columns], axis=1) for start in range(0, len(filled), columns)]
+    return np.concatenate(rows)
+
+
+def _colours(names: Sequence[str]) -> list[str]:
+    """Distinct ones; a few more curves than that are the scales, which go from red to violet."""
+    if len(names) <= len(_COLOURS) and not any("_scale_" in name for name in names):
+        return list(_COLOURS[: len(names)])
+    hues = [0.8 * number / max(1, len(names) - 1) for number in range(len(names))]
+    shades = ([round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9, 0.8)] for hue in hues)
+    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
+
+
+def _draw(panel: _Panel, curves: Mapping[str, np.ndarray]) -> np.ndarray:
+    log_y = panel.log_y
     values = np.concatenate(list(curves.values()))
     x_low, y_low = values.min(0)
     x_high, y_high = values.max(0)
@@ -73,6 +141,7 @@ def _draw(curves: dict[str, np.ndarray], log_y: bool) -> np.ndarray:
     canvas = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(13)
+    draw.text((_LEFT, _TOP - 8), panel.title, fill="black", font=ImageFont.load_default(15), anchor="lb")
     for tick in x_ticks:
         x, _ = pixel(tick, y_low)
         draw.line([(x, _TOP), (x, _BOTTOM)], fill="#e4e4e4")
@@ -82,14 +151,13 @@ def _draw(curves: dict[str, np.ndarray], log_y: bool) -> np.ndarray:
         draw.line([(_LEFT, y), (_RIGHT, y)], fill="#e4e4e4")
         draw.text((_LEFT - 6, y), f"{tick:.4g}", fill="black", font=font, anchor="rm")
     draw.rectangle([_LEFT, _TOP, _RIGHT, _BOTTOM], outline="black")
-    draw.text(((_LEFT + _RIGHT) / 2, _HEIGHT - 8), "step", fill="black", font=font, anchor="mb")
-    for number, (name, points) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+    draw.text(((_LEFT + _RIGHT) / 2, _HEIGHT - 6), "step", fill="black", font=font, anchor="mb")
+    for number, (colour, (name, points)) in enumerate(zip(_colours(list(curves)), curves.items(), strict=True)):
         line = [pixel(*point) for point in points]
         draw.line(line if len(line) > 1 else [line[0], line[0]], fill=colour, width=2)
-        y = _TOP + 14 + 18 * number
-        draw.line([(_RIGHT - 170, y), (_RIGHT - 150, y)], fill=colour, width=3)
-        draw.text((_RIGHT - 144, y), name, fill="black", font=font, anchor="lm")
+        y = _TOP + 10 + 18 * number
+        draw.line([(_RIGHT + 8, y), (_RIGHT + 24, y)], fill=colour, width=3)
+        draw.text((_RIGHT + 28, y), name, fill="black", font=font, anchor="lm")
     return np.asarray(canvas)
 
 
@@ -110,3 +178,18 @@ def _log_ticks(low: float, high: float) -> list[float]:
     first = max(number for number, tick in enumerate(ticks) if tick <= low)
     last = min(number for number, tick in enumerate(ticks) if tick >= high)
     return ticks[first : max(last, first + 1) + 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hart_jax.training.curves", description="Draw a run's curves into WORKDIR/curves.png."
+    )
+    parser.add_argument("workdir", help="workdir of a training")
+    parser.add_argument("--names", nargs="+", help="metrics to draw in one panel; all of them, by subject, without")
+    parser.add_argument("--linear", action="store_true", help="linear vertical axis for --names")
+    arguments = parser.parse_args()
+    print(draw_curves(arguments.workdir, arguments.names, not arguments.linear))
+
+
+if __name__ == "__main__":
+    run_cli(main)

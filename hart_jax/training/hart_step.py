@@ -12,13 +12,40 @@ from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
 from hart_jax.generate import keep_top
 from hart_jax.images import from_uint8
+from hart_jax.layers import parts, split_rows
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
-from hart_jax.training.state import Params, TrainState, apply_gradients
+from hart_jax.training.accumulate import in_parts
+from hart_jax.training.flops import jit_step
+from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
 from hart_jax.transformer.model import Hart
 from hart_jax.transformer.subsample import draw_kept
 
-Metrics = dict[str, jax.Array]
+# A device encodes so many pixels at a time: at 1024 px, the first layers of one picture take 4 GB.
+MAX_PIXELS = 2**20
+
+
+def tokens_of(tokenizer: Tokenizer, params: Params, image_BHWC: jax.Array) -> Tokens:
+    """The tokens of images (uint8), computed for `MAX_PIXELS` of each device at a time."""
+    encode = functools.partial(tokenizer.apply, {"params": params}, method="tokens")
+    batch, height, width, _ = image_BHWC.shape
+    devices = parts("batch")
+    each = batch // devices
+    at_once = max(1, MAX_PIXELS // (height * width))
+    rounds = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= at_once)
+    if rounds == 1:
+        return encode(from_uint8(image_BHWC))
+
+    def to_rounds(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(devices, rounds, each // rounds, *x.shape[1:]), 1, 0)
+        return x.reshape(rounds, batch // rounds, *x.shape[3:])
+
+    def from_rounds(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(rounds, devices, each // rounds, *x.shape[2:]), 0, 1)
+        return split_rows(x.reshape(batch, *x.shape[3:]))
+
+    rounds_of_tokens = jax.lax.map(lambda image: encode(from_uint8(split_rows(image))), to_rounds(image_BHWC))
+    return jax.tree.map(from_rounds, rounds_of_tokens)
 
 
 def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
@@ -45,29 +72,37 @@ def token_losses(logits_BLV: jax.Array, targets: list[jax.Array]) -> tuple[jax.A
 
 
 def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """The function (params, tokens, condition, codebook (V, C), kept (B, N), key) -> (loss, metrics)."""
+    """The function (params, tokens, condition, codebook (V, C), kept (B, N), key (B,)) -> (loss, metrics)."""
 
-    def compute(params: Params, tokens: Tokens, condition: Any, codebook_VC, kept_BN, key):
+    def compute(params: Params, tokens: Tokens, condition: Any, codebook_VC, kept_BN, key_B):
         variables = {"params": params}
-        index_key, time_key, noise_key = jax.random.split(key, 3)
+        repeats = hart.config.diffusion.batch_mul
+        draws = kept_BN.shape[1] * repeats
+
+        def draw(key: jax.Array):
+            index_key, time_key, noise_key = jax.random.split(key, 3)
+            noise = jax.random.normal(noise_key, (draws, codebook_VC.shape[1]))
+            return index_key, jax.random.randint(time_key, (draws,), 0, TRAIN_STEPS), noise
+
+        index_key_B, time_BM, noise_BMC = jax.vmap(draw)(key_B)
         output = hart.apply(variables, condition, tokens.ar_input_BLC, kept_BN)
         last_target_BN = jnp.take_along_axis(tokens.indices[-1], kept_BN, axis=1)
         token_loss, metrics = token_losses(output.logits, [*tokens.indices[:-1], last_target_BN])
         # The head sees codes that the model itself would draw, so that it learns to repair them.
         likely = keep_top(output.logits[:, -kept_BN.shape[1] :], loss.condition_top_k, loss.condition_top_p)
-        sampled_BN = jax.lax.stop_gradient(jax.random.categorical(index_key, likely))
+        sampled_BN = jax.lax.stop_gradient(jax.vmap(jax.random.categorical)(index_key_B, likely))
         code_BNC = codebook_VC[sampled_BN]
         z_BNW = hart.apply(variables, output.last_hidden, code_BNC, method="residual_condition")
         target_BNC = jnp.take_along_axis(tokens.f_rest_BPC, kept_BN[..., None], axis=1) - code_BNC
-        repeats = (hart.config.diffusion.batch_mul, 1)
-        target_NC = jnp.tile(target_BNC.reshape(-1, target_BNC.shape[-1]), repeats)
-        z_NW = jnp.tile(z_BNW.reshape(-1, z_BNW.shape[-1]), repeats)
+        # Draws of one token lie together, so that every device keeps its own samples' rows.
+        target_NC = jnp.repeat(target_BNC.reshape(-1, target_BNC.shape[-1]), repeats, axis=0)
+        z_NW = jnp.repeat(z_BNW.reshape(-1, z_BNW.shape[-1]), repeats, axis=0)
         residual = diffusion_loss(
             functools.partial(hart.apply, variables, method="denoise"),
             target_NC,
             z_NW,
-            jax.random.randint(time_key, (len(target_NC),), 0, TRAIN_STEPS),
-            jax.random.normal(noise_key, target_NC.shape),
+            time_BM.reshape(-1),
+            noise_BMC.reshape(target_NC.shape),
         )
         parts = {"loss_token": token_loss, "loss_diffusion": residual.loss.mean(), "diffusion_mse": residual.mse.mean()}
         total = loss.token * token_loss + loss.diffusion * parts["loss_diffusion"]
@@ -77,25 +112,44 @@ def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array
 
 
 def make_hart_step(
-    hart: Hart, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, loss: HartLossConfig, ema_decay: float
+    hart: Hart,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    loss: HartLossConfig,
+    ema_decay: float,
+    places: Any = None,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The function (state, tokenizer's params, images (B, H, W, 3) uint8, condition, key, kept) -> (state, metrics).
+    """The function (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
 
-    `kept`, the number of last-scale tokens in this step, is static: one compilation for each.
+    `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `kept`, the number of
+    last-scale tokens in this step, is static: one compilation for each. `places` are the shardings of (state, metrics).
+    Gradients are means over `accumulate` parts of the batch.
     """
     compute = make_loss(hart, loss)
 
-    def step(state: TrainState, tokenizer_params: Params, image_BHWC: jax.Array, condition, key, kept: int):
+    def step(state: TrainState, tokenizer_params: Params, source: jax.Array | Tokens, condition, key, kept: int):
         drop_key, keep_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        image = from_uint8(image_BHWC)
-        tokens = tokenizer.apply({"params": tokenizer_params}, image, method="tokens")
-        dropped_B = jax.random.bernoulli(drop_key, loss.drop_text, (len(image),))
+        batch = len(jax.tree.leaves(condition)[0])
+        dropped_B = jax.random.bernoulli(drop_key, loss.drop_text, (batch,))
         condition = drop_condition(hart, condition, dropped_B)
-        kept_BN = draw_kept(keep_key, len(image), hart.config.patch_nums[-1] ** 2, kept)
+        kept_BN = draw_kept(keep_key, batch, hart.config.patch_nums[-1] ** 2, kept)
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         gradient = jax.value_and_grad(compute, has_aux=True)
-        (_, metrics), grads = gradient(state.params, tokens, condition, codebook_VC, kept_BN, loss_key)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        return apply_gradients(state, grads, optimizer, ema_decay), metrics
 
-    return jax.jit(step, static_argnames="kept", donate_argnums=0)
+        def part(rows: Any) -> tuple[tuple[Params, Metrics], None]:
+            source, condition, kept_BN, key_B = rows
+            tokens: Tokens = source
+            if not isinstance(source, Tokens):
+                tokens = tokens_of(tokenizer, tokenizer_params, source)
+            (_, metrics), grads = gradient(state.params, tokens, condition, codebook_VC, kept_BN, key_B)
+            if places is not None:
+                grads = jax.lax.with_sharding_constraint(grads, places[0].params)
+            return (grads, metrics), None
+
+        rows = source, condition, kept_BN, jax.random.split(loss_key, batch)
+        (grads, metrics), _ = in_parts(part, rows, accumulate)
+        state, update_metrics = apply_gradients(state, grads, metrics["loss"], optimizer, ema_decay)
+        return state, {**metrics, **update_metrics}
+
+    return jit_step(step, static="kept", out_shardings=places)

@@ -1,104 +1,141 @@
 """Training the transformer on images and captions, with a frozen tokenizer and text encoder, as a task of the loop."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.conditions import Prompts, conditions_of
 from hart_jax.config import HartLossConfig
-from hart_jax.data.pipeline import load_captions, make_loader
-from hart_jax.data.text_states import precompute
+from hart_jax.data.batches import Batches
+from hart_jax.data.pipeline import TextFunction, TokenFunction, load_captions, make_loader
+from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
+from hart_jax.data.text_states import CaptionTokens, precompute
+from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment
 from hart_jax.generate import make_sampler
 from hart_jax.images import grid, to_uint8
-from hart_jax.parallel.mesh import data_mesh, replicated
-from hart_jax.text.encoder import load_text_encoder
-from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.hart_step import make_hart_step
+from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
+from hart_jax.text.encoder import TextEncoder
+from hart_jax.tokenizer.quantizer import Tokens
+from hart_jax.training.hart_program import hart_program
 from hart_jax.training.loop import Batch
-from hart_jax.training.state import TrainState, compute_dtype, make_optimizer, new_state
-from hart_jax.training.workdir import load_tokenizer
-from hart_jax.transformer.model import Hart
+from hart_jax.training.state import TrainState, new_state
+from hart_jax.training.workdir import load_tokenizer, load_transformer, previous_stage
 from hart_jax.transformer.subsample import draw_keep_count
+
+# Classes in a sample grid.
+SHOWN = 8
 
 
 class HartTask:
-    """See `hart_jax.training.loop.Task`. Text states are cached in `cache_folder`."""
+    """See `hart_jax.training.loop.Task`.
 
-    def __init__(self, experiment: HartExperiment, cache_folder: Path):
+    Text states and tokens computed ahead come from the records or are kept in `cache_folder`.
+    """
+
+    def __init__(self, experiment: HartExperiment, cache_folder: Path, placement: Placement):
         train, config = experiment.train, experiment.transformer
-        if not experiment.sample_prompts:
+        self._classes = config.num_classes
+        if not (experiment.sample_prompts or self._classes):
             raise UserError("sample_prompts is empty: give the prompts that sample grids show")
-        self._config, self._cache_folder = experiment, cache_folder
-        dtype = compute_dtype(train.dtype)
-        self._hart = Hart(config, dtype)
-        self._tokenizer = Tokenizer(experiment.tokenizer, dtype)
-        tokenizer_params = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
-        self._tokenizer_params = jax.device_put(tokenizer_params, replicated(data_mesh(train.batch_size)))
-        self._encoder = load_text_encoder(experiment.text_encoder)
-        if self._encoder.context_dim != config.context_dim:
-            width = self._encoder.context_dim
-            raise UserError(f"transformer.context_dim={config.context_dim}: the text encoder's states are {width} wide")
-        self._optimizer = make_optimizer(experiment.optimizer, train.steps)
+        self._config, self._cache_folder, self._placement = experiment, cache_folder, placement
+        self._program = hart_program(experiment, placement)
+        self.init, self.places = self._program.init, self._program.places
+        self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
+        self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
+        self._conditions = conditions_of(config, experiment.text_encoder)
+        self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
         self._key = jax.random.key(train.seed)
-        self._step = make_hart_step(
-            self._hart, self._tokenizer, self._optimizer, experiment.loss, experiment.optimizer.ema_decay
-        )
-        self._sampler = make_sampler(self._hart, self._tokenizer, experiment.sample)
+        self._sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
 
-    def batches(self) -> Iterator[Batch]:
-        data, length = self._config.data, self._config.transformer.context_tokens
-        if self._config.precompute_text:
-            text: Any = precompute(self._encoder, load_captions(data.train), length, self._cache_folder / "text_states")
-        else:
-            text = self._tokenize
+    def batches(self) -> Batches:
+        data = self._config.data
         return make_loader(
-            data.train,
+            data.train_folders,
+            weights=data.weights,
             image_size=self._config.tokenizer.image_size,
             batch_size=self._config.train.batch_size,
+            rows=local_rows(self._placement.batch, self._config.train.batch_size),
             seed=self._config.train.seed,
-            text=text,
+            text=self._text_function(self._encoder) if self._encoder else None,
+            tokens=self._token_function() if self._config.precompute_tokens else None,
             flip=data.flip,
             cache=data.cache,
             workers=data.workers,
+            max_bad_records=data.max_bad_records,
         )
 
-    def _tokenize(self, caption: str) -> dict[str, np.ndarray]:
-        input_ids, mask, _ = self._encoder.tokenize([caption], self._config.transformer.context_tokens)
-        return {"input_ids": input_ids[0], "mask": mask[0]}
+    def _text_function(self, encoder: TextEncoder) -> TextFunction:
+        length, folder = self._config.transformer.context_tokens, self._cache_folder / "text_states"
+        if not self._config.precompute_text:
+            return CaptionTokens(encoder, length)
+        data = self._config.data
+        if is_stored(data.train_folders, TEXTS, lambda: texts_from(self._config.text_encoder, length)):
+            return StoredTexts(data.train_folders)
+        captions = load_captions(data.train_folders, data.max_bad_records)
+        return first_process_first(lambda: precompute(encoder, captions, length, folder))
 
-    def _condition(self, batch: Batch) -> tuple[Any, Any]:
-        length = self._config.transformer.context_tokens
-        states = batch["text"] if "text" in batch else self._encoder.encode(batch["input_ids"], batch["mask"])
-        return jnp.asarray(states, jnp.float32), batch["mask"][:, -length:]
-
-    def init(self) -> TrainState:
-        config, batch = self._config.transformer, 1
-        condition = (
-            jnp.zeros((batch, config.context_tokens, config.context_dim)),
-            jnp.ones((batch, config.context_tokens), jnp.int32),
+    def _token_function(self) -> TokenFunction:
+        data, config, params = self._config.data, self._config.tokenizer, self._tokenizer_host
+        if is_stored(data.train_folders, TOKENS, lambda: tokens_from(config, params)):
+            return StoredTokens(data.train_folders)
+        folder = self._cache_folder / "tokens"
+        return first_process_first(
+            lambda: precompute_tokens(config, params, data.train_folders, folder, data.max_bad_records)
         )
-        latent = jnp.zeros((batch, config.num_tokens - 1, config.latent_channels))
-        kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
-        variables = self._hart.init(jax.random.fold_in(self._key, 0), condition, latent, kept)
-        return new_state(nn.unbox(variables["params"]), self._optimizer)
+
+    def _source(self, batch: Batch) -> Any:
+        """The images, or the fields of their `Tokens` where these were computed ahead."""
+        if "image" in batch:
+            return batch["image"]
+        ends = np.cumsum([side * side for side in self._config.tokenizer.patch_nums])[:-1]
+        f_rest, ar_input = (batch[name].astype(np.float32) for name in ("f_rest", "ar_input"))
+        return tuple(np.split(batch["indices"], ends, axis=1)), f_rest, ar_input
+
+    def _condition(self, batch: Batch) -> Any:
+        """Labels, or text states and mask."""
+        if self._encoder is None:
+            if "label" not in batch:
+                raise UserError(f"{self._config.data.train_folders}: these shards hold no labels; write them anew")
+            if batch["label"].max() >= self._classes:
+                label = batch["label"].max()
+                raise UserError(f"transformer.num_classes={self._classes}: the shards hold a label {label}")
+            return batch["label"]
+        if "text" in batch:
+            return batch["text"].astype(np.float32), batch["mask"]
+        states = np.asarray(self._encoder.encode(batch["input_ids"], batch["mask"]))
+        return states, batch["mask"][:, -self._config.transformer.context_tokens :]
+
+    def load_previous(self) -> None:
+        if self._config.init_from:
+            self._previous = previous_stage(load_transformer, self._config.init_from, self._config.transformer)
+
+    def start(self) -> TrainState:
+        if not self._config.init_from:
+            return jax.jit(self.init, out_shardings=self.places)()
+        continued = jax.jit(lambda params: new_state(params, self._program.optimizer), out_shardings=self.places)
+        return continued(on_mesh(self._previous, self.places.params))
 
     def step(self, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict[str, jax.Array]]:
         loss: HartLossConfig = self._config.loss
         positions = self._config.transformer.patch_nums[-1] ** 2
         kept = draw_keep_count(self._config.train.seed, step, positions, loss)
         key = jax.random.fold_in(self._key, 1)
-        return self._step(state, self._tokenizer_params, batch["image"], self._condition(batch), key, kept)
+        rows = self._source(batch), self._condition(batch)
+        source, condition = to_global(self._placement.batch, rows, self._config.train.batch_size)
+        source = source if "image" in batch else Tokens(*source)
+        with self._placement.tracing():
+            return self._program.step(state, self._tokenizer_params, source, condition, key, kept)
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
-        """A grid of the fixed prompts, from the averaged parameters, always with the same noise."""
-        prompts = self._config.sample_prompts
-        states = self._encoder(list(prompts), self._config.transformer.context_tokens)
+        """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
+        wishes: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
-        images, _ = self._sampler(params, (states.states_BTD, states.mask_BT), 0, jnp.arange(len(prompts)))
-        return {"samples": grid(to_uint8(jax.device_get(images)), columns=8, captions=prompts)}
+        condition = jax.device_get(self._conditions(wishes))
+        images, _ = self._sampler(params, condition, 0, jnp.arange(len(wishes)))
+        return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=[str(wish) for wish in wishes])}

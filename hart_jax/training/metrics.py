@@ -5,6 +5,7 @@ A workdir gets
     metrics.jsonl     one JSON object per logged step; nothing in it depends on the clock, so that an interrupted and
                       resumed run ends with the same bytes as an undisturbed one
     timings.jsonl     speeds and durations, by step
+    records.jsonl     which images every step took, if asked for; like metrics.jsonl
     samples/          PNG pictures, <name>_<step>.png
     tensorboard/      the same scalars and pictures for TensorBoard
 """
@@ -14,9 +15,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -26,6 +27,7 @@ from hart_jax.images import save_png
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+RECORDS_FILE = "records.jsonl"
 SAMPLES_DIR = "samples"
 
 
@@ -39,9 +41,16 @@ class MetricsWriter:
       workdir: directory of the run; created where it does not exist.
       resumed_step: step of the restored checkpoint; later lines are dropped. None (a fresh start) drops every line.
       active: False on all processes but one: every method then does nothing.
+      records: whether `records` is going to be called.
     """
 
-    def __init__(self, workdir: str | os.PathLike, resumed_step: int | None = None, active: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resumed_step: int | None = None,
+        active: bool = True,
+        records: bool = False,
+    ):
         self._workdir = Path(workdir)
         self._active = active
         if not active:
@@ -49,6 +58,10 @@ class MetricsWriter:
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._metrics = _open_after(self._workdir / METRICS_FILE, resumed_step)
         self._timings = _open_after(self._workdir / TIMINGS_FILE, resumed_step)
+        self._files = [self._metrics, self._timings]
+        if records:
+            self._records = _open_after(self._workdir / RECORDS_FILE, resumed_step)
+            self._files.append(self._records)
         purge_step = 0 if resumed_step is None else resumed_step + 1
         self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=purge_step)
 
@@ -68,6 +81,11 @@ class MetricsWriter:
         _write_line(self._timings, {"step": step, **plain})
         self._to_tensorboard(step, plain)
 
+    def records(self, step: int, indices: Sequence[int]) -> None:
+        """Logs which images a step took, by their place in the shards."""
+        if self._active:
+            _write_line(self._records, {"step": step, "index": [int(index) for index in indices]})
+
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Writes a uint8 picture to samples/<name>_<step>.png; a resumed run replaces its own earlier picture."""
         if not self._active:
@@ -79,7 +97,7 @@ class MetricsWriter:
         """Returns when every line is on disk, also against loss of power; call it before saving a checkpoint."""
         if not self._active:
             return
-        for file in (self._metrics, self._timings):
+        for file in self._files:
             os.fsync(file.fileno())
         self._tensorboard.flush()
 
@@ -87,8 +105,8 @@ class MetricsWriter:
         if not self._active:
             return
         self.flush()
-        self._metrics.close()
-        self._timings.close()
+        for file in self._files:
+            file.close()
         self._tensorboard.close()
 
     def __enter__(self) -> "MetricsWriter":
@@ -170,7 +188,7 @@ class Progress:
         return (last[column] - first[column]) / max(last[0] - first[0], 1e-9)
 
 
-def read_metrics(workdir: str | os.PathLike, file: str = METRICS_FILE) -> list[dict[str, float]]:
+def read_metrics(workdir: str | os.PathLike, file: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, oldest first; an unfinished last line is left out."""
     return [json.loads(line) for line in _whole_lines(Path(workdir) / file)]
 
@@ -192,7 +210,7 @@ def _open_after(path: Path, resumed_step: int | None):
     return open(path, "ab", buffering=0)  # stays open for the whole run; unbuffered, a line is one write
 
 
-def _write_line(file, record: Mapping[str, float]) -> None:
+def _write_line(file, record: Mapping[str, Any]) -> None:
     file.write(json.dumps(record).encode() + b"\n")
 
 

@@ -1,13 +1,12 @@
 """One training step of the tokenizer: reconstruction, VQ, perceptual and adversarial losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from hart_jax.config import TokenizerLossConfig
 from hart_jax.images import from_uint8
@@ -15,16 +14,17 @@ from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, straight_through, vq_loss
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
-from hart_jax.tokenizer.quantizer import Quantized
-from hart_jax.training.state import Params, TrainState, apply_gradients, new_state
-
-Metrics = dict[str, jax.Array]
+from hart_jax.training.accumulate import in_parts
+from hart_jax.training.flops import jit_step
+from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients, keep_if, new_state
 
 
 class TokenizerState(flax.struct.PyTreeNode):
-    """The tokenizer's state, the discriminator's, and how often each code was hit lately (V,)."""
+    """The state of what is trained of the tokenizer, the rest of it, the discriminator's state, and how often each code
+    was hit lately (V,)."""
 
     model: TrainState
+    frozen: Params
     disc: TrainState
     disc_stats: Any
     code_usage_V: jax.Array
@@ -33,31 +33,46 @@ class TokenizerState(flax.struct.PyTreeNode):
     def step(self) -> jax.Array:
         return self.model.step
 
+    @property
+    def ema(self) -> Params:
+        """The averaged parameters of the whole tokenizer."""
+        return {**self.frozen, **self.model.ema}
+
 
 def init_tokenizer_state(
-    key: jax.Array, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, images_BHWC: jax.Array
+    key: jax.Array, tokenizer: Tokenizer, optimizer: Optimizer, images_BHWC: jax.Array, freeze: Sequence[str] = ()
 ) -> TokenizerState:
     """A fresh state; the codebook starts as latents of `images_BHWC` in [-1, 1], so that no code is out of reach."""
-    model_key, disc_key, code_key = jax.random.split(key, 3)
+    model_key, _, code_key = jax.random.split(key, 3)
     params = nn.unbox(tokenizer.init(model_key, images_BHWC)["params"])
     quantized = tokenizer.apply({"params": params}, images_BHWC, method=lambda m, x: m.quantize(m.encode(x)))
     latents_NC = jnp.concatenate(quantized.inputs)
     vocab_size = params["quantizer"]["codebook"].shape[0]
     chosen_V = jax.random.choice(code_key, len(latents_NC), (vocab_size,))
     params["quantizer"]["codebook"] = latents_NC[chosen_V]
-    disc = nn.unbox(Discriminator().init(disc_key, images_BHWC[:1]))
+    return tokenizer_state(key, params, optimizer, images_BHWC.shape[1], freeze)
+
+
+def tokenizer_state(
+    key: jax.Array, params: Params, optimizer: Optimizer, image_size: int, freeze: Sequence[str] = ()
+) -> TokenizerState:
+    """The state that starts from these parameters, with a new discriminator; the modules `freeze` are not trained."""
+    _, disc_key, _ = jax.random.split(key, 3)
+    disc = nn.unbox(Discriminator().init(disc_key, jnp.zeros((1, image_size, image_size, 3))))
     return TokenizerState(
-        model=new_state(params, optimizer),
+        model=new_state({name: part for name, part in params.items() if name not in freeze}, optimizer),
+        frozen={name: params[name] for name in freeze},
         disc=new_state(disc["params"], optimizer),
         disc_stats=disc["batch_stats"],
-        code_usage_V=jnp.ones(vocab_size),
+        code_usage_V=jnp.ones(len(params["quantizer"]["codebook"])),
     )
 
 
-def restart_unused_codes(key: jax.Array, state: TokenizerState, quantized: Quantized, below: float) -> TokenizerState:
+def restart_unused_codes(
+    key: jax.Array, state: TokenizerState, latents_NC: jax.Array, hits_V: jax.Array, below: float
+) -> TokenizerState:
     """Codes hit in less than `below` of the recent batches become latents of this batch (Jukebox, section 3.2)."""
-    latents_NC = jax.lax.stop_gradient(jnp.concatenate(quantized.inputs))
-    usage_V = 0.99 * state.code_usage_V + 0.01 * quantized.hits_V
+    usage_V = 0.99 * state.code_usage_V + 0.01 * hits_V
     dead_V = usage_V < below
     fresh_VC = latents_NC[jax.random.randint(key, dead_V.shape, 0, len(latents_NC))]
 
@@ -72,26 +87,28 @@ def restart_unused_codes(key: jax.Array, state: TokenizerState, quantized: Quant
 
 def make_tokenizer_step(
     tokenizer: Tokenizer,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     loss: TokenizerLossConfig,
     ema_decay: float,
+    places: Any = None,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TokenizerState, Metrics]]:
     """The function (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
 
     `lpips_params` is None for no perceptual loss; `adversarial` is static: whether the discriminator takes part. Every
-    image is decoded from its discrete or, with probability `continuous_fraction`, its full latent.
+    image is decoded from its discrete or, with probability `continuous_fraction`, its full latent. Gradients are means
+    over `accumulate` parts of the batch; the discriminator's BatchNorm sees one part at a time.
     """
     discriminator = Discriminator(dtype=tokenizer.dtype)
 
-    def reconstruct(params: Params, image: jax.Array, key: jax.Array):
+    def reconstruct(params: Params, image: jax.Array, continuous_B: jax.Array):
         variables = {"params": params}
         f = tokenizer.apply(variables, image, method="encode")
         quantized = tokenizer.apply(variables, f, method="quantize")
-        continuous_B = jax.random.bernoulli(key, loss.continuous_fraction, (len(image),))
         discrete = straight_through(f, quantized.f_hat_BhwC)
         latent = jnp.where(continuous_B[:, None, None, None], f, discrete)
         output = tokenizer.apply(variables, latent, method="decode")
-        return output, quantized, vq_loss(quantized, f, tokenizer.config.beta), continuous_B
+        return output, quantized, vq_loss(quantized, f, tokenizer.config.beta)
 
     def judge(params: Params, stats: Any, image: jax.Array):
         variables = {"params": params, "batch_stats": stats}
@@ -99,9 +116,9 @@ def make_tokenizer_step(
         return logits.astype(jnp.float32), updated["batch_stats"]
 
     def generator_loss(
-        params: Params, state: TokenizerState, image: jax.Array, key: jax.Array, lpips_params, adversarial
+        params: Params, state: TokenizerState, image: jax.Array, continuous_B: jax.Array, lpips_params, adversarial
     ):
-        output, quantized, vq, continuous_B = reconstruct(params, image, key)
+        output, quantized, vq = reconstruct({**state.frozen, **params}, image, continuous_B)
         error_B = jnp.mean((output - image) ** 2, axis=(1, 2, 3))
         parts = {"mse": error_B.mean(), "vq": vq, "l1": jnp.mean(jnp.abs(output - image))}
         total = loss.mse * parts["mse"] + loss.vq * vq + loss.l1 * parts["l1"]
@@ -111,10 +128,11 @@ def make_tokenizer_step(
         if adversarial:
             parts["generator"] = hinge_generator(judge(state.disc.params, state.disc_stats, output)[0])
             total += loss.adversarial * parts["generator"]
-        for name, chosen_B in (("continuous", continuous_B), ("discrete", ~continuous_B)):
-            parts[f"mse_{name}"] = jnp.sum(error_B * chosen_B) / jnp.maximum(1, chosen_B.sum())
-        parts["codes_used"] = quantized.hits_V.mean()
-        return total, (parts, output, quantized)
+        # Not yet divided by their shares of the batch.
+        parts["mse_continuous"], parts["mse_discrete"] = (
+            jnp.mean(error_B * on) for on in (continuous_B, ~continuous_B)
+        )
+        return total, ({"loss": total, **parts}, output, quantized)
 
     def discriminator_loss(params: Params, state: TokenizerState, real: jax.Array, fake: jax.Array):
         real_logits, stats = judge(params, state.disc_stats, real)
@@ -123,22 +141,49 @@ def make_tokenizer_step(
 
     def step(state: TokenizerState, image_BHWC: jax.Array, key: jax.Array, lpips_params, adversarial: bool):
         decode_key, restart_key = jax.random.split(jax.random.fold_in(key, state.step))
-        image = from_uint8(image_BHWC)
-        gradient = jax.value_and_grad(generator_loss, has_aux=True)
-        (total, (parts, output, quantized)), grads = gradient(
-            state.model.params, state, image, decode_key, lpips_params, adversarial
-        )
-        metrics = {"loss": total, "gradient_norm": optax.tree.norm(grads), **parts}
-        state = state.replace(model=apply_gradients(state.model, grads, optimizer, ema_decay))
-        if loss.restart_below > 0:
-            state = restart_unused_codes(restart_key, state, quantized, loss.restart_below)
-        if adversarial:
-            gradient = jax.value_and_grad(discriminator_loss, has_aux=True)
-            fake = jax.lax.stop_gradient(output)
-            (disc_total, stats), grads = gradient(state.disc.params, state, image, fake)
-            disc = apply_gradients(state.disc, grads, optimizer, ema_decay)
-            state = state.replace(disc=disc, disc_stats=stats)
-            metrics["discriminator"] = disc_total
-        return state, metrics
+        batch = len(image_BHWC)
+        continuous_B = jax.random.bernoulli(decode_key, loss.continuous_fraction, (batch,))
 
-    return jax.jit(step, static_argnames="adversarial", donate_argnums=0)
+        def part(rows: tuple[jax.Array, jax.Array]) -> tuple[dict[str, Any], Any]:
+            image, continuous_B = from_uint8(rows[0]), rows[1]
+            gradient = jax.value_and_grad(generator_loss, has_aux=True)
+            (_, (metrics, output, quantized)), grads = gradient(
+                state.model.params, state, image, continuous_B, lpips_params, adversarial
+            )
+            if places is not None:
+                grads = jax.lax.with_sharding_constraint(grads, places[0].model.params)
+            means = {"model": grads, "metrics": metrics, "hits_V": quantized.hits_V}
+            if adversarial:
+                gradient = jax.value_and_grad(discriminator_loss, has_aux=True)
+                fake = jax.lax.stop_gradient(output)
+                (metrics["discriminator"], means["stats"]), means["disc"] = gradient(
+                    state.disc.params, state, image, fake
+                )
+            latents = None
+            if loss.restart_below > 0:
+                of_samples = [z.reshape(len(image), -1, z.shape[-1]) for z in quantized.inputs]
+                latents = jax.lax.stop_gradient(jnp.concatenate(of_samples, axis=1))
+            return means, latents
+
+        means, latents_BLC = in_parts(part, (image_BHWC, continuous_B), accumulate)
+        metrics, hits_V = means["metrics"], jnp.where(means["hits_V"] > 0, 1.0, 0.0)
+        metrics["codes_used"] = hits_V.mean()
+        for name, chosen_B in (("continuous", continuous_B), ("discrete", ~continuous_B)):
+            metrics[f"mse_{name}"] *= batch / jnp.maximum(1, chosen_B.sum())
+        before = state
+        model, updated = apply_gradients(state.model, means["model"], metrics["loss"], optimizer, ema_decay)
+        metrics |= updated
+        state = state.replace(model=model)
+        if loss.restart_below > 0:
+            latents_NC = latents_BLC.reshape(-1, latents_BLC.shape[-1])
+            state = restart_unused_codes(restart_key, state, latents_NC, hits_V, loss.restart_below)
+        if adversarial:
+            disc, judged = apply_gradients(state.disc, means["disc"], metrics["discriminator"], optimizer, ema_decay)
+            state = state.replace(disc=disc, disc_stats=means["stats"])
+            metrics["skipped_steps"] = jnp.maximum(metrics["skipped_steps"], judged["skipped_steps"])
+        # If one of them is skipped, all are: codes, statistics and the other network.
+        kept = keep_if(metrics["skipped_steps"] == 0, state, before)
+        model, disc = (old.replace(step=new.step) for old, new in ((kept.model, state.model), (kept.disc, state.disc)))
+        return kept.replace(model=model, disc=disc), metrics
+
+    return jit_step(step, static="adversarial", out_shardings=places)

@@ -1,13 +1,16 @@
 """Models out of training workdirs."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
-from hart_jax.config import TokenizerConfig
+from hart_jax.config import Settings, TokenizerConfig, TransformerConfig
+from hart_jax.convert.released import is_released_tokenizer, read_released_tokenizer
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, TokenizerExperiment, experiment_from
-from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer, read_tokenizer
+from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer, read_tokenizer, read_transformer
 from hart_jax.weights import check_tree
 
 
@@ -16,10 +19,30 @@ def is_workdir(path: str | Path) -> bool:
 
 
 def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
-    """The (averaged) parameters of the tokenizer in a workdir, a model folder, or its `tokenizer/`.
+    """The (averaged) parameters of the tokenizer in a workdir, a model folder, its `tokenizer/`, or a release.
+
+    A release is a released HART, its `tokenizer/`, or VAR's tokenizer file. The tokenizer may be of another image size:
+    one serves all, so `image_size` and `patch_nums` may differ.
 
     Raises:
       UserError: there is none, or its settings are not `expected`.
+    """
+    path = Path(source)
+    if not is_workdir(path) and is_released_tokenizer(path):
+        config, params = read_released_tokenizer(path, expected)
+    else:
+        config, params = find_tokenizer(path)
+    same_size = dataclasses.replace(config, image_size=expected.image_size, patch_nums=expected.patch_nums)
+    expected.check_same(same_size, path, "tokenizer")
+    check_tree(params, abstract_tokenizer(expected), f"tokenizer in {path}")
+    return params
+
+
+def find_tokenizer(source: str | Path) -> tuple[TokenizerConfig, Any]:
+    """Settings and (averaged) parameters of the tokenizer in a workdir, a model folder, or its `tokenizer/`.
+
+    Raises:
+      UserError: there is none.
     """
     path = Path(source)
     if is_workdir(path):
@@ -27,14 +50,32 @@ def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
         if not isinstance(experiment, TokenizerExperiment):
             raise UserError(f"{path}: this workdir trains a transformer, not a tokenizer")
         config, params = experiment.tokenizer, load_params(path, "model.ema")
+        if experiment.freeze:
+            params |= load_params(path, "frozen")
         check_tree(params, abstract_tokenizer(config), f"tokenizer checkpoint in {path}")
+        return config, params
+    return read_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
+
+
+def load_transformer(source: str | Path, expected: TransformerConfig) -> Any:
+    """The (averaged) parameters of the transformer in a workdir, a model folder, or its `transformer/`.
+
+    It may have been trained at another resolution: relative positions carry over, so `patch_nums` may differ.
+
+    Raises:
+      UserError: there is none, its settings are not `expected`, or it has learned something of each scale
+        (`use_timestep_embed=False`) and the scales differ in number.
+    """
+    path = Path(source)
+    if is_workdir(path):
+        experiment = experiment_from(load_config(path))
+        if not isinstance(experiment, HartExperiment):
+            raise UserError(f"{path}: this workdir trains a tokenizer, not a transformer")
+        config, params = experiment.transformer, load_params(path, "ema")
     else:
-        folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-        config, params = read_tokenizer(folder)
-    if config != expected:
-        ours, theirs = expected.to_dict(), config.to_dict()
-        differing = [f"{name}={theirs[name]!r}, not {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
-        raise UserError(f"{path}: a tokenizer of another config: {'; '.join(differing)}")
+        config, params = read_transformer(path / "transformer" if (path / "transformer").is_dir() else path)
+    expected.check_same(dataclasses.replace(config, patch_nums=expected.patch_nums), path, "transformer")
+    check_tree(params, abstract_transformer(expected), f"transformer in {path}")
     return params
 
 
@@ -50,11 +91,19 @@ def read_workdir(path: str | Path, which: str = "ema") -> Model:
     params = load_params(path, which)
     check_tree(params, abstract_transformer(experiment.transformer), f"transformer checkpoint in {path}")
     tokenizer = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
-    text_encoder = Path(experiment.text_encoder)
+    text_encoder = experiment.text_encoder and Path(experiment.text_encoder)
     return Model(
         experiment.tokenizer,
         tokenizer,
         experiment.transformer,
         params,
-        text_encoder if text_encoder.is_dir() else None,
+        text_encoder if text_encoder and text_encoder.is_dir() else None,
     )
+
+
+def previous_stage(load: Callable[[str, Any], Any], init_from: str, expected: Settings) -> Any:
+    """What `load` reads from `init_from`; `UserError` names the setting too."""
+    try:
+        return load(init_from, expected)
+    except UserError as error:
+        raise UserError(f"init_from={init_from}: cannot start from it: {error}") from None

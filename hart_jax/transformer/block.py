@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.config import TransformerConfig
-from hart_jax.layers import dense, rms_norm
+from hart_jax.layers import add_bias, dense, product, rms_norm, width_init
 from hart_jax.transformer.attention import Segments, attention
 from hart_jax.transformer.rotary import rotate
 
@@ -24,7 +24,8 @@ class KVCache:
     @classmethod
     def empty(cls, config: TransformerConfig, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
         shape = (config.depth, batch, length, config.heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        axes = (None, "batch", None, "heads", None)
+        return cls(*(nn.with_logical_constraint(jnp.zeros(shape, dtype), axes) for _ in range(2)))
 
     def append(self, layer: jax.Array, start: int, k_BQHK: jax.Array, v_BQHK: jax.Array) -> "KVCache":
         """With the keys and values of positions start.. of one layer written."""
@@ -51,16 +52,13 @@ class SelfAttention(nn.Module):
     def __call__(self, x_BQW: jax.Array, angle_BQK: jax.Array, segments: Segments | None, cached) -> tuple:
         """`cached` is None, or (cache, layer, start): then the queries see the cache before them and each other."""
         cfg, zeros = self.config, nn.initializers.zeros
-        kernel_init = nn.with_logical_partitioning(
-            nn.initializers.truncated_normal(0.02), ("embed", None, "heads", "head_dim")
-        )
+        kernel_init = nn.with_logical_partitioning(width_init(cfg.width), ("embed", None, "heads", "head_dim"))
         kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
         bias_init = nn.with_logical_partitioning(zeros, ("heads", "head_dim"))
         q_bias = self.param("q_bias", bias_init, (cfg.heads, cfg.head_dim))
         v_bias = self.param("v_bias", bias_init, (cfg.heads, cfg.head_dim))
-        qkv = jnp.einsum("bqw,wnhk->nbqhk", x_BQW, kernel.astype(x_BQW.dtype))
-        q = qkv[0] + q_bias.astype(qkv.dtype)
-        k, v = qkv[1], qkv[2] + v_bias.astype(qkv.dtype)
+        qkv = product("bqw,wnhk->nbqhk", x_BQW, kernel)
+        q, k, v = add_bias(qkv[0], q_bias), qkv[1], add_bias(qkv[2], v_bias)
         scale = 0.25 / cfg.head_dim**0.5
         if cfg.attn_l2_norm:
             start = nn.with_logical_partitioning(nn.initializers.constant(np.log(4.0)), ("heads",))
@@ -68,6 +66,7 @@ class SelfAttention(nn.Module):
             q = _unit(q) * scale_mul[:, None].astype(q.dtype)
             k, scale = _unit(k), 1.0
         q, k = rotate(q, angle_BQK), rotate(k, angle_BQK)
+        q, k, v = (nn.with_logical_constraint(x, ("batch", None, "heads", None)) for x in (q, k, v))
         cache = None
         if cached is not None:
             cache, layer, begin = cached
@@ -75,7 +74,7 @@ class SelfAttention(nn.Module):
             k, v = cache.read(layer, begin + x_BQW.shape[1])
         out = attention(q, k.astype(q.dtype), v.astype(q.dtype), kv_end=segments, scale=scale)
         out = out.reshape(*x_BQW.shape[:2], cfg.width)
-        init = nn.initializers.truncated_normal(0.02 / (2 * cfg.depth) ** 0.5)
+        init = width_init(cfg.width, (2 * cfg.depth) ** -0.5)
         return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), cache
 
 
@@ -91,10 +90,11 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cfg = self.config
-        gate = dense(cfg.mlp_width, ("embed", "mlp"), bias=False, dtype=self.dtype, name="gate")(x)
-        up = dense(cfg.mlp_width, ("embed", "mlp"), bias=False, dtype=self.dtype, name="up")(x)
-        return dense(cfg.width, ("mlp", "embed"), bias=False, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+        cfg, init = self.config, width_init(self.config.width)
+        gate = dense(cfg.mlp_width, ("embed", "mlp"), init=init, bias=False, dtype=self.dtype, name="gate")(x)
+        up = dense(cfg.mlp_width, ("embed", "mlp"), init=init, bias=False, dtype=self.dtype, name="up")(x)
+        hidden = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", None, "mlp"))
+        return dense(cfg.width, ("mlp", "embed"), init=init, bias=False, dtype=self.dtype, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -120,20 +120,21 @@ class Block(nn.Module):
             x = rms_norm(x, weight, cfg.norm_eps)
             if modulation is None:
                 return x
-            return x * (1 + modulation["scale"][which]) + modulation["shift"][which]
+            return (x * (1 + modulation["scale"][which]) + modulation["shift"][which]).astype(x.dtype)
 
         def gated(x, which):
-            return x if modulation is None else x * modulation["gamma"][which]
+            return x if modulation is None else (x * modulation["gamma"][which]).astype(x.dtype)
 
         cached = None if self.cache_start is None else (cache, layer, self.cache_start)
         attend = SelfAttention(cfg, self.dtype, name="attn")
         out, new_cache = attend(normed(x_BQW, 0), angle_BQK, self.segments, cached)
         x_BQW = x_BQW + gated(out, 0)
         x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)
+        x_BQW = nn.with_logical_constraint(x_BQW, ("batch", None, "embed"))
         return (x_BQW, cache if new_cache is None else new_cache), None
 
     def _modulation(self, pooled_BW: jax.Array | None) -> dict[str, jax.Array] | None:
-        """gamma, scale and shift, each (2, B, 1, W): for attention and MLP."""
+        """gamma, scale and shift, each (2, B, 1, W) float32: for attention and MLP."""
         cfg = self.config
         if pooled_BW is None:
             return None
@@ -143,7 +144,7 @@ class Block(nn.Module):
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.width**-0.5), (None, "embed"))
             rows = self.param("scale_shift_table", init, (6, cfg.width)) + pooled_BW[:, None]
-        rows = jnp.moveaxis(rows.astype(self.dtype or jnp.float32), 1, 0)[:, :, None]
+        rows = jnp.moveaxis(rows.astype(jnp.float32), 1, 0)[:, :, None]
         return {"gamma": rows[0:2], "scale": rows[2:4], "shift": rows[4:6]}
 
 
@@ -151,7 +152,7 @@ def _adaln_init(width: int):
     """Truncated normal; gates start at almost nothing, scales and shifts at half (VAR)."""
 
     def init(key, shape, dtype=jnp.float32):
-        kernel = nn.initializers.truncated_normal(0.02)(key, shape, dtype)
+        kernel = width_init(width)(key, shape, dtype)
         return kernel * jnp.where(jnp.arange(shape[-1]) < 2 * width, 1e-5, 0.5)
 
     return init

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 
 from hart_jax.config import TransformerConfig
 from hart_jax.diffusion.head import DiffusionHead
-from hart_jax.layers import RMSNorm, TimestepEmbed, dense
+from hart_jax.layers import PRODUCT, RMSNorm, TimestepEmbed, dense, split_rows, width_init
 from hart_jax.transformer.attention import Segments, scale_causal_segments
 from hart_jax.transformer.block import Block, KVCache
 from hart_jax.transformer.rotary import context_angles, image_angles
+
+# What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
 
 
 class Context(flax.struct.PyTreeNode):
@@ -47,44 +50,46 @@ class TrainOutput:
 
 
 class Hart(nn.Module):
-    """See `TransformerConfig`; `dtype` is the compute type, parameters are float32."""
+    """See `TransformerConfig`; `dtype` is the compute type, parameters are float32.
+
+    `remat`, a key of `REMAT`, says what of each block is computed again in the backward pass to save memory.
+    """
 
     config: TransformerConfig
     dtype: jnp.dtype | None = None
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         cfg = self.config
+        weights = width_init(cfg.width)
         if cfg.num_classes:
-            init = nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), ("classes", "embed"))
+            init = nn.with_logical_partitioning(weights, ("classes", "embed"))
             # One more row: the unconditional class.
             self.class_embed = self.param("class_embed", init, (cfg.num_classes + 1, cfg.width))
-            start = nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), (None, "embed"))
+            start = nn.with_logical_partitioning(weights, (None, "embed"))
             self.start = self.param("start", start, (1, cfg.width))
         else:
             if cfg.use_context_norm:
                 self.context_norm = RMSNorm(cfg.norm_eps, axis="context")
-            self.context_embed = dense(cfg.width, ("context", "embed"), name="context_embed")
-        self.word_embed = dense(cfg.width, ("latent", "embed"), name="word_embed")
+            self.context_embed = dense(cfg.width, ("context", "embed"), init=weights, name="context_embed")
+        self.word_embed = dense(cfg.width, ("latent", "embed"), init=weights, name="word_embed")
         if cfg.use_timestep_embed:
             self.level_embed = TimestepEmbed(cfg.width, "embed")
         else:
-            init = nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), ("scales", "embed"))
+            init = nn.with_logical_partitioning(weights, ("scales", "embed"))
             self.level_table = self.param("level_table", init, (len(cfg.patch_nums), cfg.width))
         self.head_norm = RMSNorm(cfg.norm_eps)
-        self.head_ada_lin = dense(
-            2 * cfg.width, (None, "embed"), init=nn.initializers.truncated_normal(0.01), name="head_ada_lin"
-        )
-        head_init = nn.initializers.truncated_normal(0.02 * 0.02)
+        self.head_ada_lin = dense(2 * cfg.width, (None, "embed"), init=width_init(cfg.width, 0.5), name="head_ada_lin")
+        head_init = width_init(cfg.width, 0.02)
         self.head = dense(cfg.vocab_size, ("embed", "vocab"), init=head_init, name="head")
         self.decoder_norm = RMSNorm(cfg.norm_eps)
-        self.diffusion_head = DiffusionHead(cfg.diffusion, cfg.latent_channels, self.dtype)
+        self.diffusion_head = DiffusionHead(cfg.diffusion, cfg.latent_channels, self.dtype, self.remat != "none")
 
     def embed_text(self, text_BTD: jax.Array, mask_BT: jax.Array) -> Context:
         """The context of text states; `mask` is 1 for real tokens. Padding is not masked in attention (SPEC.md)."""
         if self.config.use_context_norm:
             text_BTD = self.context_norm(text_BTD)
-        tokens_BTW = self.context_embed(text_BTD)
+        tokens_BTW = split_rows(self.context_embed(text_BTD))
         pooled_BW = None
         if self.config.adaln != "none":
             largest = self.config.adaln == "own" and self.config.sep_aln_pooling_mode == "max"
@@ -143,7 +148,9 @@ class Hart(nn.Module):
         cache_start: int | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """All blocks. Without a cache, `segments` is the mask; with one, every query sees the cache and the queries."""
-        body = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        body = Block
+        if self.remat != "none":
+            body = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scanned = nn.scan(
             body,
             variable_axes={"params": 0},
@@ -160,11 +167,12 @@ class Hart(nn.Module):
     def logits(self, x_BQW: jax.Array, context: Context) -> jax.Array:
         """(B, Q, V) float32 from the last block's output."""
         x = self.head_norm(x_BQW.astype(jnp.float32))
-        return self.head(x * (1 + context.head_scale) + context.head_shift)
+        logits = self.head(x * (1 + context.head_scale) + context.head_shift)
+        return nn.with_logical_constraint(logits, ("batch", None, "vocab"))
 
     def residual_condition(self, x_BQW: jax.Array, code_BQC: jax.Array) -> jax.Array:
         """z, what the diffusion head sees: the last block's output and the code chosen there, normed."""
-        return self.decoder_norm(x_BQW.astype(jnp.float32) + self.word_embed(code_BQC))
+        return split_rows(self.decoder_norm(x_BQW.astype(jnp.float32) + self.word_embed(code_BQC)))
 
     def denoise(self, x_NC: jax.Array, t_N: jax.Array, z_NW: jax.Array) -> jax.Array:
         """One call of the diffusion head's network."""
@@ -193,7 +201,7 @@ class Hart(nn.Module):
             inputs.append(self.scale_input(latent, scale, index_Bl, context))
         x_BQW, angle_BQK = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
         segments = scale_causal_segments(cfg.context_tokens, (*sizes[1:-1], kept_BN.shape[1]))
-        x_BQW, _ = self.blocks(x_BQW, angle_BQK, context, segments=segments)
+        x_BQW, _ = self.blocks(split_rows(x_BQW), angle_BQK, context, segments=segments)
         predicting = x_BQW[:, cfg.context_tokens - 1 :]
         output = TrainOutput(self.logits(predicting, context), x_BQW[:, -kept_BN.shape[1] :])
         if self.is_initializing():

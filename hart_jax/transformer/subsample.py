@@ -1,5 +1,7 @@
 """Token subsampling: only some tokens of the last scale are trained on in a step (SPEC.md section 5)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,22 @@ def keep_buckets(positions: int, loss: HartLossConfig) -> tuple[int, ...]:
     if loss.keep_counts == 1:
         return (most,)
     return tuple(sorted({round(count) for count in np.linspace(least, most, loss.keep_counts)}))
+
+
+def bucket_probabilities(positions: int, loss: HartLossConfig) -> dict[int, float]:
+    """How often a run's steps keep each number of tokens of `keep_buckets`, by the truncated normal."""
+
+    def drop_below(fraction: float) -> float:
+        return 0.5 * (1 + math.erf((fraction - loss.drop_mean) / loss.drop_std / math.sqrt(2)))
+
+    buckets = keep_buckets(positions, loss)
+    least, all_of_it = drop_below(loss.drop_min), drop_below(1.0) - drop_below(loss.drop_min)
+    # At most `bucket` tokens are kept where more than (positions - bucket - 1) / positions of them are dropped.
+    below = [
+        (drop_below(max(loss.drop_min, (positions - b - 1) / positions)) - least) / all_of_it for b in buckets[:-1]
+    ]
+    ends = [0.0, *(1 - share for share in below), 1.0]
+    return {bucket: end - start for bucket, start, end in zip(buckets, ends, ends[1:], strict=False)}
 
 
 def draw_keep_count(seed: int, step: int, positions: int, loss: HartLossConfig) -> int:

@@ -1,5 +1,6 @@
 """The released layout: which files are read, every tensor accounted for, every fault one clear error."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,9 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hart_jax.convert.released import is_released, read_released, read_released_discriminator
+from hart_jax.convert.released import (
+    is_released,
+    is_released_tokenizer,
+    read_released,
+    read_released_discriminator,
+    read_released_tokenizer,
+)
 from hart_jax.errors import UserError
+from hart_jax.model_folder import write_part
 from hart_jax.tokenizer.discriminator import Discriminator
+from hart_jax.training.workdir import load_tokenizer
 from tests.convert.conftest import CASES, edit_config, edit_tensors
 from tests.parity.materialize import read_manifest, write_release
 
@@ -118,6 +127,48 @@ def test_discriminator_is_read_apart(pristine, tmp_path):
     assert logits.shape == (1, 2, 2, 1)
     with_it, without = read_released(tmp_path / "full"), read_released(pristine)
     assert jax.tree.all(jax.tree.map(np.array_equal, with_it.tokenizer, without.tokenizer))
+
+
+def test_a_tokenizer_alone(pristine, tmp_path):
+    model = read_released(pristine)
+    # VAR's file: no settings, and names without their first part.
+    tensors = load_file(pristine / "tokenizer/model.safetensors")
+    bare = {name.removeprefix("vae."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "vae.safetensors")
+    for source in (pristine, pristine / "tokenizer", tmp_path / "vae.safetensors"):
+        assert is_released_tokenizer(source)
+        config, params = read_released_tokenizer(source, model.tokenizer_config)
+        assert config == model.tokenizer_config
+        jax.tree.map(np.testing.assert_array_equal, params, model.tokenizer)
+        jax.tree.map(np.testing.assert_array_equal, load_tokenizer(source, config), model.tokenizer)
+    write_part(tmp_path / "ours" / "tokenizer", model.tokenizer_config, model.tokenizer)
+    assert not any(is_released_tokenizer(source) for source in (tmp_path, tmp_path / "ours", tmp_path / "absent"))
+
+
+def test_a_tokenizer_file_of_another_size_is_named(pristine, tmp_path):
+    config = read_released(pristine).tokenizer_config
+    other = dataclasses.replace(config, vocab_size=config.vocab_size + 1)
+    tensors = load_file(pristine / "tokenizer/model.safetensors")
+    bare = {name.removeprefix("vae."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"vae\.safetensors: checkpoint of another model: 1 of another shape.*codebook"):
+        read_released_tokenizer(tmp_path / "vae.safetensors", other)
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size is .*, the config says"):
+        load_tokenizer(pristine, other)
+    save_file({**bare, "extra": np.zeros(2, np.float32)}, tmp_path / "vae.safetensors")
+    with pytest.raises(UserError, match=r"vae\.safetensors: 1 tensors that this model has no place for: vae.extra"):
+        read_released_tokenizer(tmp_path / "vae.safetensors", config)
+
+
+@pytest.mark.torch
+def test_a_tokenizer_in_a_pickle(pristine, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = read_released(pristine)
+    tensors = load_file(pristine / "tokenizer/model.safetensors")
+    bare = {name.removeprefix("vae."): torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    torch.save(bare, tmp_path / "vae_ch160v4096z32.pth")
+    _, params = read_released_tokenizer(tmp_path / "vae_ch160v4096z32.pth", model.tokenizer_config)
+    jax.tree.map(np.testing.assert_array_equal, params, model.tokenizer)
 
 
 def shared_table(manifest):

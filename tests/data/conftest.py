@@ -1,12 +1,14 @@
 """A tiny captioned folder, as images and as shards."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hart_jax.data import shards as shards_module
 from hart_jax.data.shards import write_shards
 
 COUNT = 23
@@ -26,6 +28,16 @@ def make_folder(folder: Path, count: int = COUNT, side: int = 32) -> Path:
     return folder
 
 
+def zipped(folder: Path, inside: str = "") -> Path:
+    """Moves the images of a folder into a zip file there, below the path `inside`."""
+    with zipfile.ZipFile(folder / "mjhq30k_imgs.zip", "w") as archive:
+        for path in sorted(folder.glob("*/*.png")):
+            archive.write(path, inside + path.relative_to(folder).as_posix())
+            archive.writestr(f"__MACOSX/{path.relative_to(folder).as_posix()}", b"not an image")
+            path.unlink()
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "train")
@@ -37,3 +49,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shards")
     write_shards(make_folder(root / "train"), root / "out", records_per_shard=8)
     return root / "out"
+
+
+@pytest.fixture(scope="module")
+def corrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 200 images of which numbers 50 and 51, neighbours, do not decode."""
+    folder = make_folder(tmp_path_factory.mktemp("corrupted") / "train", count=200, side=8)
+    out = folder.parent / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards_module, "_decode", lambda example: None)
+        for number in (50, 51):
+            image = folder / ("animals", "food")[number % 2] / f"pic{number:03d}.png"
+            image.write_bytes(image.read_bytes()[:50])
+        write_shards(folder, out)
+    return out

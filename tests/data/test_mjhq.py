@@ -7,6 +7,7 @@ import pytest
 
 from hart_jax.data.mjhq import read_folder
 from hart_jax.errors import UserError
+from tests.data.conftest import zipped
 
 
 def test_reads_all_examples_in_order(folder: Path):
@@ -22,6 +23,26 @@ def test_an_entry_needs_only_category_and_prompt(folder: Path):
     del entries["pic000"]["captions"]
     (folder / "meta_data.json").write_text(json.dumps(entries))
     assert read_folder(folder)[0].captions == ("a thing 0",)
+
+
+def test_images_in_a_zip_file(folder: Path):
+    unpacked = read_folder(folder)
+    contents = [example.read() for example in unpacked]
+    assert contents[3] == (folder / "food" / "pic003.png").read_bytes()
+    packed = read_folder(zipped(folder, inside="mjhq30k_imgs/"))
+    assert [example.read() for example in packed] == contents
+    assert packed[3].path == folder / "mjhq30k_imgs.zip" / "mjhq30k_imgs" / "food" / "pic003.png"
+    assert [e.captions for e in packed] == [e.captions for e in unpacked]
+
+
+def test_missing_from_the_zip_file_and_damaged_zip_file(folder: Path):
+    (folder / "food" / "pic003.png").unlink()
+    zipped(folder)
+    with pytest.raises(UserError, match="has no image pic003"):
+        read_folder(folder)
+    (folder / "more.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"zip file .*more\.zip cannot be read"):
+        read_folder(folder)
 
 
 def test_missing_folder_and_caption_file(folder: Path):

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hart_jax.data import shards as shards_module
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.errors import UserError
+from tests.data.conftest import zipped
 
 
 def test_round_trip(folder: Path, tmp_path: Path):
@@ -62,6 +64,45 @@ def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, mon
 
     write_shards(folder, out, records_per_shard=8)
     assert len(rewritten) == 2
+
+
+def test_workers_change_nothing(folder: Path, tmp_path: Path):
+    write_shards(folder, tmp_path / "one", records_per_shard=4)
+    write_shards(folder, tmp_path / "two", records_per_shard=4, workers=2)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_workers_report_an_image_that_does_not_decode(folder: Path, tmp_path: Path):
+    (folder / "animals" / "pic004.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"pic004\.png does not decode"):
+        write_shards(folder, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zip_and_folders_give_the_same_shards(folder: Path, tmp_path: Path):
+    write_shards(folder, tmp_path / "one", records_per_shard=8)
+    zipped(folder, inside="imgs/")
+    write_shards(folder, tmp_path / "two", records_per_shard=8)
+    assert (tmp_path / "one" / "SHA256SUMS").read_text() == (tmp_path / "two" / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, 23), (4, 22), (3.9, 21), (1, 20)])
+def test_long_images_are_left_out(folder: Path, tmp_path: Path, limit: float, kept: int):
+    for number, size in ((0, (32, 8)), (1, (10, 41)), (2, (5, 6))):
+        path = folder / ("animals", "food")[number % 2] / f"pic{number:03d}.png"
+        Image.new("RGB", size).save(path)
+    assert write_shards(folder, tmp_path / "out", max_aspect=limit) == kept
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (about["count"], about["left_out"], about["categories"]) == (kept, 23 - kept, ["animals", "food"])
+    names = {RecordSource(tmp_path / "out")[index]["id"] for index in range(kept)}
+    assert ("pic000" in names, "pic001" in names, "pic002" in names) == (kept >= 22, kept == 23, kept >= 21)
+
+
+@pytest.mark.parametrize("setting", [{"max_aspect": 0.5}, {"workers": -1}, {"records_per_shard": 0}])
+def test_bad_settings(folder: Path, tmp_path: Path, setting: dict):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        write_shards(folder, tmp_path / "out", **setting)
 
 
 def test_out_of_another_source_or_with_other_files_is_refused(folder: Path, tmp_path: Path):

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hart_jax.config import HartLossConfig, OptimizerConfig
+from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training import hart_step
 from hart_jax.training.hart_step import drop_condition, make_hart_step, token_losses
 from hart_jax.training.state import make_optimizer, new_state
 from hart_jax.transformer.model import Hart
-from hart_jax.transformer.subsample import draw_keep_count, draw_kept, keep_buckets
+from hart_jax.transformer.subsample import bucket_probabilities, draw_keep_count, draw_kept, keep_buckets
 from tests.tiny import TOKENIZER, tiny_model
 
 LOSS = HartLossConfig(condition_top_k=16, min_kept=6, keep_counts=1)
@@ -49,6 +51,54 @@ def test_the_loss_falls(trained):
     assert all(np.isfinite(m["loss_diffusion"]) for m in history)
 
 
+def test_tokens_computed_ahead_train_as_their_images_do():
+    model = tiny_model()
+    hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 30)
+    step = make_hart_step(hart, tokenizer, optimizer, LOSS, 0.9)
+    images, condition = batch()
+    tokens = tokenizer.apply({"params": model.tokenizer}, from_uint8(images), method="tokens")
+    metrics = []
+    for source in (images, tokens):
+        state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
+        metrics.append(jax.device_get(step(state, model.tokenizer, source, condition, jax.random.key(0), 8)[1]))
+    assert metrics[0].keys() == metrics[1].keys()
+    # The tokenizer's.
+    assert metrics[0].pop("flops") > metrics[1].pop("flops")
+    for name in metrics[0]:
+        np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-4, err_msg=name)
+
+
+def losses(accumulate: int, source: str, steps: int = 4) -> list[dict]:
+    """Metrics of some steps on batches of 8 that differ."""
+    model = tiny_model()
+    hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 30)
+    step = make_hart_step(hart, tokenizer, optimizer, LOSS, 0.9, accumulate=accumulate)
+    state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
+    images, condition = batch(8)
+    history = []
+    for number in range(steps):
+        rows = np.roll(images, number, axis=0)
+        if source == "tokens":
+            rows = tokenizer.apply({"params": model.tokenizer}, from_uint8(rows), method="tokens")
+        state, metrics = step(state, model.tokenizer, rows, condition, jax.random.key(0), 8)
+        history.append(jax.device_get(metrics))
+    return history
+
+
+@pytest.mark.parametrize(("accumulate", "source"), [(8, "images"), (4, "tokens")])
+def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source):
+    for parts, whole in zip(losses(accumulate, source), losses(1, source), strict=True):
+        assert parts.keys() == whole.keys()
+        # What does not depend on the batch is computed anew for every part.
+        assert parts.pop("flops") == pytest.approx(whole.pop("flops"), rel=0.02)
+        for name in whole:
+            # A norm is of sums in another order, over all parameters.
+            rtol = 1e-4 if name.endswith("_norm") else 1e-5
+            np.testing.assert_allclose(parts[name], whole[name], rtol=rtol, atol=1e-7, err_msg=name)
+
+
 def test_every_scale_is_reported(trained):
     assert {f"{kind}_scale_{scale}" for kind in ("loss", "accuracy") for scale in range(3)} <= set(trained[0][0])
 
@@ -69,6 +119,33 @@ def test_a_dropped_condition_is_the_unconditional_one():
     np.testing.assert_array_equal(np.asarray(mask_out)[0], [1, 0, 0, 0])
 
 
+def test_every_sample_loses_its_condition_by_itself_one_time_in_ten(monkeypatch):
+    drawn = []
+
+    def recorded(hart, condition, dropped_B):
+        jax.debug.callback(lambda rows: drawn.append(np.asarray(rows)), dropped_B)
+        return drop_condition(hart, condition, dropped_B)
+
+    monkeypatch.setattr(hart_step, "drop_condition", recorded)
+    model = tiny_model()
+    tokenizer = Tokenizer(TOKENIZER)
+    optimizer = make_optimizer(OptimizerConfig(), 100)
+    step = make_hart_step(Hart(model.transformer_config), tokenizer, optimizer, HartLossConfig(condition_top_k=16), 0.9)
+    images, condition = batch(64)
+    tokens = tokenizer.apply({"params": model.tokenizer}, from_uint8(images), method="tokens")
+    state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
+    for _ in range(60):
+        state, _ = step(state, model.tokenizer, tokens, condition, jax.random.key(0), 8)
+    jax.effects_barrier()
+    dropped = np.stack(drawn)
+    assert dropped.shape == (60, 64)
+    # Four standard deviations of the mean of 3840 draws.
+    assert dropped.mean() == pytest.approx(0.1, abs=0.0194)
+    # Draws that samples or steps shared would make the counts of a step, or of a sample, spread far more.
+    for counts, draws in ((dropped.sum(axis=1), 64), (dropped.sum(axis=0), 60)):
+        assert 0.4 < counts.var() / (draws * 0.1 * 0.9) < 2.0
+
+
 def test_drawn_keep_counts_follow_the_truncated_normal():
     loss = HartLossConfig(keep_counts=400)
     counts = [draw_keep_count(0, step, 1024, loss) for step in range(2000)]
@@ -83,6 +160,15 @@ def test_keep_counts_are_buckets(positions, keep_counts, step):
     buckets = keep_buckets(positions, loss)
     assert len(buckets) <= keep_counts and list(buckets) == sorted(buckets)
     assert draw_keep_count(3, step, positions, loss) in buckets
+
+
+@pytest.mark.parametrize("positions", [40, 1024])
+def test_bucket_probabilities_are_those_of_the_draws(positions):
+    loss = HartLossConfig(keep_counts=3)
+    expected = bucket_probabilities(positions, loss)
+    draws = [draw_keep_count(1, step, positions, loss) for step in range(4000)]
+    assert sum(expected.values()) == pytest.approx(1)
+    assert {bucket: draws.count(bucket) / 4000 for bucket in expected} == pytest.approx(expected, abs=0.03)
 
 
 def test_kept_tokens_are_distinct_ascending_and_differ_between_samples():

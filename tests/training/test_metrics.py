@@ -13,7 +13,7 @@ from PIL import Image
 
 from hart_jax.errors import UserError
 from hart_jax.training.curves import draw_curves
-from hart_jax.training.metrics import MetricsWriter, Progress, read_metrics
+from hart_jax.training.metrics import RECORDS_FILE, MetricsWriter, Progress, read_metrics
 
 
 def values_at(step: int) -> dict[str, np.ndarray]:
@@ -38,6 +38,16 @@ def test_resumed_log_equals_the_undisturbed_one(tmp_path):
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
     assert [line["step"] for line in read_metrics(tmp_path / "killed", "timings.jsonl")] == list(range(1, 10))
+
+
+def test_records_are_cut_back_with_the_log(tmp_path):
+    with MetricsWriter(tmp_path, records=True) as writer:
+        for step in range(1, 8):
+            writer.records(step, np.arange(step, step + 2, dtype=np.int32))
+    with MetricsWriter(tmp_path, resumed_step=4, records=True) as writer:
+        writer.records(5, [0, 1])
+    lines = read_metrics(tmp_path, RECORDS_FILE)
+    assert lines == [*({"step": step, "index": [step, step + 1]} for step in range(1, 5)), {"step": 5, "index": [0, 1]}]
 
 
 def test_fresh_start_forgets_a_run_that_never_reached_a_checkpoint(tmp_path):
@@ -105,15 +115,48 @@ def test_progress_in_a_log_file_is_sparse_but_ends_with_the_last_step():
     assert len(stream.getvalue().splitlines()) == 1 and "step 1000/1000" in stream.getvalue()
 
 
+def colours_of(path) -> set[str]:
+    return {"#{:02x}{:02x}{:02x}".format(*colour) for colour in np.asarray(Image.open(path)).reshape(-1, 3)}
+
+
 @pytest.mark.parametrize("log_y", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3000])
-def test_curves_are_drawn(tmp_path, log_y, steps):
-    lines = [{"step": s, "loss": 3 * s**-0.3, "loss/flat": 2.0, "accuracy": 0.5} for s in range(1, steps + 1)]
+def test_chosen_curves_are_drawn(tmp_path, log_y, steps):
+    lines = [{"step": s, "loss": 3 * s**-0.3, "flat": 2.0, "accuracy": 0.5} for s in range(1, steps + 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    image = np.asarray(Image.open(draw_curves(tmp_path, log_y=log_y)))
-    colours = {tuple(colour) for colour in image.reshape(-1, 3)}
-    assert {(0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)} <= colours
-    assert (0x2C, 0xA0, 0x2C) not in colours
+    colours = colours_of(draw_curves(tmp_path, ["loss", "flat"], log_y=log_y))
+    assert {"#1f77b4", "#d62728"} <= colours
+    assert "#2ca02c" not in colours
+
+
+def test_every_subject_has_a_panel(tmp_path):
+    def line(step: int) -> dict[str, float]:
+        scales = {
+            f"{kind}_scale_{scale}": 0.1 * scale + 1 / step for kind in ("loss", "accuracy") for scale in range(14)
+        }
+        return {"step": step, "loss": 1 / step, **scales, "gradient_norm": 2.0, "learning_rate": 1e-4}
+
+    def timing(step: int) -> dict[str, float]:
+        return {"step": step, "images_per_second": 50.0, "step_seconds": 2.0, "data_wait_seconds": 0.1}
+
+    sizes = []
+    for files in (("metrics",), ("metrics", "timings")):
+        for name, make in (("metrics", line), ("timings", timing)):
+            lines = [json.dumps(make(step)) + "\n" for step in range(1, 9)] if name in files else []
+            (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        image = Image.open(draw_curves(tmp_path))
+        sizes.append(image.size)
+    # Losses, scales' losses and accuracies, norms, learning rate; speed and waits.
+    assert sizes == [(2 * 800, 3 * 360), (2 * 800, 4 * 360)]
+    # The scales' colours go from red to violet, fourteen different ones.
+    assert len({f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in image.getcolors(2**20)} - {"#ffffff", "#000000"}) > 14 + 3
+
+
+def test_values_without_a_logarithm_leave_the_others_where_they_are(tmp_path):
+    lines = [{"step": step, "loss": 1.0 if step % 2 else math.nan, "vq": 0.0} for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    colours = colours_of(draw_curves(tmp_path))
+    assert "#1f77b4" in colours and "#d62728" not in colours
 
 
 @given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=5), st.booleans())
@@ -122,7 +165,7 @@ def test_curves_take_any_positive_values(tmp_path_factory, values, log_y):
     workdir = tmp_path_factory.mktemp("curves")
     lines = [json.dumps({"step": step, "loss": value}) + "\n" for step, value in enumerate(values)]
     (workdir / "metrics.jsonl").write_text("".join(lines))
-    assert draw_curves(workdir, log_y=log_y).exists()
+    assert draw_curves(workdir, ["loss"], log_y=log_y).exists()
 
 
 def test_curves_without_data_or_of_unknown_metrics(tmp_path):

@@ -10,7 +10,12 @@ import pytest
 from hart_jax.config import OptimizerConfig, TokenizerConfig, TokenizerLossConfig
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.state import make_optimizer
-from hart_jax.training.tokenizer_step import init_tokenizer_state, make_tokenizer_step, restart_unused_codes
+from hart_jax.training.tokenizer_step import (
+    init_tokenizer_state,
+    make_tokenizer_step,
+    restart_unused_codes,
+    tokenizer_state,
+)
 
 CONFIG = TokenizerConfig(
     image_size=24,
@@ -47,8 +52,8 @@ def state(initial):
 
 
 @functools.cache
-def step_with(**loss):
-    return make_tokenizer_step(TOKENIZER, OPTIMIZER, TokenizerLossConfig(**loss), ema_decay=0.9)
+def step_with(accumulate=1, **loss):
+    return make_tokenizer_step(TOKENIZER, OPTIMIZER, TokenizerLossConfig(**loss), ema_decay=0.9, accumulate=accumulate)
 
 
 def differs(a, b) -> bool:
@@ -120,7 +125,9 @@ def test_dead_codes_become_latents_of_the_batch(state, images):
     def restarted(state):
         latent = TOKENIZER.apply({"params": state.model.params}, scaled, method="encode")
         quantized = TOKENIZER.apply({"params": state.model.params}, latent, method="quantize")
-        return quantized, restart_unused_codes(KEY, state, quantized, below=0.03)
+        return quantized, restart_unused_codes(
+            KEY, state, jnp.concatenate(quantized.inputs), quantized.hits_V, below=0.03
+        )
 
     # Code 3 was hardly hit lately, and is out of reach now.
     codebook = state.model.params["quantizer"]["codebook"].at[3].set(1e3)
@@ -140,3 +147,79 @@ def test_dead_codes_become_latents_of_the_batch(state, images):
     expected = 0.99 * 0.5 + 0.01 * np.asarray(quantized.hits_V)
     np.testing.assert_allclose(after.code_usage_V[kept], expected[kept], rtol=1e-6)
     assert after.code_usage_V[3] == 1.0
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(initial, images):
+    disc = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), initial.disc.params)
+    state = jax.tree.map(jnp.array, initial.replace(disc=initial.disc.replace(params=disc)))
+    step = step_with(adversarial=0.1, restart_below=0.99)
+    before = jax.device_get(state)
+    after, metrics = step(state, images, KEY, None, adversarial=True)
+    assert float(metrics["skipped_steps"]) == 1
+    assert (int(after.step), int(after.disc.step)) == (1, 1)
+    same = after.replace(
+        model=after.model.replace(step=before.model.step), disc=after.disc.replace(step=before.disc.step)
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(same), before)
+
+
+@pytest.mark.parametrize("accumulate", [4])
+def test_a_batch_in_parts_trains_as_the_whole_one_does(initial, images, accumulate):
+    ends = []
+    for parts in (1, accumulate):
+        # Some codes are dead, and restart.
+        step, state = step_with(parts, restart_below=0.989), jax.tree.map(jnp.array, initial)
+        history = []
+        for _ in range(3):
+            state, metrics = step(state, images, KEY, None, adversarial=False)
+            history.append(jax.device_get(metrics))
+        ends.append((history, jax.device_get(state)))
+    (parts_history, parts_state), (history, state) = ends
+    for ours, theirs in zip(parts_history, history, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours.pop("flops") == pytest.approx(theirs.pop("flops"), rel=0.02)
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    np.testing.assert_array_equal(parts_state.code_usage_V, state.code_usage_V)
+    codebooks = [end.model.params["quantizer"]["codebook"] for end in (parts_state, state, initial)]
+    np.testing.assert_allclose(codebooks[0], codebooks[1], atol=1e-5)
+    assert np.any(np.abs(codebooks[1] - codebooks[2]) > 0.1)
+
+
+def test_both_players_train_in_parts(state, initial, images):
+    step = step_with(2, adversarial=0.1)
+    for _ in range(2):
+        state, metrics = step(state, images, KEY, None, adversarial=True)
+    assert differs(state.disc.params, initial.disc.params) and differs(state.disc_stats, initial.disc_stats)
+    assert int(state.disc.step) == 2 and float(metrics["skipped_steps"]) == 0
+    assert 0 < metrics["discriminator"] < 3 and np.isfinite(metrics["generator"])
+
+
+FROZEN = ("encoder", "quant_conv", "quantizer")
+
+
+def test_frozen_parts_stay_to_the_last_bit(initial, images):
+    trained = jax.tree.map(jnp.array, initial.model.params)
+    # Adding nothing to it would change its bits.
+    trained["encoder"]["conv_in"]["bias"] = trained["encoder"]["conv_in"]["bias"].at[0].set(-0.0)
+    before = jax.device_get(trained)
+    state = tokenizer_state(KEY, trained, OPTIMIZER, 24, FROZEN)
+    step = step_with(vq=1.0, adversarial=0.1)
+    for _ in range(3):
+        state, metrics = step(state, images, KEY, None, adversarial=True)
+    after = jax.device_get(state)
+    assert set(after.frozen) == set(FROZEN)
+    for params in (after.frozen, after.ema):
+        frozen = {name: params[name] for name in FROZEN}
+        bits = [[leaf.view(np.int32) for leaf in jax.tree.leaves(tree)] for tree in (frozen, after.frozen)]
+        expected = [leaf.view(np.int32) for leaf in jax.tree.leaves({name: before[name] for name in FROZEN})]
+        for leaves in bits:
+            jax.tree.map(np.testing.assert_array_equal, leaves, expected)
+    for name in ("decoder", "post_quant_conv"):
+        assert differs(after.model.params[name], before[name]) and differs(after.ema[name], before[name])
+    # Adam's moments and the average are of the decoder alone.
+    trainable = sum(leaf.size for leaf in jax.tree.leaves([before["decoder"], before["post_quant_conv"]]))
+    moments = [leaf.size for leaf in jax.tree.leaves(after.model.opt_state) if leaf.ndim]
+    assert sum(moments) == 2 * trainable
+    assert sum(leaf.size for leaf in jax.tree.leaves(after.model.ema)) == trainable
+    assert float(metrics["update_norm"]) > 0

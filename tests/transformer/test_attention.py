@@ -1,9 +1,11 @@
 """The attention function and its mask."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hart_jax.training.flops import count_flops
 from hart_jax.transformer.attention import attention, scale_causal_segments
 
 B, H, K = 2, 3, 4
@@ -48,12 +50,36 @@ def test_keys_past_the_end_do_not_matter():
     np.testing.assert_array_equal(out, attention(q, k, v, kv_end=((3, 4),), scale=1.0))
 
 
-def test_one_head_at_a_time_is_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "at_once", "joined"),
+    [(2**25, 128, 1), (2**25, 128, 4), (0, 1, 512), (0, 3, 512), (4 * B * 8 * 2 * 5, 2, 1), (4 * B * 8 * 3, 3, 5)],
+    ids=["each scale", "joined scales", "single rows", "padded blocks", "blocks of scales", "two heads"],
+)
+def test_however_it_is_divided_it_is_the_same(monkeypatch, limit, at_once, joined):
     segments = scale_causal_segments(3, (1, 4))
     q, k, v = qkv(8, 8)
-    at_once = attention(q, k, v, kv_end=segments, scale=0.3)
-    monkeypatch.setattr("hart_jax.transformer.attention.MAX_LOGITS_BYTES", 0)
-    np.testing.assert_allclose(attention(q, k, v, kv_end=segments, scale=0.3), at_once, rtol=1e-5, atol=1e-6)
+
+    def loss(q, k, v):
+        out = attention(q, k, v, kv_end=segments, scale=0.3)
+        return jnp.sum(jnp.sin(out)), out
+
+    both = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    at_once_gradients, expected = both(q, k, v)
+    for name, value in {"MAX_LOGITS_BYTES": limit, "MIN_QUERIES_AT_ONCE": at_once, "MIN_QUERIES": joined}.items():
+        monkeypatch.setattr(f"hart_jax.transformer.attention.{name}", value)
+    gradients, out = jax.jit(both)(q, k, v)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, at_once_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scale_costs_only_the_keys_that_it_sees(monkeypatch):
+    segments = scale_causal_segments(3, (1, 4))
+    q, k, v = qkv(8, 8)
+    for joined, pairs in {512: 8 * 8, 1: 3 * 3 + 4 + 4 * 8}.items():
+        monkeypatch.setattr("hart_jax.transformer.attention.MIN_QUERIES", joined)
+        flops = count_flops(lambda *qkv: attention(*qkv, kv_end=segments, scale=0.3), q, k, v)
+        assert flops == 4 * B * H * K * pairs
 
 
 def test_bfloat16_stays_near():

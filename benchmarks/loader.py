@@ -1,0 +1,117 @@
+"""Images/s of the loader against a PyTorch DataLoader with Pillow: `python benchmarks/loader.py --workers 4`.
+
+Both read the same 1024 px files from disk and give uint8 batches of 256 px, resized with antialiasing (averages over
+4 x 4 pixels). They alternate in one run, each time with new workers, whose start is not counted; rates are medians.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hart_jax.data.mjhq import read_folder
+from hart_jax.data.pipeline import make_loader
+from hart_jax.data.shards import write_shards
+from hart_jax.errors import UserError, run_cli
+
+SOURCE_SIZE, SIZE = 1024, 256
+
+
+def write_pictures(folder: Path, suffix: str, count: int) -> Path:
+    """A folder of pictures with detail at all sizes and a little noise, which cost a decoder what photographs do."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir(parents=True)
+    entries = {}
+    for number in range(count):
+        pixels = rng.normal(0, 2, (SOURCE_SIZE, SOURCE_SIZE, 3))
+        for side in (4, 16, 64, 256):
+            coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+            fine = coarse.resize((SOURCE_SIZE, SOURCE_SIZE), Image.Resampling.BICUBIC)
+            pixels += np.asarray(fine, np.float64) / side**0.5
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        image.save(folder / "pictures" / f"{number:05d}{suffix}")
+        entries[f"{number:05d}"] = {"category": "pictures", "prompt": f"picture {number}"}
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    return folder
+
+
+class PillowDataset:
+    """What `torch.utils.data` asks of a data set by index."""
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        with Image.open(self._paths[index]) as image:
+            return np.array(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def torch_batches(torch: Any, folder: Path, batch_size: int, count: int, workers: int) -> Iterable[Any]:
+    dataset = PillowDataset([example.path for example in read_folder(folder)])
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=batch_size * count)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=workers, multiprocessing_context="spawn" if workers else None
+    )
+
+
+def images_per_second(batches: Iterable[Any], batch_size: int, count: int) -> float:
+    """Of the batches after the first, which waits for the workers to start."""
+    iterator = iter(batches)
+    next(iterator)
+    start = time.perf_counter()
+    for _ in itertools.islice(iterator, count - 1):
+        pass
+    return batch_size * (count - 1) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=4, help="of each loader")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=20, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only_ours", action="store_true", help="without PyTorch, and so without a comparison")
+    arguments = parser.parse_args()
+    if arguments.batches < 2 or arguments.repeats < 1 or not 1 <= arguments.batch_size <= arguments.images:
+        raise UserError("--batches must be 2 or more, --repeats 1 or more, --batch_size from 1 to --images")
+    torch: Any = None
+    if not arguments.only_ours:
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError("needs PyTorch (pip install torch) to compare with; or give --only_ours") from error
+
+    size, count, workers = arguments.batch_size, arguments.batches, arguments.workers
+    print(f"{workers} workers, batches of {size}, {SOURCE_SIZE} px to {SIZE} px, images/s")
+    print("| files | ours | PyTorch | ours / PyTorch |")
+    print("|---|---|---|---|")
+    for suffix in (".jpg", ".png"):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = write_pictures(Path(temporary) / "source", suffix, arguments.images)
+            shards = Path(temporary) / "shards"
+            write_shards(folder, shards)
+            ours, theirs = [], []
+            for _ in range(arguments.repeats):
+                loader = make_loader(shards, image_size=SIZE, batch_size=size, workers=workers)
+                ours.append(images_per_second(loader, size, count))
+                loader.close()
+                if torch:
+                    theirs.append(images_per_second(torch_batches(torch, folder, size, count, workers), size, count))
+        rate = np.median(ours)
+        compared = f"{np.median(theirs):.0f} | {rate / np.median(theirs):.2f}" if torch else "- | -"
+        print(f"| {suffix[1:]} | {rate:.0f} | {compared} |", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,125 @@
+"""A table of what fits which pod: `python benchmarks/pod_plans.py --results pod_plans.jsonl`.
+
+For each size of the 0.7B model and each topology it compiles the training step, all last-scale tokens that subsampling
+can keep included, for growing batches until it knows the largest power of two that fits: memory grows linearly, so that
+two compilations tell the third. Nothing runs, and no device is needed; libtpu or JAX's CUDA plug-in is. A compilation
+takes minutes. Each is appended to the results file, and the same command goes on where it ended.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hart_jax.errors import UserError, run_cli
+from hart_jax.parallel.chips import GiB
+from hart_jax.parallel.plan import Plan
+
+TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
+SIZES = (1024, 512, 256)
+
+
+def chips(topology: str) -> int:
+    return math.prod(int(side) for side in topology.partition(":")[2].split("x"))
+
+
+def next_batch(known: dict[int, Plan], smallest: int) -> int | None:
+    """The next global batch to compile, or None where the largest power of two that fits is known."""
+    if not known:
+        return smallest
+    fitting = max((batch for batch, plan in known.items() if plan.fits), default=0)
+    refused = min((batch for batch, plan in known.items() if not plan.fits), default=0)
+    if not fitting or refused == 2 * fitting:
+        return None
+    measured = sorted(batch for batch, plan in known.items() if plan.peak)[-2:]
+    guess = 2 * fitting
+    if len(measured) == 2:
+        low, high = (known[batch] for batch in measured)
+        slope = (high.peak - low.peak) / (high.batch_size - low.batch_size)
+        # Just below, as what is predicted is compiled, and what is predicted not to fit is not.
+        while low.peak + slope * (2 * guess - low.batch_size) <= low.memory and guess < 64 * fitting:
+            guess *= 2
+        if not refused and low.peak + slope * (guess - low.batch_size) > 1.1 * low.memory:
+            return None
+    return min(guess, refused // 2) if refused else guess
+
+
+def compile_one(size: int, topology: str, batch: int) -> Plan:
+    """One plan, in a process of its own."""
+    fsdp = min(16, chips(topology))
+    command = [
+        sys.executable,
+        "-m",
+        "hart_jax.parallel.plan",
+        f"--config=configs/hart_0p7b_{size}.py",
+        f"--topology={topology}",
+        f"--config.train.batch_size={batch}",
+        f"--config.mesh.fsdp={fsdp}",
+        "--json",
+    ]
+    print(" ".join(command[1:]), file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        raise UserError(f"{' '.join(command[1:])}: ended with code {done.returncode}")
+    return Plan(**json.loads(done.stdout))
+
+
+def row(size: int, plan: Plan) -> str:
+    mesh = "x".join(str(side) for side in plan.mesh.values())
+    memory = f"{plan.peak / GiB:.1f} of {plan.memory / GiB:.0f}"
+    floor, rate = f"{plan.step_seconds:.2f}", f"{plan.batch_size / plan.step_seconds:.0f}"
+    share = plan.flops / plan.chips / 1e12
+    return (
+        f"| {size} | {plan.topology} | {mesh} | {plan.batch_size} | {memory} | {share:.0f} | {floor} | {rate} | "
+        f"{plan.utilisation:.0%} |"
+    )
+
+
+def search(known: dict[int, Plan], smallest: int, compile_batch: Callable[[int], Plan]) -> Plan | None:
+    """The plan of the largest batch that fits, None if the smallest does not."""
+    while (batch := next_batch(known, smallest)) is not None:
+        known[batch] = compile_batch(batch)
+    return max((plan for plan in known.values() if plan.fits), key=lambda plan: plan.batch_size, default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
+    parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
+    parser.add_argument("--results", type=Path, default=Path("pod_plans.jsonl"))
+    parser.add_argument("--known", action="store_true", help="Only the rows of what the results file holds.")
+    arguments = parser.parse_args()
+    lines = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def compile_and_keep(size: int, topology: str, batch: int) -> Plan:
+        plan = compile_one(size, topology, batch)
+        with arguments.results.open("a") as file:
+            file.write(json.dumps({"size": size, "plan": vars(plan)}) + "\n")
+        return plan
+
+    print(f"JAX {importlib.metadata.version('jax')}; compiled, not run")
+    heads = ["px", "chips", "data x fsdp x tensor", "global batch", "GiB per chip", "TFLOP per chip"]
+    heads += ["s/step, at least", "images/s, at most", "utilisation, at most"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for topology in arguments.topologies:
+        for size in arguments.sizes:
+            plans = [Plan(**record["plan"]) for record in records if record["size"] == size]
+            known = {plan.batch_size: plan for plan in plans if plan.topology == topology}
+            if arguments.known:
+                best = max((p for p in known.values() if p.fits), key=lambda plan: plan.batch_size, default=None)
+            else:
+                best = search(known, chips(topology), lambda batch, s=size, t=topology: compile_and_keep(s, t, batch))
+            if best is not None:
+                print(row(size, best), flush=True)
+            elif known:
+                print(f"| {size} | {topology} | | one picture a chip does not fit | | | | | |", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

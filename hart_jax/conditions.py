@@ -1,0 +1,72 @@
+"""What a picture is asked for by, prompts or class labels, as the transformer's condition."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import TransformerConfig
+from hart_jax.errors import UserError
+from hart_jax.text.encoder import load_text_encoder
+from hart_jax.text.prompts import check_prompts, report_truncation
+
+
+class Conditions(Protocol):
+    """Wishes (prompts or labels) to conditions."""
+
+    def check(self, wishes: Sequence[Any]) -> None:
+        """Raises `UserError` where there is no wish, or one that cannot be."""
+        ...
+
+    def __call__(self, wishes: Sequence[Any]) -> Any:
+        """What `embed_condition` of the transformer takes."""
+        ...
+
+
+class Prompts:
+    """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once."""
+
+    def __init__(self, text_encoder: str | Path | None, config: TransformerConfig):
+        if not text_encoder:
+            raise UserError("the model has no text encoder; give the folder of one (text_encoder in the config)")
+        self.encoder = load_text_encoder(text_encoder)
+        if self.encoder.context_dim != config.context_dim:
+            wide = f"its states are {self.encoder.context_dim} wide, the model's {config.context_dim}"
+            raise UserError(f"{text_encoder}: {wide}")
+        self._length = config.context_tokens
+        self._reported: set[str] = set()
+
+    def check(self, wishes: Sequence[Any]) -> None:
+        check_prompts(wishes)
+
+    def __call__(self, wishes: Sequence[Any]) -> Any:
+        states = self.encoder(list(wishes), self._length)
+        cut = dict(zip(wishes, states.truncated, strict=True))
+        new = [prompt for prompt in cut if prompt not in self._reported]
+        report_truncation(new, [cut[prompt] for prompt in new], self._length)
+        self._reported.update(new)
+        return states.states_BTD, jnp.asarray(states.mask_BT)
+
+
+class Labels:
+    """Labels 0 .. num_classes - 1 of a class-conditional model."""
+
+    def __init__(self, config: TransformerConfig):
+        self._count = config.num_classes
+
+    def check(self, wishes: Sequence[Any]) -> None:
+        if not wishes:
+            raise UserError("there is no label; give at least one")
+        for label in wishes:
+            if not 0 <= label < self._count:
+                raise UserError(f"label {label}: the model has labels 0 to {self._count - 1}")
+
+    def __call__(self, wishes: Sequence[Any]) -> Any:
+        return jnp.asarray(np.array(wishes, np.int32))
+
+
+def conditions_of(config: TransformerConfig, text_encoder: str | Path | None) -> Conditions:
+    """Labels for a class-conditional model, prompts for any other; `UserError` if these lack a fitting encoder."""
+    return Labels(config) if config.num_classes else Prompts(text_encoder, config)

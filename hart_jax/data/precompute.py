@@ -1,0 +1,181 @@
+"""Shards with tokens and text states in their records, for training that runs neither tokenizer nor text encoder.
+
+    python -m hart_jax.data.precompute --shards DIR --out DIR --tokenizer DIR --text_encoder DIR --context_tokens 300
+
+copies a shard folder and adds to each record
+
+    tokens    of its image as it is, not mirrored: `indices` uint16, `f_rest` and `ar_input` float16; None for an image
+              that does not decode
+    texts     of each of its captions: `text` float16 and `mask` int32
+
+Training with `precompute_tokens` and `precompute_text` takes them from there; with another tokenizer or text encoder it
+stops. The same command carries on where it was interrupted. Records stay where they are, so that the order of training
+does not change; a damaged one stays damaged.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from tqdm import tqdm
+
+from hart_jax.config import TokenizerConfig
+from hart_jax.data import text_states, token_table
+from hart_jax.data.bad_records import BadRecords
+from hart_jax.data.pipeline import square_image
+from hart_jax.data.shards import (
+    CHECKSUM_FILE,
+    RecordSource,
+    begin,
+    complete,
+    is_finished,
+    read_dataset,
+    resume,
+    sha256,
+    write_checksums,
+    write_records,
+)
+from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
+from hart_jax.errors import UserError, run_cli
+from hart_jax.text.encoder import load_text_encoder
+
+# No msgpack value begins so: what stands for a record that could not be read.
+_DAMAGED = b"\xc1"
+
+
+class AddTokens:
+    """Adds `tokens` to records; `about` is what the shards say of them."""
+
+    field = TOKENS
+
+    def __init__(self, config: TokenizerConfig, params: Any):
+        self.about = tokens_from(config, params)
+        self._size, self._tokens_of = config.image_size, token_table.TokenMaker(config, params)
+
+    def __call__(self, records: list[dict[str, Any]]) -> list[int]:
+        """Returns which of at most `token_table.BATCH` images do not decode."""
+        images, bad = np.zeros((len(records), self._size, self._size, 3), np.uint8), []
+        for row, record in enumerate(records):
+            try:
+                images[row] = square_image(record["image"], self._size)
+            except UserError:
+                bad.append(row)
+        rows = _rows(self._tokens_of(images))
+        for row, record in enumerate(records):
+            record[TOKENS] = None if row in bad else pack(rows[row])
+        return bad
+
+
+class AddTexts:
+    """Adds `texts` to records; `about` is what the shards say of them."""
+
+    field = TEXTS
+
+    def __init__(self, encoder_folder: str | Path, positions: int):
+        self._encoder, self._positions = load_text_encoder(encoder_folder), positions
+        self.about = texts_from(encoder_folder, positions)
+
+    def __call__(self, records: list[dict[str, Any]]) -> list[int]:
+        captions = [caption for record in records for caption in record["captions"]]
+        packed: list[dict[str, Any]] = []
+        for start in range(0, len(captions), text_states.BATCH):
+            batch = captions[start : start + text_states.BATCH]
+            states, masks, _ = text_states.text_states(self._encoder, batch, self._positions)
+            packed += map(pack, _rows({"text": states, "mask": masks}))
+        for record in records:
+            count = len(record["captions"])
+            record[TEXTS], packed = packed[:count], packed[count:]
+        return []
+
+
+def precompute(
+    shards: str | Path, out: str | Path, fields: list[AddTokens | AddTexts], max_bad_records: int = 0
+) -> int:
+    """Writes `out`, or what is missing of it; returns the number of records.
+
+    Raises:
+      UserError: `shards` is no shard folder, `out` holds something else, or more than `max_bad_records` records do not
+        decode; fewer are named on stderr.
+    """
+    shards, out = Path(shards), Path(out)
+    source, about = RecordSource(shards), read_dataset(shards)
+    del about["shards"]
+    about |= {
+        "precomputed": {**source.precomputed[0], **{field.field: field.about for field in fields}},
+        "shards_sha256": sha256(shards / CHECKSUM_FILE),
+    }
+    settings = {name: about[name] for name in ("format", "count", "shards_sha256", "precomputed")}
+    sums = resume(out, settings)
+    if sums is None:
+        return len(source)
+    begin(out, settings)
+    bad = BadRecords(source.name_of, max_bad_records, "it gets no tokens")
+    start = 0
+    with tqdm(total=len(source), unit="image", mininterval=5) as progress:
+        for shard in source.shards:
+            path, numbers = out / shard.path.name, range(start, start + shard.count)
+            start += shard.count
+            if is_finished(path, sums):
+                progress.update(shard.count)
+                continue
+            sums[path.name] = write_records(path, _with_fields(source, numbers, fields, bad, progress))
+            write_checksums(out, sums)
+    complete(out, about, sums, {shard.path.name: shard.count for shard in source.shards})
+    return len(source)
+
+
+def _with_fields(
+    source: RecordSource, numbers: range, fields: list[AddTokens | AddTexts], bad: BadRecords, progress: tqdm
+) -> Iterator[bytes]:
+    for start in range(0, len(numbers), token_table.BATCH):
+        chunk = numbers[start : start + token_table.BATCH]
+        records = {}
+        for number in chunk:
+            try:
+                records[number] = {name: value for name, value in source[number].items() if name != "label"}
+            except UserError:
+                bad.add(number)
+        readable = list(records)
+        for add in fields:
+            if readable:
+                for row in add(list(records.values())):
+                    bad.add(readable[row])
+        for number in chunk:
+            yield msgpack.packb(records[number]) if number in records else _DAMAGED
+        progress.update(len(chunk))
+
+
+def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    count = len(next(iter(columns.values())))
+    return [{name: column[row] for name, column in columns.items()} for row in range(count)]
+
+
+def main() -> None:
+    from hart_jax.training.workdir import find_tokenizer
+
+    parser = argparse.ArgumentParser(description="Adds tokens and text states to the records of shards.")
+    parser.add_argument("--shards", type=Path, required=True, help="folder of hart_jax.data.shards")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new shards; new, empty or unfinished")
+    parser.add_argument("--tokenizer", type=Path, help="workdir or model folder of a tokenizer, for tokens")
+    parser.add_argument("--text_encoder", type=Path, help="folder of a text encoder, for text states")
+    parser.add_argument("--context_tokens", type=int, help="positions of the text states, as the transformer has them")
+    parser.add_argument("--max_bad_records", type=int, default=0, help="so many images may not decode")
+    args = parser.parse_args()
+    if not (args.tokenizer or args.text_encoder):
+        raise UserError("give --tokenizer, --text_encoder, or both: there is nothing to add otherwise")
+    if args.text_encoder and not (args.context_tokens and args.context_tokens > 0):
+        raise UserError("--text_encoder needs --context_tokens, at least 1: transformer.context_tokens of the training")
+    fields: list[AddTokens | AddTexts] = []
+    if args.tokenizer:
+        fields.append(AddTokens(*find_tokenizer(args.tokenizer)))
+    if args.text_encoder:
+        fields.append(AddTexts(args.text_encoder, args.context_tokens))
+    count = precompute(args.shards, args.out, fields, args.max_bad_records)
+    print(f"{count} records with {' and '.join(field.field for field in fields)} in {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

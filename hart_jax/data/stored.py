@@ -1,0 +1,107 @@
+"""Tokens and text states inside the records of shards, where `hart_jax.data.precompute` has put them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hart_jax.config import TokenizerConfig
+from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
+from hart_jax.errors import UserError
+
+TOKENS, TEXTS = "tokens", "texts"
+
+
+def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
+    """What shards say of tokens by this tokenizer."""
+    digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return {"tokenizer": digest.hexdigest()}
+
+
+def texts_from(encoder_folder: str | Path, positions: int) -> dict[str, Any]:
+    """What shards say of text states by the encoder in this folder, of so many positions."""
+    files = sorted(path for path in Path(encoder_folder).iterdir() if path.suffix in (".json", ".safetensors"))
+    digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode())
+    return {"text_encoder": digest.hexdigest(), "positions": positions}
+
+
+def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]]) -> bool:
+    """Whether all records have this field.
+
+    Args:
+      field: `TOKENS` or `TEXTS`.
+      wanted: gives `tokens_from` or `texts_from` of the models in use; called only where it is needed.
+
+    Raises:
+      UserError: they have it, but from other models.
+    """
+    found = [about.get(field) for about in RecordSource(shards).precomputed]
+    if not all(found):
+        return False
+    expected = wanted()
+    for folder, about in zip(as_paths(shards), found, strict=True):
+        if about != expected:
+            differing = ", ".join(name for name in expected if about.get(name) != expected[name])
+            raise UserError(
+                f"{folder}: the {field} in its records were computed with another {differing}; compute them anew "
+                "(python -m hart_jax.data.precompute) or train on the shards without them"
+            )
+    return True
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays as msgpack takes them."""
+    return {
+        name: {"dtype": array.dtype.str, "shape": array.shape, "bytes": np.ascontiguousarray(array).tobytes()}
+        for name, array in arrays.items()
+    }
+
+
+def unpack(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of `pack`."""
+    return {
+        name: np.frombuffer(array["bytes"], array["dtype"]).reshape(array["shape"]) for name, array in packed.items()
+    }
+
+
+class StoredTokens:
+    """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}, from its record.
+
+    Raises:
+      UserError: when asked for an image that did not decode, or a damaged record.
+    """
+
+    def __init__(self, shards: Folders):
+        self._records = RecordSource(shards)
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        packed = self._records[index][TOKENS]
+        if packed is None:
+            raise UserError(f"image {index} of the shards did not decode when its tokens were computed")
+        row = unpack(packed)
+        return {**row, "indices": row["indices"].astype(np.int32)}
+
+
+class StoredTexts:
+    """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from a record that has this caption."""
+
+    def __init__(self, shards: Folders):
+        self._records = RecordSource(shards)
+        self._places: dict[str, tuple[int, int]] = {}
+        for index in range(len(self._records)):
+            try:
+                captions = self._records[index]["captions"]
+            except UserError:
+                # The loader names it when it comes to it.
+                continue
+            self._places.update({caption: (index, number) for number, caption in enumerate(captions)})
+
+    def __call__(self, caption: str) -> dict[str, np.ndarray]:
+        index, number = self._places[caption]
+        return unpack(self._records[index][TEXTS][number])

@@ -1,0 +1,72 @@
+"""Devices to compile for that are not here: TPU slices through libtpu, GPUs through JAX's CUDA plug-in."""
+
+import os
+import re
+from typing import Any
+
+from jax.experimental import topologies
+
+from hart_jax.errors import UserError
+from hart_jax.parallel.chips import CHIPS, Chip
+
+_FORMS = "v5e:16x16, v6e:16x16, v5p:8x8x4, h200:8 or h200:4x8 (four hosts of eight)"
+
+
+def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
+    """The devices of a topology such as "v5e:16x16" or "h200:8", what they can do, and how many share a host.
+
+    The last is 0 where one kind of link connects them all.
+
+    Raises:
+      UserError: an unknown kind or shape, or the compiler for it is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(f"--topology={name}: unknown kind {kind!r}; kinds are {', '.join(CHIPS)}, written as {_FORMS}")
+    gpu = not kind.startswith("v")
+    sides = 2 if gpu else 3
+    if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{0,{sides - 1}}}", shape) is None:
+        raise UserError(f"--topology={name}: {shape!r} is no shape of {kind}; write {_FORMS}")
+    hosts, _, each = shape.rpartition("x")
+    try:
+        if gpu:
+            found = topologies.get_topology_desc(
+                f"NVIDIA {kind.upper()}",
+                platform="cuda",
+                topology=f"1x{hosts or 1}x{each}",
+                target_config=_target(kind),
+            )
+        else:
+            # Or libtpu asks a metadata server, and complains.
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            # No chip is used, so that several plans can be made at a time.
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            found = topologies.get_topology_desc(name, platform="tpu")
+    except Exception as error:  # each plug-in raises its own kinds
+        package = "gpu" if gpu else "tpu"
+        raise UserError(
+            f"--topology={name}: cannot compile for it ({str(error).splitlines()[0]}); install its compiler with "
+            f'pip install "hart_jax[{package}]" (no {package.upper()} is needed), and check the shape'
+        ) from error
+    return list(found.devices), CHIPS[kind], int(each) if gpu and hosts else 0
+
+
+def _target(kind: str) -> str:
+    """A Hopper GPU as XLA's cost model and code generator see it."""
+    chip = CHIPS[kind]
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 memory_bandwidth: {int(chip.bandwidth)} device_memory_size: {chip.memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "NVIDIA {kind.upper()}"
+"""

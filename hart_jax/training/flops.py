@@ -1,0 +1,88 @@
+"""How many floating-point operations a training step takes, and how many a device can do."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# Dense bfloat16 FLOP/s of one chip as its maker states it, by the beginning of `device_kind`; the first match counts.
+_PEAK = {
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of one device in bfloat16, None for a kind that is not in the table."""
+    return next((peak for kind, peak in _PEAK.items() if device_kind.startswith(kind)), None)
+
+
+def count_flops(function: Callable, *arguments: Any, **keywords: Any) -> float:
+    """FLOPs of a call's matrix products and convolutions, of all devices together; nothing is computed.
+
+    A product is traced, not compiled: one in a scan counts as often as it runs, one that rematerialisation repeats
+    counts again, one in a `while_loop` counts once.
+    """
+    return flops_of(jax.make_jaxpr(function)(*arguments, **keywords).jaxpr)
+
+
+def jit_step(step: Callable, static: str, out_shardings: Any = None) -> Any:
+    """`jax.jit` of (state, ...) -> (state, metrics) with the state donated and `flops` added to the metrics.
+
+    `static` names an argument that is a compile-time constant; `out_shardings` are those of state and metrics.
+    """
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)
+    def counted(*arguments: Any, **keywords: Any) -> tuple[Any, dict[str, jax.Array]]:
+        arrays = signature.bind(*arguments, **keywords).arguments
+        fixed = functools.partial(step, **{static: arrays.pop(static)})
+        state, metrics = fixed(**arrays)
+        return state, {**metrics, "flops": jnp.float32(count_flops(fixed, **arrays))}
+
+    return jax.jit(counted, static_argnames=static, donate_argnums=0, out_shardings=out_shardings)
+
+
+def flops_of(jaxpr: Jaxpr) -> float:
+    """As `count_flops`, of what is traced already."""
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        per_output = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        # Zeros between the inputs (gradients of strided convolutions) need no product.
+        return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(params["lhs_dilation"])
+    inner = [flops_of(jaxpr) for jaxpr in _inner(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * sum(inner)
+    return sum(inner)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, Jaxpr):
+                yield item
+            elif isinstance(item, ClosedJaxpr):
+                yield item.jaxpr

@@ -1,0 +1,64 @@
+"""The transformer's training as functions laid out over a mesh: `HartTask` runs it on data, a plan compiles it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from hart_jax.experiment import HartExperiment
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.rules import parameter_axes
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training.hart_step import make_hart_step
+from hart_jax.training.state import TrainState, compute_dtype, make_optimizer, new_state
+from hart_jax.transformer.model import Hart
+
+
+@dataclasses.dataclass(frozen=True)
+class HartProgram:
+    """`init` makes a state; `places` says where each of its arrays lies; `step` is `make_hart_step`'s function."""
+
+    hart: Hart
+    tokenizer: Tokenizer
+    optimizer: optax.GradientTransformation
+    init: Callable[[], TrainState]
+    places: Any
+    step: Any
+
+
+def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgram:
+    """Builds it; nothing is computed or compiled yet. `UserError` where the mesh does not divide the model."""
+    train, config = experiment.train, experiment.transformer
+    placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
+    dtype = compute_dtype(train.dtype)
+    hart, tokenizer = Hart(config, dtype, train.remat), Tokenizer(experiment.tokenizer, dtype)
+    optimizer = make_optimizer(experiment.optimizer, train.steps)
+    key = jax.random.key(train.seed)
+
+    def init_params() -> Any:
+        text = jnp.zeros((1, config.context_tokens, config.context_dim))
+        condition: Any = text, jnp.ones((1, config.context_tokens), jnp.int32)
+        if config.num_classes:
+            condition = jnp.zeros(1, jnp.int32)
+        latent = jnp.zeros((1, config.num_tokens - 1, config.latent_channels))
+        kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
+        return hart.init(jax.random.fold_in(key, 0), condition, latent, kept)["params"]
+
+    def init() -> TrainState:
+        return new_state(nn.unbox(init_params()), optimizer)
+
+    places = placement.state(jax.eval_shape(init), parameter_axes(jax.eval_shape(init_params)))
+    step = make_hart_step(
+        hart,
+        tokenizer,
+        optimizer,
+        experiment.loss,
+        experiment.optimizer.ema_decay,
+        (places, placement.whole),
+        train.accumulate,
+    )
+    return HartProgram(hart, tokenizer, optimizer, init, places, step)

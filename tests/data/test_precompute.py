@@ -1,0 +1,138 @@
+"""Tokens and text states in the records are those of the tables; interrupted work goes on; other models are refused."""
+
+import pickle
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from hart_jax.data import precompute as tool
+from hart_jax.data.pipeline import load_captions, make_loader
+from hart_jax.data.precompute import AddTexts, AddTokens, main, precompute
+from hart_jax.data.shards import RecordSource, open_shards, verify
+from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
+from hart_jax.data.text_states import precompute as text_table
+from hart_jax.data.token_table import precompute_tokens
+from hart_jax.errors import UserError
+from hart_jax.model_folder import write_part
+from hart_jax.text.encoder import load_text_encoder
+from hart_jax.text.minilm import import_minilm
+from tests.tiny import TOKENIZER, random_like, tiny_model
+from tests.tiny_bert import write_published
+
+POSITIONS = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_model().tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    import_minilm(write_published(folder / "published"), folder / "encoder")
+    return folder / "encoder"
+
+
+@pytest.fixture(scope="module")
+def stored(shards, params, encoder_folder, tmp_path_factory):
+    """The shards with both fields."""
+    out = tmp_path_factory.mktemp("stored") / "out"
+    assert precompute(shards, out, [AddTokens(TOKENIZER, params), AddTexts(encoder_folder, POSITIONS)]) == 23
+    return out
+
+
+def test_records_hold_what_the_tables_hold(shards, stored, params, encoder_folder, tmp_path):
+    assert verify(stored) == 3
+    tokens = precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    texts = text_table(load_text_encoder(encoder_folder), load_captions(shards), POSITIONS, tmp_path)
+    stored_tokens, stored_texts = (pickle.loads(pickle.dumps(kind(stored))) for kind in (StoredTokens, StoredTexts))
+    before, after = RecordSource(shards), RecordSource(stored)
+    assert len(after) == len(before) and after.categories == before.categories
+    for index in range(23):
+        kept = {name: value for name, value in after[index].items() if name not in (TOKENS, TEXTS)}
+        assert kept == before[index]
+        jax.tree.map(np.testing.assert_array_equal, stored_tokens(index), tokens(index))
+        for caption in kept["captions"]:
+            assert stored_texts(caption)["mask"].dtype == texts(caption)["mask"].dtype
+            np.testing.assert_array_equal(stored_texts(caption)["mask"], texts(caption)["mask"])
+            # Other captions were encoded in the same batch.
+            np.testing.assert_allclose(stored_texts(caption)["text"], texts(caption)["text"], atol=2e-3)
+
+
+def test_interrupted_work_goes_on(shards, stored, params, encoder_folder, tmp_path, monkeypatch):
+    fields = [AddTokens(TOKENIZER, params), AddTexts(encoder_folder, POSITIONS)]
+    written = []
+
+    def interrupted(path, records):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write_records(path, records)
+
+    write_records = tool.write_records
+    monkeypatch.setattr(tool, "write_records", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(shards, tmp_path / "out", fields)
+    with pytest.raises(UserError, match="unfinished"):
+        open_shards(tmp_path / "out")
+    with pytest.raises(UserError, match="other images or settings"):
+        precompute(shards, tmp_path / "out", fields[:1])
+    times = [path.stat().st_mtime_ns for path in written]
+    monkeypatch.setattr(tool, "write_records", write_records)
+    precompute(shards, tmp_path / "out", fields)
+    assert [path.stat().st_mtime_ns for path in written] == times
+    for path in stored.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    # Complete: nothing is left to do.
+    monkeypatch.setattr(tool, "write_records", None)
+    assert precompute(shards, tmp_path / "out", fields) == 23
+
+
+def test_other_models_are_refused(shards, stored, params, encoder_folder):
+    assert is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, params))
+    assert is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS))
+    assert not is_stored(shards, TOKENS, lambda: {})
+    assert not is_stored([stored, shards], TEXTS, lambda: {})
+    with pytest.raises(UserError, match="the tokens in its records were computed with another tokenizer"):
+        is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, random_like(params, seed=5)))
+    with pytest.raises(UserError, match="the texts in its records were computed with another positions"):
+        is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS + 1))
+
+
+def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"2 records do not decode, more than max_bad_records=1: 'pic050', 'pic051'"):
+        precompute(corrupted, tmp_path / "few", [AddTokens(TOKENIZER, params)], max_bad_records=1)
+    out = tmp_path / "out"
+    precompute(corrupted, out, [AddTokens(TOKENIZER, params)], max_bad_records=2)
+    assert "record 'pic051' does not decode, it gets no tokens (2 so far, 2 allowed)" in capsys.readouterr().err
+    loader = make_loader(out, image_size=8, batch_size=4, tokens=StoredTokens(out))
+    visits = sorted(np.concatenate([next(loader)["index"] for _ in range(50)]))
+    assert visits == [*range(50), 52, 52, *range(52, 200)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--tokenizer, --text_encoder, or both"),
+        (["--text_encoder", "{encoder}"], "needs --context_tokens"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_arguments(shards, encoder_folder, tmp_path, monkeypatch, arguments, message):
+    given = [argument.format(encoder=encoder_folder) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["precompute", "--shards", str(shards), "--out", str(tmp_path / "out"), *given])
+    with pytest.raises(UserError, match=message):
+        main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(shards, stored, params, tmp_path, monkeypatch, capsys):
+    write_part(tmp_path / "tokenizer", TOKENIZER, params)
+    options = ["--shards", str(shards), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", ["precompute", *options])
+    main()
+    assert "23 records with tokens in" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, StoredTokens(tmp_path / "out")(7), StoredTokens(stored)(7))

@@ -1,0 +1,77 @@
+"""Tokens computed ahead: the table gives what the tokenizer gives, and an interrupted table is done again."""
+
+import itertools
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from hart_jax.data import token_table
+from hart_jax.data.pipeline import make_loader
+from hart_jax.data.token_table import precompute_tokens
+from hart_jax.errors import UserError
+from hart_jax.images import from_uint8
+from hart_jax.tokenizer.model import Tokenizer
+from tests.tiny import TOKENIZER, random_like, tiny_model
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_model().tokenizer
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """23 images are two full batches and one that is filled up."""
+    monkeypatch.setattr(token_table, "BATCH", 10)
+
+
+def test_the_table_is_the_tokenizer(shards, params, tmp_path):
+    table = precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    for number in (0, 9, 10, 22):
+        # What image `number` of the shards shows, see conftest.py.
+        image = np.full((1, 8, 8, 3), (number, 2 * number, 3 * number), np.uint8)
+        expected = Tokenizer(TOKENIZER).apply({"params": params}, from_uint8(image), method="tokens")
+        row = table(number)
+        np.testing.assert_array_equal(row["indices"], np.concatenate(expected.indices, axis=1)[0])
+        np.testing.assert_allclose(row["f_rest"], expected.f_rest_BPC[0], rtol=2e-3, atol=1e-4)
+        np.testing.assert_allclose(row["ar_input"], expected.ar_input_BLC[0], rtol=2e-3, atol=1e-4)
+
+
+def test_a_complete_table_is_read_and_an_incomplete_one_redone(shards, params, tmp_path, monkeypatch):
+    precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    whole = precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)
+    (column,) = tmp_path.glob("*/indices.npy")
+    np.save(column, np.zeros_like(np.load(column)))
+    assert not precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)["indices"].any(), "the complete table is read"
+    (column.parent / "complete.json").unlink()
+    again = precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_another_tokenizer_has_its_own_table(shards, params, tmp_path):
+    precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    precompute_tokens(TOKENIZER, random_like(params, seed=5), shards, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"2 records do not decode, more than max_bad_records=1: 'pic050', 'pic051'"):
+        precompute_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=1)
+    capsys.readouterr()
+    table = precompute_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=2)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning: record 'pic{number:03d}' does not decode, it gets no tokens ({count} so far, 2 allowed)"
+        for count, number in ((1, 50), (2, 51))
+    ]
+    with pytest.raises(UserError, match="image 50"):
+        table(50)
+    loader = make_loader(corrupted, image_size=8, batch_size=4, tokens=pickle.loads(pickle.dumps(table)))
+    batches = list(itertools.islice(loader, 50))
+    assert sorted(loader.bad_records.names) == ["'pic050'", "'pic051'"]
+    assert sorted(np.concatenate([batch["index"] for batch in batches])) == [*range(50), 52, 52, *range(52, 200)]
+    for batch in batches:
+        for row, index in enumerate(batch["index"]):
+            np.testing.assert_array_equal(batch["indices"][row], table(index)["indices"])

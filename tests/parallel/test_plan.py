@@ -1,0 +1,192 @@
+"""The pod planner: what it refuses, what it prints and advises, and a tiny job compiled for a TPU that is not here."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pod_plans import search
+from hart_jax.errors import UserError
+from hart_jax.parallel.chips import GiB
+from hart_jax.parallel.plan import Plan, advice, plan, table
+from hart_jax.parallel.topology import topology_devices
+from tests.tiny import TOKENIZER, transformer_config
+
+SMALL = Plan(
+    topology="v5e:16x16",
+    what="train",
+    chips=256,
+    mesh={"data": 16, "fsdp": 16, "tensor": 1},
+    batch_size=512,
+    remat="full",
+    memory=16 * GiB,
+    arguments=GiB,
+    temporaries=5 * GiB,
+    peak=6 * GiB,
+    fits=True,
+    flops=256 * 100e12,
+    executed=100e12,
+    moved=819e9,
+    sent={"all-gather over fsdp": 2e9},
+    compute_seconds=0.5,
+    memory_seconds=1.0,
+    link_seconds=0.25,
+    compile_seconds=60.0,
+)
+BIG = dataclasses.replace(SMALL, temporaries=24 * GiB, peak=25 * GiB, fits=False)
+
+
+def changed(base: Plan, **changes) -> Plan:
+    return dataclasses.replace(base, **changes)
+
+
+def test_the_table_of_a_job_that_fits():
+    assert table(SMALL) == "\n".join(
+        [
+            "v5e:16x16: 256 chips, mesh data=16 fsdp=16 tensor=1, global batch 512, remat full",
+            "memory per chip   6.00 of 16.00 GiB (arguments 1.00, temporaries 5.00)",
+            "FLOPs per step    25.60 P in all, 100.00 T per chip",
+            "memory traffic    819.0 GB per chip",
+            "sent per chip     all-gather over fsdp 2.00 GB",
+            "step, at least    1.000 s: compute 0.500, memory 1.000, links 0.250; utilisation at most 50%",
+            "compiled in       60 s",
+        ]
+    )
+
+
+def test_chips_that_repeat_work_are_reported():
+    assert "100% more than an even share" in table(changed(SMALL, executed=200e12))
+    assert "even share" not in table(changed(SMALL, executed=105e12))
+
+
+@pytest.mark.parametrize(
+    ("big", "expected"),
+    [
+        (changed(BIG, remat="none"), "train.remat=full (it is none)"),
+        (changed(BIG, batch_size=1024), "lower train.batch_size to 512 or less"),
+        # 15 of 24 GiB are free for 4 pictures a chip: 2 of them.
+        (changed(BIG, batch_size=1024, temporaries=0, peak=0), "lower train.batch_size to 512"),
+        (changed(BIG, batch_size=2048, what="sample", remat="none"), "lower --batch_size to 1280"),
+        (changed(BIG, batch_size=256), "mesh.tensor=2"),
+        (changed(BIG, arguments=20 * GiB), "mesh.fsdp=64"),
+        (changed(BIG, arguments=300 * GiB), "take more chips, with mesh.fsdp=1024"),
+    ],
+)
+def test_advice_names_the_setting(big, expected):
+    assert expected in advice(big)
+    assert expected in table(big).splitlines()[-1]
+
+
+def test_too_big_says_by_how_much_where_the_compiler_does():
+    assert table(BIG).splitlines()[-1].startswith("TOO BIG by 9.00 GiB per chip: ")
+    refused = table(changed(BIG, temporaries=0, peak=0, executed=None, moved=None, sent=None))
+    assert "temporaries unknown" in refused and "TOO BIG for the compiler: " in refused
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5e", r"'' is no shape of v5e; write v5e:16x16"),
+        ("v9:2x2", r"unknown kind 'v9'; kinds are v4, v5e"),
+        ("v5e:2xtwo", "'2xtwo' is no shape"),
+        ("v5e:0x2", "'0x2' is no shape"),
+        ("h200:2x4x8", "'2x4x8' is no shape of h200"),
+    ],
+)
+def test_topologies_that_are_written_wrongly(topology, message):
+    with pytest.raises(UserError, match=message):
+        topology_devices(topology)
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize(("constant", "each"), [(4, 1.5), (1, 7.4), (15, 0.3), (17, 1), (8, 8), (1, 0.05)])
+def test_the_search_finds_the_largest_batch_that_fits(constant, each, says):
+    """With memory that grows linearly and a compiler that may not say by how much it is too big."""
+    compiled = []
+
+    def compile_batch(batch: int) -> Plan:
+        compiled.append(batch)
+        peak = int((constant + each * batch / 256) * GiB)
+        fits = peak <= 16 * GiB
+        return changed(SMALL, batch_size=batch, peak=peak if fits or says else 0, fits=fits)
+
+    best = search({}, 256, compile_batch)
+    fitting = [256 * 2**power for power in range(12) if constant + each * 2**power <= 16]
+    assert (best.batch_size if best else None) == (fitting[-1] if fitting else None)
+    assert len(compiled) == len(set(compiled)) <= 4
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hart_jax.parallel.plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/emoji_hart.py"], "--topology is missing"),
+        (["--config=configs/emoji_tokenizer.py", "--topology=v5e:2x2"], "this config trains a tokenizer"),
+        (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--batch_size=4"], "is of --what=sample"),
+        (["--config=configs/emoji_hart.py", "--what=dream"], "dream"),
+    ],
+)
+def test_wrong_command_lines_end_before_compiling(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="the plug-in is installed")
+def test_a_missing_compiler_is_named():
+    with pytest.raises(UserError, match=r"h200:8: cannot compile for it .*hart_jax\[gpu\]"):
+        topology_devices("h200:8")
+
+
+def write_config(folder: Path) -> Path:
+    values = {
+        "tokenizer": TOKENIZER.to_dict(),
+        "transformer": transformer_config().to_dict(),
+        "loss": {"condition_top_k": 8, "min_kept": 4},
+        "sample": {"top_k": 8, "top_k_late": 8},
+        "mesh": {},
+        "train": {},
+    }
+    path = folder / "tiny_hart.py"
+    path.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
+    )
+    return path
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_a_tiny_job_for_a_tpu(tmp_path, what):
+    config = write_config(tmp_path)
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.train.batch_size=8"]
+    done = run(f"--config={config}", "--topology=v5e:2x2", f"--what={what}", "--json", *mesh)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chips"] == 4 and found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert found["batch_size"] == (8 if what == "train" else 32)
+    assert found["peak"] >= found["arguments"] + found["temporaries"] > 0
+    assert found["executed"] == pytest.approx(found["flops"] / 4, rel=0.5)
+    assert found["moved"] > found["arguments"]
+    assert any("all-gather over" in kind for kind in found["sent"])
+
+
+@needs_libtpu
+def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
+    done = run(f"--config={write_config(tmp_path)}", "--topology=v5e:2x2", "--config.train.batch_size=6")
+    assert done.returncode == 2 and "train.batch_size=6: must be a multiple of data*fsdp=4" in done.stderr
+
+
+def test_the_function_refuses_what_the_command_does():
+    with pytest.raises(UserError, match="unknown kind"):
+        plan(None, "tpu")  # type: ignore[arg-type]

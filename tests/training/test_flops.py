@@ -1,0 +1,86 @@
+"""FLOPs as counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+from hart_jax.training.flops import count_flops, jit_step, peak_flops
+
+
+def matrix(*shape: int) -> jax.Array:
+    return jnp.ones(shape)
+
+
+def test_products_and_their_gradients():
+    a, b = matrix(5, 3, 4), matrix(5, 4, 7)
+    assert count_flops(jnp.matmul, a, b) == 2 * 5 * 3 * 4 * 7
+    loss = lambda a, b: jnp.sum(jnp.sin(a @ b))  # noqa: E731
+    assert count_flops(jax.grad(loss, argnums=(0, 1)), a, b) == 3 * 2 * 5 * 3 * 4 * 7
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_convolutions(strides):
+    image, kernel = matrix(2, 8, 8, 6), matrix(3, 3, 6, 10)
+
+    def convolve(image, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(image, kernel, (strides, strides), "SAME", dimension_numbers=layout)
+
+    forward = 2 * 2 * (8 // strides) ** 2 * 10 * 9 * 6
+    assert count_flops(convolve, image, kernel) == forward
+    both = jax.grad(lambda *arrays: jnp.sum(convolve(*arrays) ** 2), argnums=(0, 1))
+    assert count_flops(both, image, kernel) == 3 * forward
+
+
+def test_control_flow():
+    weights, x = matrix(6, 4, 4), matrix(2, 4)
+    product = 2 * 2 * 4 * 4
+    scanned = jax.jit(lambda x, weights: lax.scan(lambda x, w: (x @ w, None), x, weights))
+    assert count_flops(scanned, x, weights) == 6 * product
+    branches = lambda flag, x: lax.cond(flag, lambda x: x @ weights[0] @ weights[1], lambda x: x @ weights[0], x)  # noqa: E731
+    assert count_flops(branches, True, x) == 2 * product
+
+
+def test_kernels_count_once_for_every_cell_of_their_grid():
+    def multiply(a, b):
+        def kernel(a_ref, b_ref, out_ref):
+            out_ref[...] = a_ref[...] @ b_ref[...]
+
+        rows = pl.BlockSpec((8, 16), lambda i: (i, 0))
+        whole = pl.BlockSpec((16, 16), lambda i: (0, 0))
+        shape = jax.ShapeDtypeStruct(a.shape, a.dtype)
+        return pl.pallas_call(kernel, shape, grid=(4,), in_specs=[rows, whole], out_specs=rows)(a, b)
+
+    assert count_flops(multiply, matrix(32, 16), matrix(16, 16)) == 2 * 32 * 16 * 16
+
+
+def test_a_step_reports_its_own():
+    def step(state, x, repeats):
+        for _ in range(repeats):
+            state = x @ state
+        return state, {"loss": jnp.sum(state)}
+
+    compiled = jit_step(step, static="repeats")
+    _, metrics = compiled(matrix(4, 4), matrix(4, 4), 3)
+    assert float(metrics["flops"]) == 3 * 2 * 4**3 and float(metrics["loss"]) == 16 * 4**3
+    np.testing.assert_array_equal(compiled(matrix(4, 4), matrix(4, 4), repeats=1)[1]["flops"], 2 * 4**3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_kind_of_device(kind, peak):
+    assert peak_flops(kind) == peak

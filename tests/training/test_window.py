@@ -1,0 +1,53 @@
+"""Logged means span checkpoints and leave out skipped steps; too many of those in a row end the run."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from hart_jax.errors import UserError
+from hart_jax.training.window import Window
+
+
+def add(window: Window, step: int, loss: float, **more: float) -> None:
+    skipped = not math.isfinite(loss)
+    values = {"loss": loss, "skipped_steps": skipped, **more}
+    window.add(step, {name: jnp.float32(value) for name, value in values.items()})
+
+
+def test_a_window_stored_half_way_gives_the_same_means():
+    whole, half = Window(3), Window(3)
+    for step in (1, 2):
+        add(whole, step, step / 7, early=step / 9)
+        add(half, step, step / 7, early=step / 9)
+    half = Window(3, json.loads(json.dumps(half.stored())))
+    for step in (3, 4, 5):
+        add(whole, step, step / 7)
+        add(half, step, step / 7)
+    means = whole.close()
+    assert half.close() == means
+    assert means["early"] == pytest.approx(1.5 / 9) and means["loss"] == pytest.approx(3 / 7)
+
+
+def test_skipped_steps_are_counted_and_left_out_of_the_means():
+    window = Window(3)
+    for step, loss in enumerate((1.0, math.nan, math.inf, 2.0), 1):
+        add(window, step, loss)
+    assert window.close() == {"loss": 1.5, "skipped_steps": 2}
+    add(window, 5, math.nan)
+    assert math.isnan(window.close()["loss"])
+
+
+def test_too_many_in_a_row_name_the_step():
+    window = Window(3)
+    for step, loss in enumerate((1.0, math.nan, math.nan, 1.0, math.nan), 1):
+        add(window, step, loss)
+    window.close()
+    window = Window(3, json.loads(json.dumps(window.stored())))
+    add(window, 6, math.nan)
+    window.stored()
+    add(window, 7, math.nan)
+    add(window, 8, 1.0)
+    with pytest.raises(UserError, match="step 7: the loss or the gradients were not finite, as in all of the last 3"):
+        window.stored()
