@@ -338,7 +338,11 @@ class TokenizerLossConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class HartLossConfig(Settings):
-    """The transformer's losses and the draws of its training (SPEC.md section 5)."""
+    """The transformer's losses and the draws of its training (SPEC.md section 5).
+
+    `mistakes` is not the paper's: each sample's scales build on codes that are wrong by up to that much of their size,
+    and learn to mend it, as drawing needs (after the self-correction of Infinity, arXiv 2412.04431).
+    """
 
     token: float = 1.0
     diffusion: float = 1.0
@@ -350,8 +354,10 @@ class HartLossConfig(Settings):
     drop_min: float = 0.5
     min_kept: int = 32
     keep_counts: int = 4
+    mistakes: float = 0.0
 
     def __post_init__(self) -> None:
+        _require(self.mistakes >= 0, f"loss.mistakes={self.mistakes}: must be 0 or more")
         _require(0 <= self.drop_text <= 1, f"loss.drop_text={self.drop_text}: a probability")
         _require(0 <= self.drop_min <= 1, f"loss.drop_min={self.drop_min}: a fraction of the last scale")
         _require(0 < self.condition_top_p <= 1, f"loss.condition_top_p={self.condition_top_p}: must be in (0, 1]")

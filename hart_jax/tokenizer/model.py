@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.tokenizer.autoencoder import Decoder, Encoder, conv
-from hart_jax.tokenizer.quantizer import Quantized, Quantizer, Tokens
+from hart_jax.tokenizer.quantizer import Mistakes, Quantized, Quantizer, Tokens
 
 
 class Tokenizer(nn.Module):
@@ -39,6 +39,10 @@ class Tokenizer(nn.Module):
     def tokens(self, image_BHWC: jax.Array) -> Tokens:
         """What the transformer is trained on, from images."""
         return self.quantizer.tokens(self.encode(image_BHWC))
+
+    def with_mistakes(self, tokens: Tokens, mistakes: Mistakes) -> Tokens:
+        """See `Quantizer.with_mistakes`."""
+        return self.quantizer.with_mistakes(tokens, mistakes)
 
     def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
         """f_hat of one (B, p*p) index array per scale."""

@@ -22,6 +22,20 @@ class Tokens:
 
 
 @flax.struct.dataclass
+class Mistakes:
+    """How wrong the codes are that the scales build on: `level_B` times as large as what is coded, from `key_B`."""
+
+    level_B: jax.Array
+    key_B: jax.Array
+
+    def apply(self, z_BpqC: jax.Array, scale: int) -> jax.Array:
+        """What is coded at a scale, with noise that depends on each sample's key alone."""
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, scale), z_BpqC.shape[1:]))(self.key_B)
+        size = jnp.sqrt(jnp.mean(z_BpqC**2, axis=(1, 2, 3), keepdims=True))
+        return z_BpqC + self.level_B[:, None, None, None] * size * noise
+
+
+@flax.struct.dataclass
 class Quantized:
     """A latent taken apart: f = f_hat + residual.
 
@@ -114,18 +128,34 @@ class Quantizer(nn.Module):
             inputs.append(z.reshape(-1, z.shape[-1]))
         return Quantized(f_hat, residual, tuple(partial), tuple(indices), tuple(inputs), hits_V)
 
-    def tokens(self, f_BhwC: jax.Array) -> Tokens:
-        """Targets of the transformer: the last scale's code is never subtracted, so phi is not applied there."""
+    def tokens(self, f_BhwC: jax.Array, mistakes: Mistakes | None = None) -> Tokens:
+        """Targets of the transformer: the last scale's code is never subtracted, so phi is not applied there.
+
+        With `mistakes`, the scales build on codes that are wrong by so much, and the targets are still the best ones
+        there: what is left to draw of the image, mistakes included.
+        """
         residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
         indices, inputs = [], []
         sides = self.config.patch_nums
         for scale, side in enumerate(sides):
-            indices.append(self.nearest(area(residual, side)))
+            z = area(residual, side)
+            indices.append(self.nearest(z))
             if scale == len(sides) - 1:
                 break
-            h = self.contribution(self.lookup(indices[-1]), scale)
+            chosen = self.nearest(mistakes.apply(z, scale)) if mistakes else indices[-1]
+            h = self.contribution(self.lookup(chosen), scale)
             f_hat, residual = f_hat + h, residual - h
             following = area(f_hat, sides[scale + 1])
             inputs.append(following.reshape(following.shape[0], -1, following.shape[-1]))
         rest = residual.reshape(residual.shape[0], -1, residual.shape[-1])
         return Tokens(tuple(indices), rest, jnp.concatenate(inputs, axis=1))
+
+    def latent(self, tokens: Tokens) -> jax.Array:
+        """The latent (B, h, w, C) that `tokens`, made without mistakes, are of."""
+        rest = tokens.f_rest_BPC
+        rest = rest.reshape(rest.shape[0], self.config.patch_nums[-1], self.config.patch_nums[-1], -1)
+        return rest + self.decode_indices(tokens.indices[:-1])
+
+    def with_mistakes(self, tokens: Tokens, mistakes: Mistakes) -> Tokens:
+        """The tokens of the same images, some codes on the way chosen wrongly."""
+        return self.tokens(self.latent(tokens), mistakes)

@@ -14,7 +14,7 @@ from hart_jax.generate import keep_top
 from hart_jax.images import from_uint8
 from hart_jax.layers import parts, split_rows
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.tokenizer.quantizer import Tokens
+from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts
 from hart_jax.training.flops import jit_step
 from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
@@ -55,6 +55,16 @@ def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
     text_BTD, mask_BT = condition
     alone_T = jnp.zeros(mask_BT.shape[1], mask_BT.dtype).at[0].set(1)
     return jnp.where(dropped_B[:, None, None], 0.0, text_BTD), jnp.where(dropped_B[:, None], alone_T, mask_BT)
+
+
+def draw_mistakes(tokenizer: Tokenizer, params: Params, tokens: Tokens, most: float, key_B: jax.Array) -> Tokens:
+    """The tokens where every sample builds on codes that are more or less wrong, up to `most` (`Mistakes`)."""
+    level_key_B, noise_key_B = jnp.moveaxis(
+        jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1)))(key_B), 1, 0
+    )
+    level_B = jax.vmap(lambda key: jax.random.uniform(key, maxval=most))(level_key_B)
+    wrong = Mistakes(level_B, noise_key_B)
+    return tokenizer.apply({"params": params}, tokens, wrong, method="with_mistakes")
 
 
 def token_losses(logits_BLV: jax.Array, targets: list[jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -142,6 +152,8 @@ def make_hart_step(
             tokens: Tokens = source
             if not isinstance(source, Tokens):
                 tokens = tokens_of(tokenizer, tokenizer_params, source)
+            if loss.mistakes:
+                tokens = draw_mistakes(tokenizer, tokenizer_params, tokens, loss.mistakes, key_B)
             (_, metrics), grads = gradient(state.params, tokens, condition, codebook_VC, kept_BN, key_B)
             if places is not None:
                 grads = jax.lax.with_sharding_constraint(grads, places[0].params)

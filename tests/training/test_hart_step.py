@@ -1,5 +1,7 @@
 """Training of the transformer: the loss falls, parts that are frozen stay, subsampling keeps what it says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,12 +71,13 @@ def test_tokens_computed_ahead_train_as_their_images_do():
         np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-4, err_msg=name)
 
 
-def losses(accumulate: int, source: str, steps: int = 4) -> list[dict]:
+def losses(accumulate: int, source: str, steps: int = 4, mistakes: float = 0.0) -> list[dict]:
     """Metrics of some steps on batches of 8 that differ."""
+    loss = dataclasses.replace(LOSS, mistakes=mistakes)
     model = tiny_model()
     hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 30)
-    step = make_hart_step(hart, tokenizer, optimizer, LOSS, 0.9, accumulate=accumulate)
+    step = make_hart_step(hart, tokenizer, optimizer, loss, 0.9, accumulate=accumulate)
     state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
     images, condition = batch(8)
     history = []
@@ -87,9 +90,10 @@ def losses(accumulate: int, source: str, steps: int = 4) -> list[dict]:
     return history
 
 
-@pytest.mark.parametrize(("accumulate", "source"), [(8, "images"), (4, "tokens")])
-def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source):
-    for parts, whole in zip(losses(accumulate, source), losses(1, source), strict=True):
+@pytest.mark.parametrize(("accumulate", "source", "mistakes"), [(8, "images", 0.0), (4, "tokens", 0.5)])
+def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source, mistakes):
+    in_parts, at_once = losses(accumulate, source, mistakes=mistakes), losses(1, source, mistakes=mistakes)
+    for parts, whole in zip(in_parts, at_once, strict=True):
         assert parts.keys() == whole.keys()
         # What does not depend on the batch is computed anew for every part.
         assert parts.pop("flops") == pytest.approx(whole.pop("flops"), rel=0.02)
@@ -97,6 +101,13 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source):
             # A norm is of sums in another order, over all parameters.
             rtol = 1e-4 if name.endswith("_norm") else 1e-5
             np.testing.assert_allclose(parts[name], whole[name], rtol=rtol, atol=1e-7, err_msg=name)
+
+
+def test_mistakes_change_all_scales_but_the_first():
+    (without, *_), (with_some, *_) = losses(1, "tokens", steps=1), losses(1, "tokens", steps=1, mistakes=1.0)
+    assert with_some["loss_scale_0"] == pytest.approx(without["loss_scale_0"], rel=1e-5)
+    for scale in (1, 2):
+        assert abs(with_some[f"loss_scale_{scale}"] - without[f"loss_scale_{scale}"]) > 1e-3
 
 
 def test_every_scale_is_reported(trained):
