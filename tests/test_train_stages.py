@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from hart_jax.checkpoint import load_params
+from hart_jax.data.shards import write_shards
 from hart_jax.images import read_png_metadata
 from hart_jax.training.metrics import read_metrics
 from tests.train_runs import ROOT, run_to_end, write_hart_config, write_tokenizer_config
 
+# 24 pictures of the bundled model's set, at 32 px.
+EMOJI = ROOT / "tests" / "emoji"
 LENGTH = ["--config.train.steps=4", "--config.train.save_every=4", "--config.train.sample_every=4"]
 CLASSES = [
     "--config.transformer.num_classes=2",
@@ -83,9 +86,11 @@ STILL = "--config.optimizer.learning_rate=1e-12"
 
 
 def test_the_whole_curriculum(folder, config):
-    """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px."""
+    """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px, on real pictures."""
     tokenizer_config = write_tokenizer_config(folder / "tokenizer_inputs")
-    same = ["--config.tokenizer.vocab_size=16", "--config.tokenizer.share_quant_resi=2"]
+    write_shards(EMOJI, folder / "emoji", records_per_shard=8)
+    pictures = f"--config.data.train={folder / 'emoji'}"
+    same = [pictures, "--config.tokenizer.vocab_size=16", "--config.tokenizer.share_quant_resi=2"]
     discrete = stage(folder, tokenizer_config, "discrete", *same, "--config.loss.continuous_fraction=0.0")
     freeze = "--config.freeze=('encoder', 'quant_conv', 'quantizer')"
     hybrid_settings = [*same, freeze, f"--config.init_from={discrete}", "--config.loss.restart_below=0.0"]
@@ -97,10 +102,10 @@ def test_the_whole_curriculum(folder, config):
     assert sorted(decoder) == ["decoder", "post_quant_conv"]
     assert np.any(decoder["decoder"]["conv_out"]["kernel"] != before["decoder"]["conv_out"]["kernel"])
 
-    on_top = f"--config.tokenizer_from={hybrid}"
-    first = stage(folder, config, "first", on_top)
-    second = stage(folder, config, "second", on_top, f"--config.init_from={first}", STILL, *scales((1, 2, 4, 8)))
-    third = stage(folder, config, "third", on_top, f"--config.init_from={second}", STILL, *scales((1, 2, 4, 6, 8, 16)))
+    on_top = [pictures, f"--config.tokenizer_from={hybrid}"]
+    first = stage(folder, config, "first", *on_top)
+    second = stage(folder, config, "second", *on_top, f"--config.init_from={first}", STILL, *scales((1, 2, 4, 8)))
+    third = stage(folder, config, "third", *on_top, f"--config.init_from={second}", STILL, *scales((1, 2, 4, 6, 8, 16)))
     for earlier, later in ((first, second), (second, third)):
         jax.tree.map(
             lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6),
