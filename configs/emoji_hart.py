@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 "save_every": 250,
                 "sample_every": 800,
             },
-            "sample": {"cfg": 2.0, "top_k": 3, "top_k_late": 3, "temperature": 0.3},
+            "sample": {"cfg": 3.0, "top_k": 5, "top_k_late": 5, "temperature": 0.5},
             "sample_prompts": (
                 "a 3D render of a red apple",
                 "a flat icon of a dog",
