@@ -27,6 +27,8 @@ from hart_jax.errors import UserError
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
 UNREADABLE_SUFFIX = ".unreadable"
+# Replicas share the writing of an array from so much for each of them.
+SHARED_BYTES = 1 << 20
 _ABSENT = "(absent)"
 
 
@@ -75,7 +77,7 @@ class Checkpoints:
         _write_config(workdir, config)
         self._orbax = ocp.training.Checkpointer(
             directory,
-            context=_log_as_json(),
+            context=_context(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_preservation(keep, keep_every, keep_best),
             cleanup_tmp_directories=True,
@@ -276,11 +278,13 @@ def _preservation(keep: int, keep_every: int, keep_best: str) -> Any:
     return policies.AnyPreservationPolicy(chosen)
 
 
-def _log_as_json() -> ocp.Context:
+def _context() -> ocp.Context:
+    """The log as JSON; replicas share the writing of large arrays, as each cut into parts is a program to compile."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="log")
     context = ocp.Context()
     context.checkpointables.registry = registry
+    context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_BYTES
     return context
 
 

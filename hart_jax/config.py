@@ -374,7 +374,8 @@ class TrainConfig(Settings):
     `accumulate` splits every batch of `batch_size` into so many parts that are computed one after the other.
 
     The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
-    one with the lowest logged value of the metric `keep_best` (empty: none). A step whose loss or gradients are not
+    one with the lowest logged value of the metric `keep_best` (empty: none). Pictures are drawn every `sample_every`
+    steps and at the end, with 0 never. A step whose loss or gradients are not
     finite changes nothing; after `max_skipped` of them in a row training stops. `profile_steps` (first, last) are
     traced into the workdir's `profile`. `log_records` writes which images every step took into records.jsonl.
     """
@@ -396,9 +397,10 @@ class TrainConfig(Settings):
     log_records: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "keep_checkpoints")
-        for name in (*counts, "max_skipped"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_checkpoints", "max_skipped")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be 1 or more")
+        _require(self.sample_every >= 0, f"train.sample_every={self.sample_every}: must be 0 (no pictures) or more")
         _require(
             self.batch_size % self.accumulate == 0,
             f"train.accumulate={self.accumulate}: must divide train.batch_size={self.batch_size}",

@@ -154,7 +154,7 @@ def test_wrong_types(kind, name, value, expected):
         (TrainConfig, {"accumulate": 0}, "train.accumulate"),
         (TrainConfig, {"batch_size": 8, "accumulate": 3}, "train.accumulate"),
         (TrainConfig, {"log_every": 0}, "train.log_every"),
-        (TrainConfig, {"sample_every": 0}, "train.sample_every"),
+        (TrainConfig, {"sample_every": -1}, "train.sample_every"),
         (TrainConfig, {"keep_checkpoints": 0}, "train.keep_checkpoints"),
         (TrainConfig, {"save_every": 100, "keep_every": 150}, "train.keep_every"),
         (TrainConfig, {"keep_every": -1000}, "train.keep_every"),

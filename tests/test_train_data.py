@@ -12,6 +12,7 @@ from tests.tiny import TOKENIZER, random_like
 from tests.train_runs import METRICS, make_shards, run_to_end, write_hart_config, write_tokenizer_config
 
 BAD = (50, 151)
+SHORT = ("--config.train.steps=6", "--config.train.sample_every=0")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,8 @@ def damaged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     config = write_tokenizer_config(folder / "inputs")
     shards = make_shards(folder / "damaged", 200, seed=2, bad=BAD)
-    epoch = ("--config.train.steps=25", "--config.train.batch_size=8", "--config.train.log_records=True")
-    return (f"--config={config}", f"--config.data.train={shards}", *epoch)
+    epoch = ("--config.train.steps=25", "--config.train.batch_size=8", "--config.train.sample_every=0")
+    return (f"--config={config}", f"--config.data.train={shards}", *epoch, "--config.train.log_records=True")
 
 
 def test_one_percent_of_bad_records_is_counted_and_named(damaged, tmp_path):
@@ -42,16 +43,9 @@ def test_too_many_bad_records_end_training(damaged, tmp_path):
     assert all(f"'thing{number:03d}'" in err for number in BAD)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_workers_change_nothing(tmp_path, ahead):
-    config = write_hart_config(tmp_path / "inputs", ahead=ahead)
-    settings = (
-        f"--config={config}",
-        f"--config.precompute_text={ahead}",
-        "--config.data.cache=False",
-        "--config.train.steps=6",
-        "--config.train.sample_every=100",
-    )
+def test_workers_change_nothing(tmp_path):
+    config = write_hart_config(tmp_path / "inputs")
+    settings = (f"--config={config}", "--config.precompute_text=False", "--config.data.cache=False", *SHORT)
     for workers in (0, 2):
         workdir = tmp_path / str(workers)
         code, _, err = run_to_end(*settings, f"--config.data.workers={workers}", f"--workdir={workdir}")
@@ -65,11 +59,14 @@ def test_tokens_and_text_states_in_the_records(tmp_path):
     positions = read_experiment(config).transformer.context_tokens
     fields = [AddTokens(*find_tokenizer(tokenizer)), AddTexts(encoder, positions)]
     precompute(tmp_path / "inputs" / "train" / "shards", tmp_path / "stored", fields)
-    settings = (f"--config={config}", "--config.train.steps=6", "--config.train.sample_every=100")
+    settings = (f"--config={config}", "--config.data.cache=False", *SHORT)
     given = f"--config.data.train={tmp_path / 'stored'}"
     outcomes = [
         run_to_end(*settings, *more, f"--workdir={tmp_path / name}")
-        for name, more in (("plain", ()), ("ahead", (given, "--config.data.workers=1", "--config.data.cache=False")))
+        for name, more in (
+            ("plain", ("--config.data.workers=2",)),
+            ("ahead", ("--config.data.workers=1", given)),
+        )
     ]
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
     assert (tmp_path / "plain" / "tokens").is_dir() and (tmp_path / "plain" / "text_states").is_dir()

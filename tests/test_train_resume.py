@@ -3,9 +3,11 @@
 import functools
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,13 +27,39 @@ from tests.train_runs import (
     write_tokenizer_config,
 )
 
-# What writes a config file of 32 steps (logged every 2nd, saved every 4th) and its inputs into a folder, and the fields
-# of the state to compare.
+# What writes a config file of 32 steps and its inputs into a folder, and the fields of the state to compare. Over two
+# processes and with other settings, `tests/test_train_killed.py` kills.
 EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "tokenizer": (write_tokenizer_config, ("model.params", "model.ema", "code_usage_V")),
-    "hart": (write_hart_config, ("params", "ema")),
-    "hart_muon": (functools.partial(write_hart_config, ahead=True, muon=1e-2), ("params", "ema")),
+    "hart": (functools.partial(write_hart_config, ahead=True, muon=1e-2), ("params", "ema")),
 }
+
+
+class Whole(NamedTuple):
+    """An undisturbed run: its workdir, and the flags that make it. Some checkpoints fall between logged steps."""
+
+    workdir: Path
+    settings: tuple[str, ...]
+
+
+def undisturbed(folder: Path, experiment: str) -> Whole:
+    write_config, _ = EXPERIMENTS[experiment]
+    config = write_config(folder / "inputs")
+    settings = (f"--config={config}", "--config.train.log_records=True", "--config.train.save_every=5")
+    code, _, err = run_to_end(*settings, f"--workdir={folder / 'whole'}")
+    assert code == 0, err
+    assert [line["step"] for line in read_metrics(folder / "whole")] == list(range(2, 33, 2))
+    return Whole(folder / "whole", settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Whole:
+    return undisturbed(tmp_path_factory.mktemp("tokenizer"), "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def hart(tmp_path_factory) -> Whole:
+    return undisturbed(tmp_path_factory.mktemp("hart"), "hart")
 
 
 def saving(workdir: Path) -> bool:
@@ -41,17 +69,14 @@ def saving(workdir: Path) -> bool:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(tmp_path, experiment):
-    write_config, fields = EXPERIMENTS[experiment]
-    config = write_config(tmp_path / "inputs")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = (f"--config={config}", "--config.train.log_records=True")
-    code, _, err = run_to_end(*settings, f"--workdir={whole}")
-    assert code == 0, err
+def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_path, experiment):
+    _, fields = EXPERIMENTS[experiment]
+    whole, settings = request.getfixturevalue(experiment)
+    killed = tmp_path / "killed"
     again = (*settings, f"--workdir={killed}")
 
     # Between two checkpoints, the one before perhaps not yet complete.
-    kill_when(start(*again), lambda: logged_steps(killed) >= 10)
+    kill_when(start(*again), lambda: logged_steps(killed) >= 12)
     # While it starts: the checkpoint is restored, and the log is cut back to it.
     with start(*again) as process:
         announcement = process.stdout.readline()
@@ -59,13 +84,12 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(tmp_path, expe
     resumed = re.search(r"(starting|resuming) at step (\d+) of 32", announcement)
     assert resumed, announcement
     # While it saves, further on.
-    further = int(resumed[2]) + 10
+    further = int(resumed[2]) + 12
     kill_when(start(*again), lambda: logged_steps(killed) >= further and saving(killed))
 
     code, out, err = run_to_end(*again)
     assert code == 0, err
     assert "resuming at" in out
-    assert [line["step"] for line in read_metrics(whole)] == list(range(2, 33, 2))
     assert (killed / METRICS).read_bytes() == (whole / METRICS).read_bytes()
     assert (killed / RECORDS_FILE).read_bytes() == (whole / RECORDS_FILE).read_bytes()
     for field in fields:
@@ -82,23 +106,18 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(tmp_path, expe
     assert all(sorted(records[first : first + 14]) == list(range(14)) for first in range(0, 126, 14))
 
 
-def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path):
-    config = write_tokenizer_config(tmp_path / "inputs")
-    # Checkpoints fall between logged steps.
-    settings = (f"--config={config}", "--config.train.log_every=5", "--config.train.save_every=7")
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    code, _, err = run_to_end(*settings, f"--workdir={whole}")
-    assert code == 0, err
-    again = (*settings, f"--workdir={stopped}")
+def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
+    whole, settings = tokenizer
+    again = (*settings, f"--workdir={tmp_path}")
 
     process = start(*again)
-    code, out, err = signal_when(process, lambda: logged_steps(stopped) >= 5, signal.SIGTERM)
+    code, out, err = signal_when(process, lambda: logged_steps(tmp_path) >= 6, signal.SIGTERM)
     assert code == 0, err
     first = int(re.search(r"saved step (\d+); the same command resumes there", out)[1])
-    assert 5 <= first < 32 and (stopped / CHECKPOINT_DIR / str(first)).is_dir()
+    assert 6 <= first < 32 and (tmp_path / CHECKPOINT_DIR / str(first)).is_dir()
 
     process = start(*again)
-    code, out, err = signal_when(process, lambda: logged_steps(stopped) > first, signal.SIGINT)
+    code, out, err = signal_when(process, lambda: logged_steps(tmp_path) > first, signal.SIGINT)
     assert code == 130, err
     assert f"resuming at step {first} of 32" in out
     second = int(re.search(r"saved step (\d+); the same command resumes there", err)[1])
@@ -107,27 +126,23 @@ def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path):
     code, out, err = run_to_end(*again)
     assert code == 0, err
     assert f"resuming at step {second} of 32" in out
-    assert [line["step"] for line in read_metrics(whole)] == [5, 10, 15, 20, 25, 30, 32]
-    assert (stopped / METRICS).read_bytes() == (whole / METRICS).read_bytes()
+    assert (tmp_path / METRICS).read_bytes() == (whole / METRICS).read_bytes()
     for field in ("model.params", "model.ema", "code_usage_V"):
-        jax.tree.map(np.testing.assert_array_equal, load_params(stopped, field), load_params(whole, field))
+        jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, field), load_params(whole, field))
 
 
-def test_a_checkpoint_torn_on_disk_is_passed_over(tmp_path):
-    config = write_tokenizer_config(tmp_path / "inputs")
+def test_a_checkpoint_torn_on_disk_is_passed_over(tmp_path, tokenizer):
     workdir = tmp_path / "run"
-    again = (f"--config={config}", f"--workdir={workdir}")
-    code, _, err = run_to_end(*again)
-    assert code == 0, err
+    shutil.copytree(tokenizer.workdir, workdir)
     log, params = (workdir / METRICS).read_bytes(), load_params(workdir, "model.params")
     latest = workdir / CHECKPOINT_DIR / "32"
     arrays = max((path for path in latest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(arrays, arrays.stat().st_size // 2)
 
-    code, out, err = run_to_end(*again)
+    code, out, err = run_to_end(*tokenizer.settings, f"--workdir={workdir}")
     assert code == 0, err
     assert f"warning: checkpoint {latest} cannot be read" in out
-    assert "resuming at step 28 of 32" in out
-    assert [run["step"] for run in read_metrics(workdir, RUNS_FILE)] == [0, 28]
+    assert "resuming at step 30 of 32" in out
+    assert [run["step"] for run in read_metrics(workdir, RUNS_FILE)] == [0, 30]
     assert (workdir / METRICS).read_bytes() == log
     jax.tree.map(np.testing.assert_array_equal, load_params(workdir, "model.params"), params)

@@ -16,7 +16,7 @@ from tests.train_runs import ROOT, run_to_end, write_hart_config, write_tokenize
 
 # 24 pictures of the bundled model's set, at 32 px.
 EMOJI = ROOT / "tests" / "emoji"
-LENGTH = ["--config.train.steps=4", "--config.train.save_every=4", "--config.train.sample_every=4"]
+LENGTH = ["--config.train.steps=4", "--config.train.save_every=4", "--config.train.sample_every=0"]
 CLASSES = [
     "--config.transformer.num_classes=2",
     "--config.transformer.context_tokens=1",
@@ -68,7 +68,7 @@ def test_labels_beyond_the_classes_are_refused(folder, config):
 
 def stage(folder: Path, config: Path, name: str, *arguments: str) -> Path:
     """The workdir of a stage, trained for two steps."""
-    length = ["--config.train.steps=2", "--config.train.batch_size=4"]
+    length = ["--config.train.steps=2", "--config.train.batch_size=4", "--config.train.sample_every=0"]
     code, _, err = run_to_end(f"--config={config}", f"--workdir={folder / name}", *length, *arguments)
     assert code == 0, err
     assert read_metrics(folder / name)[-1]["step"] == 2

@@ -65,7 +65,7 @@ def get_config():
         {{
             "tokenizer": {tokenizer_settings!r},
             "transformer": {transformer_settings!r},
-            "loss": {{"condition_top_k": 8, "min_kept": 4, "keep_counts": 2}},
+            "loss": {{"condition_top_k": 8, "min_kept": 4, "keep_counts": {keep_counts}}},
             "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4, "muon_learning_rate": {muon!r}}},
             "mesh": {{}},
             "data": {{"train": {train!r}, "test": {train!r}, "cache": True, "flip": not {ahead!r}}},
@@ -111,8 +111,11 @@ def write_tokenizer_config(folder: Path) -> Path:
     return path
 
 
-def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0) -> Path:
-    """A config file of a tiny transformer beside its data, tokenizer and text encoder; `ahead` precomputes tokens."""
+def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0, keep_counts: int = 1) -> Path:
+    """A config file of a tiny transformer beside its data, tokenizer and text encoder; `ahead` precomputes tokens.
+
+    For each of `keep_counts` a step is compiled.
+    """
     model = tiny_model(context_tokens=6, context_dim=24)
     write_part(folder / "tokenizer", model.tokenizer_config, model.tokenizer)
     import_minilm(write_published(folder / "published"), folder / "text_encoder")
@@ -126,6 +129,7 @@ def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0) -
             text_encoder=str(folder / "text_encoder"),
             ahead=ahead,
             muon=muon,
+            keep_counts=keep_counts,
         )
     )
     return path

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 # Dense bfloat16 FLOP/s of one chip as its maker states it, by the beginning of `device_kind`; the first match counts.
 _PEAK = {
@@ -47,8 +47,11 @@ def jit_step(step: Callable, static: str, out_shardings: Any = None) -> Any:
     def counted(*arguments: Any, **keywords: Any) -> tuple[Any, dict[str, jax.Array]]:
         arrays = signature.bind(*arguments, **keywords).arguments
         fixed = functools.partial(step, **{static: arrays.pop(static)})
-        state, metrics = fixed(**arrays)
-        return state, {**metrics, "flops": jnp.float32(count_flops(fixed, **arrays))}
+        # Traced once, for counting and for running.
+        traced, shapes = jax.make_jaxpr(fixed, return_shape=True)(**arrays)
+        outputs = jaxpr_as_fun(traced)(*jax.tree.leaves(arrays))
+        state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        return state, {**metrics, "flops": jnp.float32(flops_of(traced.jaxpr))}
 
     return jax.jit(counted, static_argnames=static, donate_argnums=0, out_shardings=out_shardings)
 

@@ -123,7 +123,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                     writer.scalars(step, values)
                     progress.update(step, values["loss"], stopwatch.images)
                     writer.timings(step, {**stopwatch.read(values["flops"]), "bad_records": _bad_records(batches)})
-                if step % train.sample_every == 0 or last:
+                if train.sample_every and (step % train.sample_every == 0 or last):
                     with stopwatch.waiting("pictures"):
                         for name, picture in task.pictures(state).items():
                             writer.image(step, name, picture)

@@ -20,12 +20,12 @@ from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, appl
 
 
 class TokenizerState(flax.struct.PyTreeNode):
-    """The state of what is trained of the tokenizer, the rest of it, the discriminator's state, and how often each code
-    was hit lately (V,)."""
+    """The state of what is trained of the tokenizer, the rest of it, the discriminator (a `TrainState`, or None), and
+    how often each code was hit lately (V,)."""
 
     model: TrainState
     frozen: Params
-    disc: TrainState
+    disc: Any
     disc_stats: Any
     code_usage_V: jax.Array
 
@@ -40,7 +40,12 @@ class TokenizerState(flax.struct.PyTreeNode):
 
 
 def init_tokenizer_state(
-    key: jax.Array, tokenizer: Tokenizer, optimizer: Optimizer, images_BHWC: jax.Array, freeze: Sequence[str] = ()
+    key: jax.Array,
+    tokenizer: Tokenizer,
+    optimizer: Optimizer,
+    images_BHWC: jax.Array,
+    freeze: Sequence[str] = (),
+    adversarial: bool = True,
 ) -> TokenizerState:
     """A fresh state; the codebook starts as latents of `images_BHWC` in [-1, 1], so that no code is out of reach."""
     model_key, _, code_key = jax.random.split(key, 3)
@@ -50,20 +55,28 @@ def init_tokenizer_state(
     vocab_size = params["quantizer"]["codebook"].shape[0]
     chosen_V = jax.random.choice(code_key, len(latents_NC), (vocab_size,))
     params["quantizer"]["codebook"] = latents_NC[chosen_V]
-    return tokenizer_state(key, params, optimizer, images_BHWC.shape[1], freeze)
+    return tokenizer_state(key, params, optimizer, images_BHWC.shape[1], freeze, adversarial)
 
 
 def tokenizer_state(
-    key: jax.Array, params: Params, optimizer: Optimizer, image_size: int, freeze: Sequence[str] = ()
+    key: jax.Array,
+    params: Params,
+    optimizer: Optimizer,
+    image_size: int,
+    freeze: Sequence[str] = (),
+    adversarial: bool = True,
 ) -> TokenizerState:
-    """The state that starts from these parameters, with a new discriminator; the modules `freeze` are not trained."""
+    """The state that starts from these parameters, with a new discriminator if training is `adversarial`; the modules
+    `freeze` are not trained."""
     _, disc_key, _ = jax.random.split(key, 3)
-    disc = nn.unbox(Discriminator().init(disc_key, jnp.zeros((1, image_size, image_size, 3))))
+    disc = None
+    if adversarial:
+        disc = nn.unbox(Discriminator().init(disc_key, jnp.zeros((1, image_size, image_size, 3))))
     return TokenizerState(
         model=new_state({name: part for name, part in params.items() if name not in freeze}, optimizer),
         frozen={name: params[name] for name in freeze},
-        disc=new_state(disc["params"], optimizer),
-        disc_stats=disc["batch_stats"],
+        disc=new_state(disc["params"], optimizer) if disc else None,
+        disc_stats=disc["batch_stats"] if disc else None,
         code_usage_V=jnp.ones(len(params["quantizer"]["codebook"])),
     )
 
@@ -183,7 +196,8 @@ def make_tokenizer_step(
             metrics["skipped_steps"] = jnp.maximum(metrics["skipped_steps"], judged["skipped_steps"])
         # If one of them is skipped, all are: codes, statistics and the other network.
         kept = keep_if(metrics["skipped_steps"] == 0, state, before)
-        model, disc = (old.replace(step=new.step) for old, new in ((kept.model, state.model), (kept.disc, state.disc)))
-        return kept.replace(model=model, disc=disc), metrics
+        if kept.disc:
+            kept = kept.replace(disc=kept.disc.replace(step=state.disc.step))
+        return kept.replace(model=kept.model.replace(step=state.model.step)), metrics
 
     return jit_step(step, static="adversarial", out_shardings=places)

@@ -52,9 +52,10 @@ class TokenizerTask:
         self._first = np.concatenate([b["image"] for b in itertools.islice(batches, -(-FIRST // train.batch_size))])
         self._reconstruct = jax.jit(self._both_reconstructions)
         image = jax.ShapeDtypeStruct((1, *self._first.shape[1:]), jnp.float32)
-        parts = (self._tokenizer, Discriminator())
-        boxed = [jax.eval_shape(part.init, self._key, image)["params"] for part in parts]
-        axes = {**parameter_axes(boxed[1]), **parameter_axes(boxed[0])}
+        self._adversarial = loss.adversarial > 0
+        axes = dict(parameter_axes(jax.eval_shape(self._tokenizer.init, self._key, image)["params"]))
+        if self._adversarial:
+            axes = {**parameter_axes(jax.eval_shape(Discriminator().init, self._key, image)["params"]), **axes}
         self.places = placement.state(jax.eval_shape(self.init), axes)
         ema_decay = experiment.optimizer.ema_decay
         self._step = make_tokenizer_step(
@@ -85,7 +86,8 @@ class TokenizerTask:
 
     def init(self) -> TokenizerState:
         images, key = from_uint8(jnp.asarray(self._first)), jax.random.fold_in(self._key, 0)
-        return init_tokenizer_state(key, self._tokenizer, self._optimizer, images, self._config.freeze)
+        freeze, adversarial = self._config.freeze, self._adversarial
+        return init_tokenizer_state(key, self._tokenizer, self._optimizer, images, freeze, adversarial)
 
     def load_previous(self) -> None:
         if self._config.init_from:
@@ -97,12 +99,12 @@ class TokenizerTask:
 
         def continued(params: Any) -> TokenizerState:
             key, size = jax.random.fold_in(self._key, 0), self._config.tokenizer.image_size
-            return tokenizer_state(key, params, self._optimizer, size, self._config.freeze)
+            return tokenizer_state(key, params, self._optimizer, size, self._config.freeze, self._adversarial)
 
         return jax.jit(continued, out_shardings=self.places)(on_mesh(self._previous, self._placement.whole))
 
     def step(self, state: TokenizerState, batch: Batch, step: int) -> tuple[TokenizerState, dict[str, jax.Array]]:
-        adversarial = self._config.loss.adversarial > 0 and step > self._config.loss.adversarial_start
+        adversarial = self._adversarial and step > self._config.loss.adversarial_start
         image = to_global(self._placement.batch, batch["image"], self._config.train.batch_size)
         with self._placement.tracing():
             return self._step(state, image, jax.random.fold_in(self._key, 1), self._lpips, adversarial)
