@@ -28,7 +28,7 @@ sample: $(VENV)/.installed
 	@$(VENV)/bin/python sample.py --config=configs/emoji_hart.py --prompt="$$HART_PROMPT" $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,17 @@
 """Options of the whole suite; pytest reads them from here however the tests are named on the command line."""
 
 import hypothesis
+import jax
 import pytest
 
 # Tests assert no times: the first example of a property pays for compilation.
 hypothesis.settings.register_profile("hart", deadline=None)
 hypothesis.settings.load_profile("hart")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, those of whole trainings, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,3 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="golden cases for tests/parity: a folder of them, or one (default: the two there)",
     )
+
+
+@pytest.fixture(scope="module")
+def few_optimizations():
+    """For modules that compile much and compute little: XLA compiles quickly rather than well."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

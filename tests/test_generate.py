@@ -1,5 +1,7 @@
 """The sampler: what it keeps, how it iterates, and that a picture does not depend on its batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,41 +16,43 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 ALL = SampleConfig(top_k=0, top_k_late=0, cfg=2.0)
+MODEL = tiny_model()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+@functools.cache
+def sampler_of(settings: SampleConfig):
+    return make_sampler(Hart(MODEL.transformer_config), Tokenizer(TOKENIZER), settings)
 
 
-def draw(model, settings: SampleConfig, prompts: list[int], indices: list[int], seed: int = 0):
+def draw(settings: SampleConfig, prompts: list[int], indices: list[int], seed: int = 0):
     """Pictures and indices per scale of made-up prompts, each a number."""
-    sampler = make_sampler(Hart(model.transformer_config), Tokenizer(TOKENIZER), settings)
     text = np.stack([np.random.default_rng(prompt).normal(size=(4, 8)) for prompt in prompts]).astype(np.float32)
     mask = np.tile(np.array([1, 1, 1, 0], np.int32), (len(prompts), 1))
-    params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
-    image, tokens = sampler(params, (text, mask), seed, jnp.array(indices))
+    params = {"transformer": MODEL.transformer, "tokenizer": MODEL.tokenizer}
+    image, tokens = sampler_of(settings)(params, (text, mask), seed, jnp.array(indices))
     return np.asarray(image), [np.asarray(t) for t in tokens]
 
 
-def test_a_picture_does_not_depend_on_its_batch(model):
-    together, tokens = draw(model, ALL, [5, 6, 7], [0, 3, 1])
-    alone, tokens_alone = draw(model, ALL, [6], [3])
+def test_a_picture_does_not_depend_on_its_batch():
+    together, tokens = draw(ALL, [5, 6], [0, 3])
+    alone, tokens_alone = draw(ALL, [6], [3])
     for scale, index in enumerate(tokens_alone):
         np.testing.assert_array_equal(index[0], tokens[scale][1])
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
 
 
-def test_seed_and_index_change_the_picture(model):
-    _, tokens = draw(model, ALL, [5, 5], [0, 1])
-    _, other = draw(model, ALL, [5], [0], seed=1)
+def test_seed_and_index_change_the_picture():
+    _, tokens = draw(ALL, [5, 5], [0, 1])
+    _, other = draw(ALL, [5], [0], seed=1)
     assert (tokens[-1][0] != tokens[-1][1]).any()
     assert (tokens[-1][0] != other[-1][0]).any()
 
 
-def test_images_are_clipped_and_have_the_configured_shape(model):
-    image, tokens = draw(model, ALL, [1, 2], [0, 0])
+def test_images_are_clipped_and_have_the_configured_shape():
+    image, tokens = draw(ALL, [1, 2], [0, 0])
     assert image.shape == (2, 8, 8, 3) and np.abs(image).max() <= 1
     assert [t.shape for t in tokens] == [(2, 1), (2, 4), (2, 16)]
 
@@ -63,18 +67,18 @@ def test_images_are_clipped_and_have_the_configured_shape(model):
         {"top_p": 0.5},
     ],
 )
-def test_every_option_changes_the_picture_and_nothing_breaks(model, changes):
-    plain, _ = draw(model, ALL, [1], [0])
-    image, tokens = draw(model, SampleConfig.from_dict({**ALL.to_dict(), **changes}), [1], [0])
+def test_every_option_changes_the_picture_and_nothing_breaks(changes):
+    plain, _ = draw(ALL, [1], [0])
+    image, tokens = draw(SampleConfig.from_dict({**ALL.to_dict(), **changes}), [1], [0])
     assert np.isfinite(image).all()
     assert all(((t >= 0) & (t < 16)).all() for t in tokens)
     assert np.abs(image - plain).max() > 1e-4
 
 
-def test_greedy_sampling_takes_the_largest_logit(model):
+def test_greedy_sampling_takes_the_largest_logit():
     greedy = SampleConfig(top_k=1, top_k_late=1)
-    _, tokens = draw(model, greedy, [1], [0])
-    _, again = draw(model, greedy, [1], [0], seed=9)
+    _, tokens = draw(greedy, [1], [0])
+    _, again = draw(greedy, [1], [0], seed=9)
     # The first scale's code depends on nothing random; later ones follow from it.
     for a, b in zip(tokens, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -110,9 +114,9 @@ def test_top_p_keeps_the_smallest_set_of_enough_mass(p, seed):
     assert kept.sum() == 1 or without_smallest < p + 1e-5
 
 
-def test_top_k_over_the_codebook_is_an_error(model):
+def test_top_k_over_the_codebook_is_an_error():
     with pytest.raises(UserError, match="top_k=17: the codebook has 16 codes"):
-        make_sampler(Hart(model.transformer_config), Tokenizer(TOKENIZER), SampleConfig(top_k=17, top_k_late=0))
+        sampler_of(SampleConfig(top_k=17, top_k_late=0))
 
 
 def test_class_conditional_models_sample_from_labels():

@@ -9,7 +9,7 @@ from hart_jax.model_folder import write_part
 from hart_jax.training.metrics import RECORDS_FILE, TIMINGS_FILE, read_metrics
 from hart_jax.training.workdir import find_tokenizer
 from tests.tiny import TOKENIZER, random_like
-from tests.train_runs import METRICS, make_shards, run_to_end, write_hart_config, write_tokenizer_config
+from tests.train_runs import make_shards, run_to_end, write_hart_config, write_tokenizer_config
 
 BAD = (50, 151)
 SHORT = ("--config.train.steps=6", "--config.train.sample_every=0")
@@ -41,16 +41,6 @@ def test_too_many_bad_records_end_training(damaged, tmp_path):
     assert code == 2
     assert "2 records do not decode, more than max_bad_records=1" in err and "Traceback" not in err
     assert all(f"'thing{number:03d}'" in err for number in BAD)
-
-
-def test_workers_change_nothing(tmp_path):
-    config = write_hart_config(tmp_path / "inputs")
-    settings = (f"--config={config}", "--config.precompute_text=False", "--config.data.cache=False", *SHORT)
-    for workers in (0, 2):
-        workdir = tmp_path / str(workers)
-        code, _, err = run_to_end(*settings, f"--config.data.workers={workers}", f"--workdir={workdir}")
-        assert code == 0, err
-    assert (tmp_path / "0" / METRICS).read_bytes() == (tmp_path / "2" / METRICS).read_bytes()
 
 
 def test_tokens_and_text_states_in_the_records(tmp_path):

@@ -48,6 +48,8 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
         kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
         return hart.init(jax.random.fold_in(key, 0), condition, latent, kept)["params"]
 
+    # Traced once, for its shapes and for running it.
+    @jax.jit
     def init() -> TrainState:
         return new_state(nn.unbox(init_params()), optimizer)
 

@@ -51,6 +51,8 @@ class TokenizerTask:
         batches = self._loader(experiment.data.train_folders, train.batch_size, train=True)
         self._first = np.concatenate([b["image"] for b in itertools.islice(batches, -(-FIRST // train.batch_size))])
         self._reconstruct = jax.jit(self._both_reconstructions)
+        # Traced once, for its shapes and for running it.
+        self.init = jax.jit(self._fresh)
         image = jax.ShapeDtypeStruct((1, *self._first.shape[1:]), jnp.float32)
         self._adversarial = loss.adversarial > 0
         axes = dict(parameter_axes(jax.eval_shape(self._tokenizer.init, self._key, image)["params"]))
@@ -84,7 +86,7 @@ class TokenizerTask:
         rows = local_rows(self._placement.batch, size)
         return self._loader(self._config.data.train_folders, size, train=True, rows=rows)
 
-    def init(self) -> TokenizerState:
+    def _fresh(self) -> TokenizerState:
         images, key = from_uint8(jnp.asarray(self._first)), jax.random.fold_in(self._key, 0)
         freeze, adversarial = self._config.freeze, self._adversarial
         return init_tokenizer_state(key, self._tokenizer, self._optimizer, images, freeze, adversarial)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.pod_plans import search
 from hart_jax.errors import UserError
+from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
 from hart_jax.parallel.plan import Plan, advice, plan, table
 from hart_jax.parallel.topology import topology_devices
@@ -177,7 +179,10 @@ def test_a_tiny_job_for_a_tpu(tmp_path, what):
     assert found["batch_size"] == (8 if what == "train" else 32)
     assert found["peak"] >= found["arguments"] + found["temporaries"] > 0
     assert found["executed"] == pytest.approx(found["flops"] / 4, rel=0.5)
-    assert found["moved"] > found["arguments"]
+    # Half of the parameters are on each chip, in training beside two moments and the average.
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_transformer(transformer_config())))
+    held = 4 * parameters / 2 * (4 if what == "train" else 1)
+    assert found["arguments"] > held and found["moved"] > held
     assert any("all-gather over" in kind for kind in found["sent"])
 
 

@@ -14,6 +14,8 @@ from hart_jax.tokenizer.losses import straight_through, vq_loss
 from hart_jax.tokenizer.quantizer import Mistakes, Quantizer, phi_index
 from hart_jax.tokenizer.resize import area, bicubic
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 CONFIG = TokenizerConfig(
     image_size=16,
     patch_nums=(1, 2, 3, 5, 8),
@@ -44,6 +46,7 @@ def apply(variables, method, argument, scale=None, config=CONFIG):
     return Quantizer(config).apply(variables, *arguments, method=method)
 
 
+@jax.jit
 def with_mistakes(variables, tokens, mistakes):
     return Quantizer(CONFIG).apply(variables, tokens, mistakes, method="with_mistakes")
 

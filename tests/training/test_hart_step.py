@@ -1,6 +1,7 @@
 """Training of the transformer: the loss falls, parts that are frozen stay, subsampling keeps what it says."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +21,42 @@ from hart_jax.transformer.subsample import bucket_probabilities, draw_keep_count
 from tests.tiny import TOKENIZER, tiny_model
 
 LOSS = HartLossConfig(condition_top_k=16, min_kept=6, keep_counts=1)
+MODEL = tiny_model()
+TOKENIZER_MODULE = Tokenizer(TOKENIZER)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=1, schedule="constant"), 30)
 
 
-def batch(size: int = 4):
+@functools.cache
+def step_with(accumulate: int = 1, mistakes: float = 0.0):
+    loss = dataclasses.replace(LOSS, mistakes=mistakes)
+    return make_hart_step(
+        Hart(MODEL.transformer_config), TOKENIZER_MODULE, OPTIMIZER, loss, 0.9, accumulate=accumulate
+    )  # fmt: skip
+
+
+def new():
+    return new_state(jax.tree.map(jnp.asarray, MODEL.transformer), OPTIMIZER)
+
+
+def batch(size: int = 8):
     random = np.random.default_rng(0)
     images = random.integers(0, 255, (size, 8, 8, 3)).astype(np.uint8)
     text = random.normal(size=(size, 4, 8)).astype(np.float32)
     return images, (text, np.tile(np.array([1, 1, 0, 0], np.int32), (size, 1)))
 
 
+def tokens_of(images):
+    return TOKENIZER_MODULE.apply({"params": MODEL.tokenizer}, from_uint8(images), method="tokens")
+
+
 @pytest.fixture(scope="module")
 def trained():
     """First and last metrics of some steps on one batch, and the state after them."""
-    model = tiny_model()
-    hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=1, schedule="constant"), 30)
-    step = make_hart_step(hart, tokenizer, optimizer, LOSS, 0.9)
-    state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
+    state = new()
     images, condition = batch()
     history = []
     for _ in range(30):
-        state, metrics = step(state, model.tokenizer, images, condition, jax.random.key(0), 8)
+        state, metrics = step_with()(state, MODEL.tokenizer, images, condition, jax.random.key(0), 8)
         history.append(jax.device_get(metrics))
     return history, state
 
@@ -54,16 +70,11 @@ def test_the_loss_falls(trained):
 
 
 def test_tokens_computed_ahead_train_as_their_images_do():
-    model = tiny_model()
-    hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 30)
-    step = make_hart_step(hart, tokenizer, optimizer, LOSS, 0.9)
     images, condition = batch()
-    tokens = tokenizer.apply({"params": model.tokenizer}, from_uint8(images), method="tokens")
-    metrics = []
-    for source in (images, tokens):
-        state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
-        metrics.append(jax.device_get(step(state, model.tokenizer, source, condition, jax.random.key(0), 8)[1]))
+    metrics = [
+        jax.device_get(step_with()(new(), MODEL.tokenizer, source, condition, jax.random.key(0), 8)[1])
+        for source in (images, tokens_of(images))
+    ]
     assert metrics[0].keys() == metrics[1].keys()
     # The tokenizer's.
     assert metrics[0].pop("flops") > metrics[1].pop("flops")
@@ -71,28 +82,20 @@ def test_tokens_computed_ahead_train_as_their_images_do():
         np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-4, err_msg=name)
 
 
-def losses(accumulate: int, source: str, steps: int = 4, mistakes: float = 0.0) -> list[dict]:
-    """Metrics of some steps on batches of 8 that differ."""
-    loss = dataclasses.replace(LOSS, mistakes=mistakes)
-    model = tiny_model()
-    hart, tokenizer = Hart(model.transformer_config), Tokenizer(TOKENIZER)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 30)
-    step = make_hart_step(hart, tokenizer, optimizer, loss, 0.9, accumulate=accumulate)
-    state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
-    images, condition = batch(8)
+def losses(steps: int, **settings) -> list[dict]:
+    """Metrics of some steps on batches that differ."""
+    state = new()
+    images, condition = batch()
     history = []
     for number in range(steps):
         rows = np.roll(images, number, axis=0)
-        if source == "tokens":
-            rows = tokenizer.apply({"params": model.tokenizer}, from_uint8(rows), method="tokens")
-        state, metrics = step(state, model.tokenizer, rows, condition, jax.random.key(0), 8)
+        state, metrics = step_with(**settings)(state, MODEL.tokenizer, rows, condition, jax.random.key(0), 8)
         history.append(jax.device_get(metrics))
     return history
 
 
-@pytest.mark.parametrize(("accumulate", "source", "mistakes"), [(8, "images", 0.0), (4, "tokens", 0.5)])
-def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source, mistakes):
-    in_parts, at_once = losses(accumulate, source, mistakes=mistakes), losses(1, source, mistakes=mistakes)
+def test_a_batch_in_parts_trains_as_the_whole_one_does():
+    in_parts, at_once = losses(4, accumulate=4, mistakes=0.5), losses(4, accumulate=1, mistakes=0.5)
     for parts, whole in zip(in_parts, at_once, strict=True):
         assert parts.keys() == whole.keys()
         # What does not depend on the batch is computed anew for every part.
@@ -104,7 +107,7 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does(accumulate, source, mista
 
 
 def test_mistakes_change_all_scales_but_the_first():
-    (without, *_), (with_some, *_) = losses(1, "tokens", steps=1), losses(1, "tokens", steps=1, mistakes=1.0)
+    (without,), (with_some,) = losses(1), losses(1, accumulate=1, mistakes=0.5)
     assert with_some["loss_scale_0"] == pytest.approx(without["loss_scale_0"], rel=1e-5)
     for scale in (1, 2):
         assert abs(with_some[f"loss_scale_{scale}"] - without[f"loss_scale_{scale}"]) > 1e-3
@@ -122,9 +125,9 @@ def test_token_loss_is_the_mean_over_all_tokens():
 
 
 def test_a_dropped_condition_is_the_unconditional_one():
-    _, (text, mask) = batch()
+    _, (text, mask) = batch(4)
     dropped = jnp.array([True, False, False, True])
-    text_out, mask_out = drop_condition(Hart(tiny_model().transformer_config), (text, mask), dropped)
+    text_out, mask_out = drop_condition(Hart(MODEL.transformer_config), (text, mask), dropped)
     assert not np.asarray(text_out)[[0, 3]].any()
     np.testing.assert_array_equal(np.asarray(text_out)[1], text[1])
     np.testing.assert_array_equal(np.asarray(mask_out)[0], [1, 0, 0, 0])
@@ -138,15 +141,11 @@ def test_every_sample_loses_its_condition_by_itself_one_time_in_ten(monkeypatch)
         return drop_condition(hart, condition, dropped_B)
 
     monkeypatch.setattr(hart_step, "drop_condition", recorded)
-    model = tiny_model()
-    tokenizer = Tokenizer(TOKENIZER)
-    optimizer = make_optimizer(OptimizerConfig(), 100)
-    step = make_hart_step(Hart(model.transformer_config), tokenizer, optimizer, HartLossConfig(condition_top_k=16), 0.9)
+    step = make_hart_step(Hart(MODEL.transformer_config), TOKENIZER_MODULE, OPTIMIZER, LOSS, 0.9)
     images, condition = batch(64)
-    tokens = tokenizer.apply({"params": model.tokenizer}, from_uint8(images), method="tokens")
-    state = new_state(jax.tree.map(jnp.asarray, model.transformer), optimizer)
+    tokens, state = tokens_of(images), new()
     for _ in range(60):
-        state, _ = step(state, model.tokenizer, tokens, condition, jax.random.key(0), 8)
+        state, _ = step(state, MODEL.tokenizer, tokens, condition, jax.random.key(0), 8)
     jax.effects_barrier()
     dropped = np.stack(drawn)
     assert dropped.shape == (60, 64)

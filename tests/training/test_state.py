@@ -1,6 +1,7 @@
 """Optimiser and average: schedule values, decay on matrices only, warm-up of the average."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,8 @@ def test_muon_orthogonalises_the_matrices_of_the_blocks_and_adamw_moves_the_rest
     moved = {}
     for name, changes in (("muon", {}), ("adamw", {"muon_learning_rate": 0.0})):
         optimizer = make_optimizer(dataclasses.replace(config, **changes), 10)
-        state, _ = apply_gradients(new_state(params, optimizer), grads, LOSS, optimizer, 0.9)
+        move = jax.jit(functools.partial(apply_gradients, optimizer=optimizer, ema_decay=0.9))
+        state, _ = move(new_state(params, optimizer), grads, LOSS)
         moved[name] = jax.tree.map(lambda after, before: np.asarray(after - before), state.params, params)
     muon, adamw = (traverse_util.flatten_dict(moved[name], sep="/") for name in ("muon", "adamw"))
     different = {name for name in muon if not np.allclose(muon[name], adamw[name], rtol=1e-3, atol=1e-7)}
