@@ -47,7 +47,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def sample(folder: Path, *flags: str, config: str | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
     command = [sys.executable, str(ROOT / "sample.py"), f"--config={config or folder / 'tiny.py'}", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

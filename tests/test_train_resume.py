@@ -31,7 +31,7 @@ from tests.train_runs import (
 # processes and with other settings, `tests/test_train_killed.py` kills.
 EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "tokenizer": (write_tokenizer_config, ("model.params", "model.ema", "code_usage_V")),
-    "hart": (functools.partial(write_hart_config, ahead=True, muon=1e-2), ("params", "ema")),
+    "hart": (functools.partial(write_hart_config, ahead=True, muon=1e-2, keep_counts=2), ("params", "ema")),
 }
 
 

@@ -77,7 +77,7 @@ def assert_same_history(workdir: Path, expected: Path) -> None:
         ("hart", 1, (2, 4, 1), []),
         ("hart", 1, (2, 2, 2), [ACCUMULATE]),
         ("hart", 2, (2, 2, 2), []),
-        ("tokenizer", 2, (2, 2, 2), [ACCUMULATE]),
+        ("tokenizer", 2, (2, 2, 2), []),
     ],
 )
 def test_eight_devices_train_as_one_does(request, tmp_path, kind, processes, sizes, more):
