@@ -375,9 +375,9 @@ class TrainConfig(Settings):
 
     The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
     one with the lowest logged value of the metric `keep_best` (empty: none). Pictures are drawn every `sample_every`
-    steps and at the end, with 0 never. A step whose loss or gradients are not
-    finite changes nothing; after `max_skipped` of them in a row training stops. `profile_steps` (first, last) are
-    traced into the workdir's `profile`. `log_records` writes which images every step took into records.jsonl.
+    steps and at the end; 0: never. A step whose loss or gradients are not finite changes nothing; after `max_skipped`
+    of them in a row training stops. `profile_steps` (first, last) are traced into the workdir's `profile`.
+    `log_records` writes which images every step took into records.jsonl.
     """
 
     steps: int = 100_000

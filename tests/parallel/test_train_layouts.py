@@ -15,7 +15,7 @@ import pytest
 
 from hart_jax.checkpoint import load_params
 from hart_jax.training.manifest import RUNS_FILE
-from hart_jax.training.metrics import RECORDS_FILE, read_metrics
+from hart_jax.training.metrics import RECORDS_FILE, SAMPLES_DIR, read_metrics
 from tests.train_runs import logged_steps, outcome, run_to_end, start_job, write_hart_config, write_tokenizer_config
 
 STEPS, BATCH, IMAGES = 20, 8, 14
@@ -41,6 +41,7 @@ def reference(folder: Path, write_config: Any) -> Reference:
     )
     code, _, err = run_to_end(*settings, f"--workdir={folder / 'one'}")
     assert code == 0, err
+    assert not (folder / "one" / SAMPLES_DIR).exists()
     return Reference(folder / "one", settings)
 
 
