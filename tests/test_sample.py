@@ -17,6 +17,7 @@ from hart_jax.model_folder import write_model
 from hart_jax.text.minilm import import_minilm
 from tests.tiny import TOKENIZER, tiny_model
 from tests.tiny_bert import write_published
+from tests.train_runs import QUICKLY
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -47,12 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def sample(folder: Path, *flags: str, config: str | None = None) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-    }
+    environment = {**os.environ, **QUICKLY, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, str(ROOT / "sample.py"), f"--config={config or folder / 'tiny.py'}", *flags]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

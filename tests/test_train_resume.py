@@ -7,7 +7,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,14 +14,17 @@ import pytest
 
 from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
 from hart_jax.training.manifest import RUNS_FILE
-from hart_jax.training.metrics import RECORDS_FILE, SAMPLES_DIR, TIMINGS_FILE, read_metrics
+from hart_jax.training.metrics import RECORDS_FILE, TIMINGS_FILE, read_metrics
+from tests.kill_and_resume import assert_same_run, unfinished_saves
 from tests.train_runs import (
     METRICS,
+    Run,
     kill_when,
     logged_steps,
     run_to_end,
     signal_when,
     start,
+    undisturbed,
     write_hart_config,
     write_tokenizer_config,
 )
@@ -35,37 +37,23 @@ EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 }
 
 
-class Whole(NamedTuple):
-    """An undisturbed run: its workdir, and the flags that make it. Some checkpoints fall between logged steps."""
-
-    workdir: Path
-    settings: tuple[str, ...]
-
-
-def undisturbed(folder: Path, experiment: str) -> Whole:
+def whole_run(folder: Path, experiment: str) -> Run:
+    """Some of its checkpoints fall between logged steps."""
     write_config, _ = EXPERIMENTS[experiment]
     config = write_config(folder / "inputs")
-    settings = (f"--config={config}", "--config.train.log_records=True", "--config.train.save_every=5")
-    code, _, err = run_to_end(*settings, f"--workdir={folder / 'whole'}")
-    assert code == 0, err
-    assert [line["step"] for line in read_metrics(folder / "whole")] == list(range(2, 33, 2))
-    return Whole(folder / "whole", settings)
+    whole = undisturbed(folder, f"--config={config}", "--config.train.log_records=True", "--config.train.save_every=5")
+    assert [line["step"] for line in read_metrics(whole.workdir)] == list(range(2, 33, 2))
+    return whole
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Whole:
-    return undisturbed(tmp_path_factory.mktemp("tokenizer"), "tokenizer")
+def tokenizer(tmp_path_factory) -> Run:
+    return whole_run(tmp_path_factory.mktemp("tokenizer"), "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def hart(tmp_path_factory) -> Whole:
-    return undisturbed(tmp_path_factory.mktemp("hart"), "hart")
-
-
-def saving(workdir: Path) -> bool:
-    """Whether a checkpoint is being written at this moment."""
-    folder = workdir / CHECKPOINT_DIR
-    return folder.exists() and any(not path.name.isdigit() for path in folder.iterdir())
+def hart(tmp_path_factory) -> Run:
+    return whole_run(tmp_path_factory.mktemp("hart"), "hart")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -85,19 +73,12 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_p
     assert resumed, announcement
     # While it saves, further on.
     further = int(resumed[2]) + 12
-    kill_when(start(*again), lambda: logged_steps(killed) >= further and saving(killed))
+    kill_when(start(*again), lambda: logged_steps(killed) >= further and unfinished_saves(killed))
 
     code, out, err = run_to_end(*again)
     assert code == 0, err
     assert "resuming at" in out
-    assert (killed / METRICS).read_bytes() == (whole / METRICS).read_bytes()
-    assert (killed / RECORDS_FILE).read_bytes() == (whole / RECORDS_FILE).read_bytes()
-    for field in fields:
-        jax.tree.map(np.testing.assert_array_equal, load_params(killed, field), load_params(whole, field))
-    pictures = sorted(path.name for path in (whole / SAMPLES_DIR).iterdir())
-    assert pictures and pictures == sorted(path.name for path in (killed / SAMPLES_DIR).iterdir())
-    for name in pictures:
-        assert (whole / SAMPLES_DIR / name).read_bytes() == (killed / SAMPLES_DIR / name).read_bytes()
+    assert_same_run(killed, whole, fields)
     assert load_config(whole) == load_config(killed)
     assert [line["step"] for line in read_metrics(whole, TIMINGS_FILE)] == list(range(2, 33, 2))
     records = [index for line in read_metrics(whole, RECORDS_FILE) for index in line["index"]]
@@ -107,6 +88,7 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_p
 
 
 def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
+    _, fields = EXPERIMENTS["tokenizer"]
     whole, settings = tokenizer
     again = (*settings, f"--workdir={tmp_path}")
 
@@ -127,7 +109,7 @@ def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
     assert code == 0, err
     assert f"resuming at step {second} of 32" in out
     assert (tmp_path / METRICS).read_bytes() == (whole / METRICS).read_bytes()
-    for field in ("model.params", "model.ema", "code_usage_V"):
+    for field in fields:
         jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, field), load_params(whole, field))
 
 

@@ -13,7 +13,7 @@ from hart_jax.checkpoint import load_params
 from hart_jax.data.shards import write_shards
 from hart_jax.images import read_png_metadata
 from hart_jax.training.metrics import read_metrics
-from tests.train_runs import ROOT, run_to_end, write_hart_config, write_tokenizer_config
+from tests.train_runs import QUICKLY, ROOT, run_to_end, write_hart_config, write_tokenizer_config
 
 # 24 pictures of the bundled model's set, at 32 px.
 EMOJI = ROOT / "tests" / "emoji"
@@ -37,8 +37,8 @@ def config(folder) -> Path:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **QUICKLY}, capture_output=True, text=True)
 
 
 def test_class_conditional_training_export_and_sampling(folder, config):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +27,14 @@ ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
 COMPILED = ROOT / ".pytest_cache" / "compiled"
 CATEGORIES = ("animals", "things")
+# Programs are compiled quickly rather than well, once for all runs that need them.
+QUICKLY = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 # Of one run, on a machine that does much else.
 LIMIT_SECONDS = 3600
 
@@ -136,20 +145,9 @@ def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0, k
 
 
 def start(*arguments: str, devices: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts `train.py` on that many fake devices.
-
-    Programs are compiled quickly rather than well, once for all runs that need them.
-    """
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **environment,
-    }
+    """Starts `train.py` on that many fake devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, **QUICKLY, "XLA_FLAGS": flags, **environment}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -177,6 +175,20 @@ def outcome(job: list[subprocess.Popen]) -> tuple[int, str, str]:
 def run_to_end(*arguments: str, processes: int = 1, devices: int = 1) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a whole run."""
     return outcome(start_job(*arguments, processes=processes, devices=devices))
+
+
+class Run(NamedTuple):
+    """A whole run that nothing disturbed, to hold others against: its workdir, and the flags that make it."""
+
+    workdir: Path
+    settings: tuple[str, ...]
+
+
+def undisturbed(folder: Path, *settings: str) -> Run:
+    """A run to the end on one device, in a new workdir in the folder."""
+    code, _, err = run_to_end(*settings, f"--workdir={folder / 'whole'}")
+    assert code == 0, err
+    return Run(folder / "whole", settings)
 
 
 def kill_when(process: subprocess.Popen, due: Callable[[], bool]) -> None:

@@ -27,15 +27,6 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for kind, peak in _PEAK.items() if device_kind.startswith(kind)), None)
 
 
-def count_flops(function: Callable, *arguments: Any, **keywords: Any) -> float:
-    """FLOPs of a call's matrix products and convolutions, of all devices together; nothing is computed.
-
-    A product is traced, not compiled: one in a scan counts as often as it runs, one that rematerialisation repeats
-    counts again, one in a `while_loop` counts once.
-    """
-    return flops_of(jax.make_jaxpr(function)(*arguments, **keywords).jaxpr)
-
-
 def jit_step(step: Callable, static: str, out_shardings: Any = None) -> Any:
     """`jax.jit` of (state, ...) -> (state, metrics) with the state donated and `flops` added to the metrics.
 
@@ -57,7 +48,11 @@ def jit_step(step: Callable, static: str, out_shardings: Any = None) -> Any:
 
 
 def flops_of(jaxpr: Jaxpr) -> float:
-    """As `count_flops`, of what is traced already."""
+    """FLOPs of a traced function's matrix products and convolutions, of all devices together.
+
+    A product is counted as traced, not as compiled: one in a scan counts as often as it runs, one that
+    rematerialisation repeats counts again, one in a `while_loop` counts once.
+    """
     return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 

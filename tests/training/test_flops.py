@@ -7,11 +7,15 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
-from hart_jax.training.flops import count_flops, jit_step, peak_flops
+from hart_jax.training.flops import flops_of, jit_step, peak_flops
 
 
 def matrix(*shape: int) -> jax.Array:
     return jnp.ones(shape)
+
+
+def count_flops(function, *arguments) -> float:
+    return flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def test_products_and_their_gradients():

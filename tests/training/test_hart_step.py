@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hart_jax.config import HartLossConfig, OptimizerConfig
-from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training import hart_step
 from hart_jax.training.hart_step import drop_condition, make_hart_step, token_losses
@@ -45,10 +44,6 @@ def batch(size: int = 8):
     return images, (text, np.tile(np.array([1, 1, 0, 0], np.int32), (size, 1)))
 
 
-def tokens_of(images):
-    return TOKENIZER_MODULE.apply({"params": MODEL.tokenizer}, from_uint8(images), method="tokens")
-
-
 @pytest.fixture(scope="module")
 def trained():
     """First and last metrics of some steps on one batch, and the state after them."""
@@ -73,7 +68,7 @@ def test_tokens_computed_ahead_train_as_their_images_do():
     images, condition = batch()
     metrics = [
         jax.device_get(step_with()(new(), MODEL.tokenizer, source, condition, jax.random.key(0), 8)[1])
-        for source in (images, tokens_of(images))
+        for source in (images, hart_step.tokens_of(TOKENIZER_MODULE, MODEL.tokenizer, images))
     ]
     assert metrics[0].keys() == metrics[1].keys()
     # The tokenizer's.
@@ -143,7 +138,7 @@ def test_every_sample_loses_its_condition_by_itself_one_time_in_ten(monkeypatch)
     monkeypatch.setattr(hart_step, "drop_condition", recorded)
     step = make_hart_step(Hart(MODEL.transformer_config), TOKENIZER_MODULE, OPTIMIZER, LOSS, 0.9)
     images, condition = batch(64)
-    tokens, state = tokens_of(images), new()
+    tokens, state = hart_step.tokens_of(TOKENIZER_MODULE, MODEL.tokenizer, images), new()
     for _ in range(60):
         state, _ = step(state, MODEL.tokenizer, tokens, condition, jax.random.key(0), 8)
     jax.effects_barrier()
