@@ -1,9 +1,9 @@
 """A table of what fits which pod: `python benchmarks/pod_plans.py --results pod_plans.jsonl`.
 
 For each size of the 0.7B model and each topology it compiles the training step, all last-scale tokens that subsampling
-can keep included, for growing batches until it knows the largest power of two that fits: memory grows linearly, so that
-two compilations tell the third. Nothing runs, and no device is needed; libtpu or JAX's CUDA plug-in is. A compilation
-takes minutes. Each is appended to the results file, and the same command goes on where it ended.
+can keep included, for ever smaller batches until one fits: compilers refuse what is too big within a minute, and take
+many for what is not. Nothing runs, and no device is needed; libtpu or JAX's CUDA plug-in is. Each compilation is
+appended to the results file, and the same command goes on where it ended.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,12 @@ from hart_jax.parallel.plan import Plan
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
+# Pictures of a chip to try, from more than fits anywhere.
+EACH = tuple(2**power for power in range(9, -1, -1))
 
 
 def chips(topology: str) -> int:
     return math.prod(int(side) for side in topology.partition(":")[2].split("x"))
-
-
-def next_batch(known: dict[int, Plan], smallest: int) -> int | None:
-    """The next global batch to compile, or None where the largest power of two that fits is known."""
-    if not known:
-        return smallest
-    fitting = max((batch for batch, plan in known.items() if plan.fits), default=0)
-    refused = min((batch for batch, plan in known.items() if not plan.fits), default=0)
-    if not fitting or refused == 2 * fitting:
-        return None
-    measured = sorted(batch for batch, plan in known.items() if plan.peak)[-2:]
-    guess = 2 * fitting
-    if len(measured) == 2:
-        low, high = (known[batch] for batch in measured)
-        slope = (high.peak - low.peak) / (high.batch_size - low.batch_size)
-        # Just below, as what is predicted is compiled, and what is predicted not to fit is not.
-        while low.peak + slope * (2 * guess - low.batch_size) <= low.memory and guess < 64 * fitting:
-            guess *= 2
-        if not refused and low.peak + slope * (guess - low.batch_size) > 1.1 * low.memory:
-            return None
-    return min(guess, refused // 2) if refused else guess
 
 
 def compile_one(size: int, topology: str, batch: int) -> Plan:
@@ -80,11 +61,14 @@ def row(size: int, plan: Plan) -> str:
     )
 
 
-def search(known: dict[int, Plan], smallest: int, compile_batch: Callable[[int], Plan]) -> Plan | None:
-    """The plan of the largest batch that fits, None if the smallest does not."""
-    while (batch := next_batch(known, smallest)) is not None:
-        known[batch] = compile_batch(batch)
-    return max((plan for plan in known.values() if plan.fits), key=lambda plan: plan.batch_size, default=None)
+def search(known: dict[int, Plan], batches: Sequence[int], compile_batch: Callable[[int], Plan]) -> Plan | None:
+    """The plan of the first of these batches that fits, None if none does."""
+    for batch in batches:
+        if batch not in known:
+            known[batch] = compile_batch(batch)
+        if known[batch].fits:
+            return known[batch]
+    return None
 
 
 def main() -> None:
@@ -108,13 +92,14 @@ def main() -> None:
     heads += ["s/step, at least", "images/s, at most", "utilisation, at most"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for topology in arguments.topologies:
+        batches = [chips(topology) * each for each in EACH]
         for size in arguments.sizes:
             plans = [Plan(**record["plan"]) for record in records if record["size"] == size]
             known = {plan.batch_size: plan for plan in plans if plan.topology == topology}
             if arguments.known:
                 best = max((p for p in known.values() if p.fits), key=lambda plan: plan.batch_size, default=None)
             else:
-                best = search(known, chips(topology), lambda batch, s=size, t=topology: compile_and_keep(s, t, batch))
+                best = search(known, batches, lambda batch, s=size, t=topology: compile_and_keep(s, t, batch))
             if best is not None:
                 print(row(size, best), flush=True)
             elif known:

@@ -14,6 +14,9 @@ from typing import Any, Literal, Self
 
 from hart_jax.errors import UserError
 
+# How attention is computed: `pallas_kernels.attention.IMPLEMENTATIONS`.
+ATTENTION = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn")
+
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
@@ -371,6 +374,7 @@ class TrainConfig(Settings):
 
     `dtype` "auto": bfloat16 on TPU and GPU, float32 on CPU. `remat` trades memory for time in the transformer's blocks:
     "none", "dots" (keeps the results of products with weights) or "full" (keeps the blocks' inputs alone).
+    `attention` is how it is computed, "auto" as the device does best (`pallas_kernels.attention`).
     `accumulate` splits every batch of `batch_size` into so many parts that are computed one after the other.
 
     The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
@@ -386,6 +390,7 @@ class TrainConfig(Settings):
     seed: int = 0
     dtype: str = "auto"
     remat: str = "none"
+    attention: str = "auto"
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 5000
@@ -409,6 +414,8 @@ class TrainConfig(Settings):
             self.dtype in ("auto", "float32", "bfloat16"), f"train.dtype={self.dtype!r}: auto, float32 or bfloat16"
         )
         _require(self.remat in ("none", "dots", "full"), f"train.remat={self.remat!r}: none, dots or full")
+        known = ", ".join(ATTENTION)
+        _require(self.attention in ATTENTION, f"train.attention={self.attention!r}: must be one of {known}")
         _require(0 <= self.seed < 2**32, f"train.seed={self.seed}: must be in 0..2**32-1")
         _require(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hart_jax.config import (
+    ATTENTION,
     DataConfig,
     HartLossConfig,
     MeshConfig,
@@ -66,7 +67,8 @@ class TokenizerExperiment(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Settings):
-    """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's."""
+    """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
+    `attention` is how it is computed (see `TrainConfig`)."""
 
     cfg: float = 4.5
     top_k: int = 600
@@ -77,6 +79,7 @@ class SampleConfig(Settings):
     smooth: bool = False
     discrete_only: bool = False
     masked_iterations: int = 1
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         checks = {
@@ -86,6 +89,7 @@ class SampleConfig(Settings):
             f"temperature={self.temperature}: must be above 0": self.temperature > 0,
             f"cfg={self.cfg}: must be 0 or more": self.cfg >= 0,
             f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
+            f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
         }
         for message, ok in checks.items():
             if not ok:

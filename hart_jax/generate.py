@@ -312,6 +312,7 @@ def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sa
     A picture depends on its condition, the seed and its index, never on the others of its batch.
     """
     settings.check_vocabulary(hart.config.vocab_size)
+    hart = hart.clone(attention=settings.attention)
 
     @jax.jit
     def sample(params, condition, seed, indices_B):

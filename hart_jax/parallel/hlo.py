@@ -25,6 +25,7 @@ _OPERATION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_\-]+)")
 
@@ -93,6 +94,9 @@ class _Program:
             for op in self.computations[name]:
                 if op.kind in ("dot", "convolution"):
                     flops += times * self._flops(op, name)
+                elif op.kind == "custom-call" and (stated := _STATED_FLOPS.search(op.line)) is not None:
+                    # A Pallas kernel's own estimate.
+                    flops += times * float(stated[1])
                 if not within:
                     size += times * self._traffic(op, name)
                 kind = op.kind.removesuffix("-start")

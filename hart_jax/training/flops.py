@@ -73,7 +73,18 @@ def _of_equation(equation: Any) -> float:
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * sum(inner)
+        estimate = params.get("cost_estimate")
+        # A kernel that skips part of its grid says what is left.
+        return float(estimate.flops) if estimate else math.prod(params["grid_mapping"].grid) * sum(inner)
+    if name == "shard_map":
+        specs = jax.tree.leaves((params["in_specs"], params["out_specs"]), is_leaf=lambda x: x is None)
+        axes = {
+            axis
+            for spec in specs
+            for entry in spec or ()
+            for axis in ((entry,) if isinstance(entry, str) else entry or ())
+        }
+        return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return sum(inner)
 
 

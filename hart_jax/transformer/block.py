@@ -47,6 +47,7 @@ class SelfAttention(nn.Module):
 
     config: TransformerConfig
     dtype: jnp.dtype | None = None
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x_BQW: jax.Array, angle_BQK: jax.Array, segments: Segments | None, cached) -> tuple:
@@ -72,7 +73,8 @@ class SelfAttention(nn.Module):
             cache, layer, begin = cached
             cache = cache.append(layer, begin, k, v)
             k, v = cache.read(layer, begin + x_BQW.shape[1])
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), kv_end=segments, scale=scale)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        out = attention(q, k, v, kv_end=segments, scale=scale, implementation=self.attention)
         out = out.reshape(*x_BQW.shape[:2], cfg.width)
         init = width_init(cfg.width, (2 * cfg.depth) ** -0.5)
         return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), cache
@@ -107,6 +109,7 @@ class Block(nn.Module):
     segments: Segments | None = None
     cache_start: int | None = None
     dtype: jnp.dtype | None = None
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, carry, layer: jax.Array, angle_BQK: jax.Array, pooled_BW: jax.Array | None):
@@ -126,7 +129,7 @@ class Block(nn.Module):
             return x if modulation is None else (x * modulation["gamma"][which]).astype(x.dtype)
 
         cached = None if self.cache_start is None else (cache, layer, self.cache_start)
-        attend = SelfAttention(cfg, self.dtype, name="attn")
+        attend = SelfAttention(cfg, self.dtype, self.attention, name="attn")
         out, new_cache = attend(normed(x_BQW, 0), angle_BQK, self.segments, cached)
         x_BQW = x_BQW + gated(out, 0)
         x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)

@@ -52,12 +52,14 @@ class TrainOutput:
 class Hart(nn.Module):
     """See `TransformerConfig`; `dtype` is the compute type, parameters are float32.
 
-    `remat`, a key of `REMAT`, says what of each block is computed again in the backward pass to save memory.
+    `remat`, a key of `REMAT`, says what of each block is computed again in the backward pass to save memory;
+    `attention`, one of `pallas_kernels.attention.IMPLEMENTATIONS`, how attention is computed.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype | None = None
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         cfg = self.config
@@ -160,7 +162,7 @@ class Hart(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(self.config.depth)
-        stack = scanned(self.config, segments, cache_start, self.dtype, name="layers")
+        stack = scanned(self.config, segments, cache_start, self.dtype, self.attention, name="layers")
         (x_BQW, cache), _ = stack((x_BQW, cache), layers, angle_BQK, context.pooled)
         return x_BQW, cache
 

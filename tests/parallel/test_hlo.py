@@ -140,3 +140,13 @@ def test_flops_of_batched_products():
 
 def test_elementwise_work_reads_and_writes_once():
     assert compiled(lambda a: jnp.sin(a) + 1, (100,)).bytes == 800
+
+
+def test_a_kernel_counts_what_it_says():
+    kernel = (
+        '%kernel = f32[8,4]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"512","bytes_accessed":"9"}}}'
+    )
+    text = f"ENTRY %main (p0: f32[8,4]) -> f32[8,4] {{\n  %p0 = f32[8,4]{{1,0}} parameter(0)\n  ROOT {kernel}\n}}\n"
+    work = count_work(text, MESH)
+    assert (work.flops, work.bytes) == (512, 2 * 8 * 4 * 4)
