@@ -65,7 +65,9 @@ def attention(
         return reference.attention(*arguments, kv_end=kv_end, scale=scale)
     if implementation == "cudnn":
         return cudnn.attention(*arguments, kv_end=kv_end, scale=scale)
-    blocks = blocks or blocks_for(implementation, _device().device_kind, q_BQHK.shape[-1])
+    if blocks is None:
+        width_bytes = q_BQHK.shape[3] * q_BQHK.dtype.itemsize
+        blocks = blocks_for(implementation, _device().device_kind, width_bytes, q_BQHK.shape[1])
     # Imported where it is used: a device's kernels take a while.
     module = importlib.import_module(f"pallas_kernels.attention.{implementation}")
     settings: dict[str, Any] = {"kv_end": kv_end, "scale": scale, "blocks": blocks, "interpret": interpret}

@@ -36,16 +36,18 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Of the table: the tiles on devices whose kind contains `device`, for heads of at most `width`."""
+    """Of the table: the tiles on devices whose kind contains `device`, for at most so many queries (0: any number),
+    each of at most so many bytes (width times those of the type)."""
 
     implementation: str
     device: str
-    width: int
+    bytes: int
+    queries: int
     blocks: Blocks
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.implementation, self.device, self.width
+    def key(self) -> tuple[str, str, int, int]:
+        return self.implementation, self.device, self.bytes, self.queries
 
 
 @functools.cache
@@ -55,23 +57,29 @@ def read_table() -> tuple[Row, ...]:
 
 
 def write_table(rows: Iterable[Row]) -> None:
-    """One line a row; those of narrow heads and of named devices first, as the first that applies counts."""
+    """One line a row, those of named devices, few queries and few bytes first, as the first that applies counts."""
 
     def line(row: Row) -> str:
         values: dict[str, Any] = dataclasses.asdict(row)
         return json.dumps({**values, "blocks": list(values["blocks"].values())})
 
-    ordered = sorted(rows, key=lambda row: (row.implementation, not row.device, row.device, row.width))
+    ordered = sorted(
+        rows, key=lambda row: (row.implementation, not row.device, row.bytes, not row.queries, row.queries)
+    )
     TABLE_FILE.write_text("[\n" + ",\n".join(f"  {line(row)}" for row in ordered) + "\n]\n")
+    read_table.cache_clear()
 
 
-def blocks_for(implementation: str, device_kind: str, width: int) -> Blocks:
-    """The tiles of an implementation on a device (`jax.Device.device_kind`) for heads of a width.
+def blocks_for(implementation: str, device_kind: str, width_bytes: int, queries: int) -> Blocks:
+    """The tiles of an implementation on a device (`jax.Device.device_kind`).
 
     Raises:
-      NotImplementedError: the implementation has none for heads so wide.
+      NotImplementedError: the implementation has none for queries so wide.
     """
     for row in read_table():
-        if row.implementation == implementation and row.device in device_kind and width <= row.width:
+        applies = row.implementation == implementation and row.device in device_kind
+        if applies and width_bytes <= row.bytes and queries <= (row.queries or queries):
             return row.blocks
-    raise NotImplementedError(f"{implementation}: has no heads of width {width}; use implementation='xla'")
+    raise NotImplementedError(
+        f"{implementation}: has no heads whose queries are {width_bytes} bytes wide; use implementation='xla'"
+    )

@@ -191,7 +191,7 @@ def _map(function: Callable[[Any], Any], xs: Any) -> Any:
 
 
 def _pieces(end_RQ: Any, keys: int, static: Static) -> list[Piece]:
-    most_rows, most_keys = static.blocks.forward
+    most_rows, most_keys = static.blocks.queries, static.blocks.forward[1]
     pieces, begin = [], 0
     for _, queries, rows in static.layout.pieces:
         end, masked = keys, True
