@@ -62,12 +62,17 @@ def row(size: int, plan: Plan) -> str:
 
 
 def search(known: dict[int, Plan], batches: Sequence[int], compile_batch: Callable[[int], Plan]) -> Plan | None:
-    """The plan of the first of these batches that fits, None if none does."""
+    """The plan of the first of these batches, each smaller than the one before, that fits; None if none does."""
+    too_big: Plan | None = None
     for batch in batches:
+        # At best, temporaries shrink with the batch.
+        if too_big and too_big.arguments + too_big.temporaries * batch / too_big.batch_size > too_big.memory:
+            continue
         if batch not in known:
             known[batch] = compile_batch(batch)
         if known[batch].fits:
             return known[batch]
+        too_big = known[batch]
     return None
 
 

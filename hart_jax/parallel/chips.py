@@ -22,6 +22,8 @@ CHIPS = {
     "v5e": Chip(16 * GiB, 197e12, 0.819e12, 200e9),
     "v5p": Chip(95 * GiB, 459e12, 2.765e12, 600e9),
     "v6e": Chip(32 * GiB, 918e12, 1.64e12, 448e9),
+    # Of one of a chip's two devices.
+    "tpu7x": Chip(96 * GiB, 1153.5e12, 3.69e12, 300e9),
     "h100": Chip(80 * GiB, 989e12, 3.35e12, 450e9, 50e9),
     "h200": Chip(141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
 }

@@ -23,7 +23,7 @@ def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: unknown kind {kind!r}; kinds are {', '.join(CHIPS)}, written as {_FORMS}")
-    gpu = not kind.startswith("v")
+    gpu = kind.startswith("h")
     sides = 2 if gpu else 3
     if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{0,{sides - 1}}}", shape) is None:
         raise UserError(f"--topology={name}: {shape!r} is no shape of {kind}; write {_FORMS}")
