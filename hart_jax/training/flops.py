@@ -78,15 +78,16 @@ def _of_equation(equation: Any) -> float:
         # A kernel that skips part of its grid says what is left.
         return float(estimate.flops) if estimate else math.prod(params["grid_mapping"].grid) * sum(inner)
     if name == "shard_map":
+        # Devices along axes that split nothing repeat each other's work, which counts once.
         specs = jax.tree.leaves((params["in_specs"], params["out_specs"]), is_leaf=lambda x: x is None)
-        axes = {
-            axis
-            for spec in specs
-            for entry in spec or ()
-            for axis in ((entry,) if isinstance(entry, str) else entry or ())
-        }
+        axes = {name for spec in specs for entry in spec or () for name in _names(entry)}
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return sum(inner)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Axes of a mesh that split one axis of an array."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:

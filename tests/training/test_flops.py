@@ -88,3 +88,25 @@ def test_a_step_reports_its_own():
 )
 def test_peaks_by_kind_of_device(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_all_devices_count_together():
+    mesh = jax.sharding.AbstractMesh((2, 3), ("data", "tensor"))
+    split, whole = jax.P("data"), jax.P()
+
+    def multiply(a, b):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(split, whole), out_specs=split)(a, b)
+
+    # The three devices along `tensor` do the same.
+    assert count_flops(multiply, matrix(8, 4), matrix(4, 5)) == 2 * 8 * 4 * 5
+
+
+def test_a_kernel_that_says_what_it_does_is_believed():
+    def multiply(a, b):
+        def kernel(a_ref, b_ref, out_ref):
+            out_ref[...] = a_ref[...] @ b_ref[...]
+
+        cost = pl.CostEstimate(flops=7, bytes_accessed=0, transcendentals=0)
+        return pl.pallas_call(kernel, jax.ShapeDtypeStruct((8, 5), a.dtype), cost_estimate=cost)(a, b)
+
+    assert count_flops(multiply, matrix(8, 4), matrix(4, 5)) == 7
