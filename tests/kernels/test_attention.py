@@ -17,7 +17,8 @@ from jax.extend.core import jaxprs_in_params
 from hart_jax.config import ATTENTION
 from hart_jax.training.flops import flops_of
 from pallas_kernels.attention import IMPLEMENTATIONS, Blocks, attention
-from pallas_kernels.attention.shapes import SHAPES
+
+pytestmark = pytest.mark.usefixtures("few_optimizations")
 
 # Of max|a - b| / max|b|.
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-2}
@@ -60,7 +61,7 @@ class Case:
     batch: int = 2
     scale: float = 0.125
     size: float = 1.0
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    dtypes: tuple[str, ...] = ("float32",)
 
     def arrays(self, dtype: str) -> tuple[jax.Array, ...]:
         """q, k, v and a gradient of the output."""
@@ -77,18 +78,19 @@ def ends(*shape: int, most: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, most + 1, shape).astype(np.int32) * (np.arange(shape[-1]) % 7 > 0)
 
 
+BOTH = ("float32", "bfloat16")
 SCALES = ((70, 70), (1, 71), (4, 75), (9, 84), (116, 200))
 CASES = {
     "scales": Case(200, 200, SCALES, dtypes=("float32", "bfloat16", "float16")),
-    "whole": Case(131, 257),
+    "whole": Case(131, 257, dtypes=BOTH),
     "one token each": Case(40, 40, tuple((1, end) for end in range(1, 41))),
-    "shared keys": Case(200, 230, SCALES, heads=4, groups=2),
+    "shared keys": Case(200, 230, SCALES, heads=4, groups=2, dtypes=BOTH),
     "width 48": Case(200, 200, SCALES, width=48),
-    "width 128": Case(200, 200, SCALES, width=128),
+    "width 128": Case(200, 200, SCALES, width=128, dtypes=BOTH),
     # exp of such logits is infinite.
-    "large inputs": Case(200, 200, SCALES, size=6.0),
+    "large inputs": Case(200, 200, SCALES, size=6.0, dtypes=BOTH),
     "one query": Case(1, 300, ((1, 299),)),
-    "traced": Case(200, 260, ends(200, most=260)),
+    "traced": Case(200, 260, ends(200, most=260), dtypes=BOTH),
     "traced by sample": Case(150, 260, ends(2, 150, most=260)),
 }
 
@@ -128,31 +130,12 @@ def assert_near(ours: list[np.ndarray], theirs: list[np.ndarray], bound: float) 
         pytest.param(run, name, dtype, id=f"{run.name}-{name}-{dtype}")
         for run in TESTED
         for name, case in CASES.items()
-        for dtype in case.dtypes
+        for dtype in (case.dtypes if run is not GPU else ("bfloat16", *case.dtypes[2:]))
         if dtype in run.types and (run.traced or not isinstance(case.kv_end, np.ndarray))
     ],
 )
 def test_is_the_reference(run, name, dtype):
     assert_near(gradients(run, CASES[name], dtype), expected(name, dtype), BOUNDS[dtype])
-
-
-@every_implementation
-@pytest.mark.parametrize("name", SHAPES)
-def test_real_shapes(run, name):
-    if run is GPU and not name.startswith("256"):
-        pytest.skip("takes minutes to interpret")
-    shape = SHAPES[name]
-    case = Case(shape.queries, shape.keys, shape.segments, heads=1, groups=1, batch=1)
-    tiles = 128 if run is GPU else 1024 if shape.keys > 4000 else 256
-    run = dataclasses.replace(run, rows=min(run.rows * 8, tiles), keys=tiles)
-    assert_near(gradients(run, case, run.types[0]), real_reference(name, run.types[0]), BOUNDS[run.types[0]])
-
-
-@functools.cache
-def real_reference(name: str, dtype: str) -> list[np.ndarray]:
-    shape = SHAPES[name]
-    case = Case(shape.queries, shape.keys, shape.segments, heads=1, groups=1, batch=1)
-    return gradients(functools.partial(attention, implementation="reference"), case, dtype)
 
 
 @st.composite
@@ -162,7 +145,7 @@ def segments(draw) -> tuple[tuple[int, int], ...]:
 
 
 @given(segments())
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_any_segments(drawn):
     case = Case(sum(size for size, _ in drawn), 90, drawn, width=8, batch=1)
     run = functools.partial(attention, implementation="reference")

@@ -15,7 +15,8 @@ from pallas_kernels.attention import attention
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="this JAX cannot interpret kernels for GPUs")
 def test_conformance():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "test_attention.py")]
+    files = [str(here / "test_attention.py"), str(here / "test_real_shapes.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     chosen = ["-k", "is_the_reference or real_shapes"]
     # XLA's threads wait for each other inside a kernel: NPROC is how many there are.
     environment = {**os.environ, "HART_INTERPRET_GPU": "1", "NPROC": "16"}
