@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from pallas_kernels.attention.counted import flops_in
+
 # Dense bfloat16 FLOP/s of one chip as its maker states it, by the beginning of `device_kind`; the first match counts.
 _PEAK = {
     "TPU v5 lite": 197e12,
@@ -68,6 +70,8 @@ def _of_equation(equation: Any) -> float:
         per_output = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         # Zeros between the inputs (gradients of strided convolutions) need no product.
         return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(params["lhs_dilation"])
+    if name in ("jit", "pjit") and (stated := flops_in(params["name"])) is not None:
+        return float(stated)
     inner = [flops_of(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
         return max(inner)

@@ -7,6 +7,7 @@
 and NVIDIA have.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn, flash, reference
 from pallas_kernels.attention.blocks import Blocks, blocks_for
+from pallas_kernels.attention.counted import counted
 from pallas_kernels.attention.mask import KVEnd, Segments
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn")
@@ -64,7 +66,8 @@ def attention(
     if implementation == "reference":
         return reference.attention(*arguments, kv_end=kv_end, scale=scale)
     if implementation == "cudnn":
-        return cudnn.attention(*arguments, kv_end=kv_end, scale=scale)
+        run = functools.partial(cudnn.attention, kv_end=kv_end, scale=scale)
+        return counted(run, _pairs(q_BQHK, k_BMGK, kv_end), *arguments)
     if blocks is None:
         width_bytes = q_BQHK.shape[3] * q_BQHK.dtype.itemsize
         blocks = blocks_for(implementation, _device().device_kind, width_bytes, q_BQHK.shape[1])
@@ -72,8 +75,15 @@ def attention(
     module = importlib.import_module(f"pallas_kernels.attention.{implementation}")
     settings: dict[str, Any] = {"kv_end": kv_end, "scale": scale, "blocks": blocks, "interpret": interpret}
     if implementation == "splash":
-        return module.attention(*arguments, **settings)
+        run = functools.partial(module.attention, **settings)
+        return counted(run, _pairs(q_BQHK, k_BMGK, kv_end), *arguments)
     return flash.attention(*arguments, **settings, kernels=module.KERNELS)
+
+
+def _pairs(q_BQHK: jax.Array, k_BMGK: jax.Array, kv_end: KVEnd) -> int:
+    """Of query and key that see each other; all of them where ends are traced."""
+    queries, keys = q_BQHK.shape[1], k_BMGK.shape[1]
+    return sum(size * end for size, end in kv_end) if isinstance(kv_end, tuple) else queries * keys
 
 
 def _best(q_BQHK: jax.Array, kv_end: KVEnd) -> str:

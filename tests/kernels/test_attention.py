@@ -236,6 +236,18 @@ def test_static_segments_cost_what_they_see():
     assert flops_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*qkv).jaxpr) == (2 + 5) * 2 * 32 * pairs
 
 
+def test_a_library_s_kernel_counts_what_is_seen():
+    case = CASES["scales"]
+    *qkv, _ = case.arrays("float32")
+
+    def loss(*qkv):
+        return SPLASH(*qkv, kv_end=case.kv_end, scale=1.0).sum()
+
+    product = 2 * case.batch * case.heads * case.width * sum(size * end for size, end in case.kv_end)
+    assert flops_of(jax.make_jaxpr(loss)(*qkv).jaxpr) == 2 * product
+    assert flops_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*qkv).jaxpr) == (2 + 5) * product
+
+
 def test_names_are_those_of_the_configs():
     assert IMPLEMENTATIONS == ATTENTION
 
