@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.mask import KVEnd, Segments
+from pallas_kernels.attention.mask import KVEnd, Segments, segment_ends
 
 # Segments join until they have so many queries: a call of fewer leaves a GPU idle.
 MIN_QUERIES = 256
@@ -31,9 +31,8 @@ def attention(q_BQHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array, *, kv_end
         raise NotImplementedError("cudnn: the ends of keys must be static segments; use implementation='xla'")
     outs, start = [], 0
     for group in groups(kv_end or ((q_BQHK.shape[1], k_BMGK.shape[1]),)):
-        queries, end = sum(size for size, _ in group), group[-1][1]
-        ends = np.repeat([end for _, end in group], [size for size, _ in group])
-        end = int(ends.max())
+        ends = segment_ends(group)
+        queries, end = len(ends), int(ends.max())
         mask = None if ends.min() == end else np.arange(end) < ends[:, None]
         q = jax.lax.slice_in_dim(q_BQHK, start, start + queries, axis=1)
         outs.append(_call(q, k_BMGK[:, :end], v_BMGK[:, :end], mask, scale))

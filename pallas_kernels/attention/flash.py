@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.mask import KVEnd, Layout, Segments, row_ends
+from pallas_kernels.attention.mask import KVEnd, Layout, Segments, filled, row_ends, segment_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,9 @@ def attention(
         segments = _runs(end_RQ[0])
         end_RQ = np.zeros((1, 0), np.int32)
     q = layout.pad(jnp.swapaxes(q_BQHK, 1, 2), 2)
-    k, v = (_filled(jnp.swapaxes(x, 1, 2), key_multiple) for x in (k_BMGK, v_BMGK))
+    k, v = (filled(jnp.swapaxes(x, 1, 2), key_multiple) for x in (k_BMGK, v_BMGK))
     out = _attend(kernels, Static(segments, layout, scale, blocks, interpret), q, k, v, jnp.asarray(end_RQ))
     return jnp.swapaxes(layout.unpad(out, 2), 1, 2)
-
-
-def _filled(x_BGMK: jax.Array, multiple: int) -> jax.Array:
-    missing = -x_BGMK.shape[2] % multiple
-    return jnp.pad(x_BGMK, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x_BGMK
 
 
 def _runs(end_Q: np.ndarray) -> Segments:
@@ -91,7 +86,7 @@ def _runs(end_Q: np.ndarray) -> Segments:
 def _ends(static: Static, end_RQ: jax.Array) -> Any:
     if static.segments is None:
         return end_RQ
-    return row_ends(static.segments, 0, 0)
+    return segment_ends(static.segments)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -231,6 +231,12 @@ def _part(tile: Any, group: Any, size: int, rows: int) -> Any:
     return pl.ds(tile * size + group * rows, rows)
 
 
+def _place(order: Any) -> tuple[Any, Any, Any, Any]:
+    """Warpgroup, batch, head, and the row of the schedule, of which all of the batch may share one."""
+    group, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
+    return group, batch, head, batch if order.shape[0] > 1 else 0
+
+
 def _copy_tiles(form: Form, tile: Any, steps: Any, once: list[Any], once_ready: Any, moves: list[Any]) -> None:
     """What the copying warpgroup does for a tile of queries: (global, shared) `once`, and `moves` for each step.
 
@@ -261,8 +267,7 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
     q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
     warpgroups, rows = q_smem.shape[:2]
     stages, key_tile = k_smem.shape[:2]
-    group, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
-    lane = batch if order.shape[0] > 1 else 0
+    group, batch, head, lane = _place(order)
 
     def tile() -> Any:
         return order[lane, lax.axis_index("tile")]
@@ -358,8 +363,7 @@ def _dq_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, orde
     q_ready, k_ready, v_ready, k_free, v_free = barriers
     warpgroups, rows = q_smem.shape[:2]
     stages, key_tile = k_smem.shape[:2]
-    group, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
-    lane = batch if order.shape[0] > 1 else 0
+    group, batch, head, lane = _place(order)
 
     def tile() -> Any:
         return order[lane, lax.axis_index("tile")]
@@ -423,9 +427,8 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
     k_ready, q_ready, dout_ready, q_free, dout_free = barriers
     warpgroups, rows = k_smem.shape[:2]
     stages, query_tile = q_smem.shape[:2]
-    group, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
+    group, batch, head, lane = _place(order)
     tile = lax.axis_index("tile")
-    lane = batch if order.shape[0] > 1 else 0
 
     def queries(step: Any) -> Any:
         return pl.ds(order[lane, step] * query_tile, query_tile)

@@ -17,12 +17,17 @@ KVEnd = Segments | jax.Array | None
 PIECE = 2**17
 
 
+def segment_ends(segments: Segments) -> np.ndarray:
+    """The end of every query of these segments, (Q,) int32."""
+    return np.repeat([end for _, end in segments], [size for size, _ in segments]).astype(np.int32)
+
+
 def row_ends(kv_end: KVEnd, queries: int, keys: int) -> Any:
     """The end of every query, (1 or B, Q) int32 in 0..keys; a NumPy array where it is known before tracing."""
     if kv_end is None:
         return np.full((1, queries), keys, np.int32)
     if isinstance(kv_end, tuple):
-        return np.repeat([end for _, end in kv_end], [size for size, _ in kv_end]).astype(np.int32)[None]
+        return segment_ends(kv_end)[None]
     end = jnp.clip(kv_end, 0, keys).astype(jnp.int32)
     return end if end.ndim == 2 else end[None]
 
@@ -94,6 +99,12 @@ class Layout:
             parts.append(x[(slice(None),) * axis + (slice(begin, begin + queries),)])
             begin += rows
         return xp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+
+
+def filled(x_BGMK: jax.Array, multiple: int) -> jax.Array:
+    """Keys or values with zeros up to a multiple of a tile's length."""
+    missing = -x_BGMK.shape[2] % multiple
+    return jnp.pad(x_BGMK, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x_BGMK
 
 
 def _rows(queries: int, tile: int, exact: bool) -> int:

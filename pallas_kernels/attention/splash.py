@@ -1,7 +1,5 @@
 """JAX's own splash attention for TPUs, given HART's mask: to compare with, and to fall back on. Static ends only."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.mask import KVEnd, row_ends
+from pallas_kernels.attention.mask import KVEnd, Layout, filled, row_ends
 
 
 class _Ends(Mask):
@@ -51,9 +49,12 @@ def attention(
     if kv_end is not None and not isinstance(kv_end, tuple):
         raise NotImplementedError("splash: the ends of keys must be static segments; use implementation='xla'")
     queries, keys = q_BQHK.shape[1], k_BMGK.shape[1]
-    rows, columns = -(-queries // blocks.queries) * blocks.queries, -(-keys // blocks.keys) * blocks.keys
-    end_Q: Any = np.pad(row_ends(kv_end, queries, keys)[0], (0, rows - queries), mode="edge")
-    mask = MultiHeadMask([_Ends(end_Q, columns)] * q_BQHK.shape[2])
+    layout = Layout.even(queries, blocks.queries)
+    q = layout.pad(jnp.swapaxes((q_BQHK.astype(jnp.float32) * scale).astype(q_BQHK.dtype), 1, 2), 2)
+    repeats = q_BQHK.shape[2] // k_BMGK.shape[2]
+    k, v = (filled(jnp.swapaxes(jnp.repeat(x, repeats, axis=2), 1, 2), blocks.keys) for x in (k_BMGK, v_BMGK))
+    end_RQ = layout.pad(row_ends(kv_end, queries, keys), 1, mode="edge")
+    mask = MultiHeadMask([_Ends(end_RQ[0], k.shape[2])] * q_BQHK.shape[2])
     sizes = BlockSizes(
         block_q=blocks.forward[0],
         block_kv=blocks.forward[1],
@@ -65,12 +66,4 @@ def attention(
         block_kv_dq=blocks.dq[1],
     )
     kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    repeats = q_BQHK.shape[2] // k_BMGK.shape[2]
-    q = (q_BQHK.astype(jnp.float32) * scale).astype(q_BQHK.dtype)
-    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k_BMGK, v_BMGK))
-
-    def filled(x_BLHK: jax.Array, length: int) -> jax.Array:
-        return jnp.pad(jnp.swapaxes(x_BLHK, 1, 2), ((0, 0), (0, 0), (0, length - x_BLHK.shape[1]), (0, 0)))
-
-    out = jax.vmap(kernel)(filled(q, rows), filled(k, columns), filled(v, columns))
-    return jnp.swapaxes(out[:, :, :queries], 1, 2).astype(v_BMGK.dtype)
+    return jnp.swapaxes(layout.unpad(jax.vmap(kernel)(q, k, v), 2), 1, 2).astype(v_BMGK.dtype)
