@@ -1,11 +1,14 @@
-"""From conditions to pictures: all scales, the residual, the decoder, one compiled function (SPEC.md section 3).
+"""From conditions to pictures: all scales, the residual, the decoder (SPEC.md section 3).
 
-Classifier-free guidance doubles the batch: rows 0..B-1 are conditional, rows B..2B-1 unconditional.
+Classifier-free guidance doubles the batch: rows 0..B-1 are conditional, rows B..2B-1 unconditional. `make_sampler` is
+one compiled program. `make_layered_sampler` computes the same in many small ones, layer by layer, which is how a CPU
+draws from a large model: there a loop over stacked layers copies the weights of each before it uses them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,12 +17,14 @@ import numpy as np
 
 from hart_jax.diffusion.schedule import sample_residual
 from hart_jax.experiment import SampleConfig
+from hart_jax.noise import KeyedNoise, Noise
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
-from hart_jax.transformer.block import KVCache
+from hart_jax.transformer.block import Block, KVCache
 from hart_jax.transformer.model import Context, Hart
 
 Condition = Any  # (B,) labels, or text states (B, T, D) and mask (B, T)
+Params = dict[str, Any]  # {"transformer": ..., "tokenizer": ...}
 
 
 @flax.struct.dataclass
@@ -33,101 +38,10 @@ class Generated:
     image: jax.Array
 
 
-class Noise(Protocol):
-    """Everything random in a generation."""
-
-    def token(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        """Gumbel noise that chooses the indices."""
-        ...
-
-    def smooth(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        """Gumbel noise of smooth sampling."""
-        ...
-
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
-        """The order of the last scale's positions, a permutation per sample."""
-        ...
-
-    def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:
-        """Where the residual's diffusion starts."""
-        ...
-
-    def step(self, shape_SBlC: tuple[int, ...]) -> jax.Array | None:
-        """Noise of its steps, or None for none."""
-        ...
-
-
-@flax.struct.dataclass
-class KeyedNoise:
-    """Noise that depends on each sample's own key alone, never on its batch."""
-
-    keys_B: jax.Array
-
-    @classmethod
-    def of(cls, seed: int | jax.Array, indices_B: jax.Array) -> "KeyedNoise":
-        """The noise of images number `indices` under `seed`."""
-        return cls(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices_B))
-
-    def _draw(self, purpose: int, sampler: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return jax.vmap(lambda key: sampler(jax.random.fold_in(key, purpose)))(self.keys_B)
-
-    def token(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        return self._draw(2 * scale, lambda key: jax.random.gumbel(key, shape_BlV[1:]))
-
-    def smooth(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        return self._draw(2 * scale + 1, lambda key: jax.random.gumbel(key, shape_BlV[1:]))
-
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
-        return self._draw(1000, lambda key: jax.random.permutation(key, shape_Bl[1]))
-
-    def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:
-        return self._draw(1001, lambda key: jax.random.normal(key, shape_BlC[1:]))
-
-    def step(self, shape_SBlC: tuple[int, ...]) -> jax.Array:
-        steps, _, *shape = shape_SBlC
-        return jnp.swapaxes(self._draw(1002, lambda key: jax.random.normal(key, (steps, *shape))), 0, 1)
-
-
-@flax.struct.dataclass
-class GivenNoise:
-    """Noise from arrays: `tokens` one (B, p*p, V) per scale, `start` (B, p*p, C), `steps` (S, B, p*p, C) or None."""
-
-    tokens: tuple[jax.Array, ...]
-    start: jax.Array | None = None
-    steps: jax.Array | None = None
-
-    def token(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        return self.tokens[scale].astype(jnp.float32)
-
-    def smooth(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
-        raise ValueError("given noise has none for smooth sampling")
-
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
-        return jnp.broadcast_to(jnp.arange(shape_Bl[1]), shape_Bl)
-
-    def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:
-        if self.start is None:
-            raise ValueError("given noise lacks `start`, which the residual's diffusion begins with")
-        return self.start
-
-    def step(self, shape_SBlC: tuple[int, ...]) -> jax.Array | None:
-        return self.steps
-
-
-def with_unconditional(hart: Hart, condition: Condition) -> Condition:
-    """The doubled condition: zero text with a mask of position 0 alone, or the label after the last class."""
-    if hart.config.num_classes:
-        return jnp.concatenate([condition, jnp.full_like(condition, hart.config.num_classes)])
-    text_BTD, mask_BT = condition
-    first_BT = jnp.zeros_like(mask_BT).at[:, 0].set(1)
-    return jnp.concatenate([text_BTD, jnp.zeros_like(text_BTD)]), jnp.concatenate([mask_BT, first_BT])
-
-
 def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the nucleus of mass `top_p` (1: all)."""
     if 0 < top_k < logits_V.shape[-1]:
-        threshold = jax.lax.top_k(logits_V, top_k)[0][..., -1:]
-        logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
+        logits_V = jnp.where(logits_V < kth_largest(logits_V, top_k), -jnp.inf, logits_V)
     if top_p < 1:
         ascending = jnp.sort(logits_V, axis=-1)
         outside = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
@@ -136,6 +50,22 @@ def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
         threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
         logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
     return logits_V
+
+
+def kth_largest(x_V: jax.Array, k: int) -> jax.Array:
+    """The k-th largest of float32 values (..., V), exactly, as (..., 1): found bit by bit, where sorting costs more."""
+    bits = jax.lax.bitcast_convert_type(x_V.astype(jnp.float32), jnp.int32)
+    # As unsigned integers in the order of the floats.
+    ordered = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
+
+    def add_bit(at, found):
+        candidate = found | (jnp.uint32(1) << (31 - at).astype(jnp.uint32))
+        enough = jnp.sum(ordered >= candidate, axis=-1, keepdims=True) >= k
+        return jnp.where(enough, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((*x_V.shape[:-1], 1), jnp.uint32))
+    found = jax.lax.bitcast_convert_type(found, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ jnp.int32(-(2**31)), ~found), jnp.float32)
 
 
 def iteration_sizes(positions: int, iterations: int) -> list[int]:
@@ -150,12 +80,7 @@ def iteration_sizes(positions: int, iterations: int) -> list[int]:
 
 
 def generate(
-    hart: Hart,
-    tokenizer: Tokenizer,
-    params: dict[str, Any],
-    condition: Condition,
-    noise: Noise,
-    settings: SampleConfig,
+    hart: Hart, tokenizer: Tokenizer, params: Params, condition: Condition, noise: Noise, settings: SampleConfig
 ) -> Generated:
     """Draws one picture per condition.
 
@@ -164,146 +89,271 @@ def generate(
       condition: (B,) labels, or text states (B, T, D) and mask (B, T).
       noise: `KeyedNoise`, or given arrays.
     """
-    run = _Run(hart, tokenizer, params, settings, noise)
-    doubled = with_unconditional(hart, condition)
-    context = run.hart("embed_condition", doubled)
-    sides, batch = hart.config.patch_nums, len(context.tokens) // 2
-    last = len(sides) - 1
-    cache = KVCache.empty(
-        hart.config, 2 * batch, hart.config.context_tokens + hart.config.num_tokens - 1, hart.dtype or jnp.float32
-    )
-    x, angle = run.hart("context_input", context)
-    hidden, cache = run.hart("blocks", x, angle, context, cache=cache, cache_start=0)
-    hidden, filled = hidden[:, -1:], hart.config.context_tokens
-    f_hat = jnp.zeros((batch, sides[-1], sides[-1], hart.config.latent_channels))
-    indices, logits = [], []
-    for scale in range(last):
-        if scale:
-            x, angle = run.scale_input(f_hat, scale, context)
-            hidden, cache = run.hart("blocks", x, angle, context, cache=cache, cache_start=filled)
-            filled += x.shape[1]
-        index, code, guided = run.choose(hidden, context, scale, run.token_noise(scale, batch))
-        f_hat = f_hat + run.tokenizer("contribution", code, scale)
+    return _Stages(hart, tokenizer, settings).run(params, condition, noise)
+
+
+def _stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method (params, arrays, settings by name) that a layered run compiles by itself."""
+
+    @functools.wraps(function)
+    def call(self: "_Stages", params: Params, *arrays: Any, **static: Any) -> Any:
+        return self.compiled(function, **static)(params, *arrays)
+
+    return call
+
+
+class _Stages:
+    """The steps of a generation, and `run`, which puts them together.
+
+    `layered`: to be called outside of a compiled function, on the weights of `split_layers`.
+    """
+
+    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, layered: bool = False):
+        settings.check_vocabulary(hart.config.vocab_size)
+        self._hart, self._tokenizer, self._settings, self._layered = hart, tokenizer, settings, layered
+        self._config, self._sides = hart.config, hart.config.patch_nums
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def compiled(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        """The method with these settings, compiled where the run is layered."""
+        bound = functools.partial(function, self, **static)
+        if not self._layered:
+            return bound
+        key = function.__name__, *sorted(static.items())
+        # The cache is written in place.
+        donated = ("cache",) if function is _Stages.block else ()
+        return self._programs.setdefault(key, jax.jit(bound, donate_argnames=donated))
+
+    def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
+        sides, iterations = self._sides, self._settings.masked_iterations
+        last = len(sides) - 1
+        context, cond, uncond = self.context(params, condition)
+        batch, filled = len(cond[0]), self._config.context_tokens
+        length = filled + self._config.num_tokens - 1
+        if iterations == 1:
+            # Nothing comes after the last scale that would see it.
+            length -= sides[-1] ** 2
+        hidden, cache = self._first(params, context, cond, uncond, length)
+        f_hat = jnp.zeros((batch, sides[-1], sides[-1], self._config.latent_channels))
+        indices: list[jax.Array] = []
+        logits: list[jax.Array] = []
+        for scale in range(last):
+            if scale:
+                x, turns = self.scale_input(params, f_hat, context, scale=scale)
+                hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+                filled += x.shape[1]
+            index, code, _, guided = self.choose(params, hidden, context, noise, None, scale=scale)
+            f_hat = self.add(params, f_hat, code, scale=scale)
+            indices.append(index)
+            logits += [guided] if keep_logits else []
+        index, value, guided = self._last_scale(params, f_hat, context, cache, noise, filled)
         indices.append(index)
-        logits.append(guided)
-    index, value, guided = run.last_scale(f_hat, context, cache, filled)
-    f_hat = f_hat + value.reshape(f_hat.shape)
-    image = jnp.clip(run.tokenizer("decode", f_hat), -1.0, 1.0)
-    return Generated((*indices, index), (*logits, guided), f_hat, image)
+        logits += [guided] if keep_logits else []
+        # A picture's latent and colours are small beside these.
+        del cache, hidden, guided
+        f_hat, image = self.decode(params, f_hat, value)
+        return Generated(tuple(indices), tuple(logits), f_hat, image)
 
+    @_stage
+    def context(self, params: Params, condition: Condition) -> tuple[Context, Any, Any]:
+        """The doubled context, then (inputs, rotations, pooled) of the conditional and of the unconditional context.
 
-class _Run:
-    """The modules with their parameters, and the steps of one generation that use them."""
+        The latter is the same at all its positions, zero text with position ids 0, and for all samples: one stands for
+        all of them.
+        """
+        config, apply = self._config, functools.partial(self._apply, params)
+        cond = apply("embed_condition", condition)
+        nothing: Condition = jnp.full((1,), config.num_classes)
+        if not config.num_classes:
+            nothing = jnp.zeros((1, 1, config.context_dim), condition[0].dtype), jnp.ones((1, 1), jnp.int32)
+        uncond = apply("embed_condition", nothing)
+        batch = len(cond.tokens)
 
-    def __init__(self, hart: Hart, tokenizer: Tokenizer, params: dict[str, Any], settings: SampleConfig, noise: Noise):
-        self._modules = hart, tokenizer
-        self._params, self._settings, self._noise = params, settings, noise
-        self._sides = hart.config.patch_nums
+        def double(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.concatenate([a, jnp.broadcast_to(b, (batch, *a.shape[1:]))])
 
-    def hart(self, method: str, *args, **kwargs):
-        return self._modules[0].apply({"params": self._params["transformer"]}, *args, **kwargs, method=method)
+        both = jax.tree.map(double, cond, uncond)
+        cond_input, uncond_input = ((*apply("context_input", each), each.pooled) for each in (cond, uncond))
+        return both, cond_input, uncond_input
 
-    def tokenizer(self, method: str, *args):
-        return self._modules[1].apply({"params": self._params["tokenizer"]}, *args, method=method)
+    def _first(self, params: Params, context: Context, cond: Any, uncond: Any, length: int) -> tuple[jax.Array, Any]:
+        """The last context position's output (2B, 1, W), and a cache for `length` positions that holds the context."""
+        hidden, caches = [], []
+        for x, turns, pooled in (cond, uncond):
+            cache = self._empty_cache(*x.shape[:2])
+            out, cache = self._blocks(params, x, turns, pooled, cache, start=0)
+            hidden.append(out)
+            caches.append(cache)
+        join = self.compiled(_Stages.join, context_tokens=self._config.context_tokens, length=length)
+        if self._layered:
+            return self.last_position(params, *hidden), [join(*each) for each in zip(*caches, strict=True)]
+        return self.last_position(params, *hidden), join(*caches)
+
+    @_stage
+    def last_position(self, params: Params, cond_BTW: jax.Array, uncond_1TW: jax.Array) -> jax.Array:
+        last = cond_BTW[:, -1:]
+        return jnp.concatenate([last, jnp.broadcast_to(uncond_1TW[:, -1:], last.shape)])
+
+    def join(self, cond: KVCache, uncond: KVCache, context_tokens: int, length: int) -> KVCache:
+        """The cache of both halves."""
+
+        def both(a: jax.Array, b: jax.Array) -> jax.Array:
+            layers, batch, _, *rest = a.shape
+            rows = jnp.concatenate([a, jnp.broadcast_to(b, (layers, batch, context_tokens, *rest))], axis=1)
+            return jnp.pad(rows, ((0, 0), (0, 0), (0, length - context_tokens), (0, 0), (0, 0)))
+
+        return KVCache(both(cond.k, uncond.k), both(cond.v, uncond.v)).placed()
+
+    def _empty_cache(self, rows: int, positions: int) -> Any:
+        dtype = self._hart.dtype or jnp.float32
+        if not self._layered:
+            return KVCache.empty(self._config, rows, positions, dtype)
+        one = dataclasses.replace(self._config, depth=1)
+        return [KVCache.empty(one, rows, positions, dtype) for _ in range(self._config.depth)]
+
+    def _blocks(
+        self, params: Params, x: jax.Array, turns: jax.Array, pooled: jax.Array | None, cache: Any, **static: Any
+    ) -> tuple[jax.Array, Any]:
+        """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions."""
+        if not self._layered:
+            keep, start = static.get("keep", True), static["start"]
+            return self._apply(params, "blocks", x, turns, pooled, cache=cache, cache_start=start, keep=keep)
+        block, caches = self.compiled(_Stages.block, **static), []
+        for weights, part in zip(params["transformer"]["layers"], cache, strict=True):
+            x, part = block(weights, x, turns, pooled, cache=part)
+            caches.append(part)
+        return x, caches
+
+    def block(self, weights, x, turns, pooled, cache: KVCache, start: int, keep: bool = True):
+        """One block of a layered run, whose cache is its own alone."""
+        hart = self._hart
+        block = Block(self._config, None, start, keep, hart.dtype, hart.attention)
+        carry, _ = block.apply({"params": weights}, (x, cache), jnp.int32(0), turns, pooled)
+        return carry
+
+    @_stage
+    def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
+        side = self._sides[scale]
+        latent = area(f_hat, side).reshape(len(f_hat), side * side, -1)
+        index_1l = jnp.arange(side * side)[None]
+        return self._apply(params, "scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
+
+    @_stage
+    def choose(
+        self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Indices (B, l), what they add to the latent, the code (B, l, C) or its smooth version, the code itself, and
+        the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
+        settings, ratio = self._settings, self._ratio(scale)
+        cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
+        t = settings.cfg * ratio
+        guided = (1 + t) * cond - t * uncond
+        shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
+        top_k = settings.top_k if scale < settings.late_scale else settings.top_k_late
+        kept = keep_top(guided / settings.temperature, top_k, settings.top_p)
+        index = jnp.argmax(kept + _pick(noise.token(scale, shape), at_Bl), axis=-1).astype(jnp.int32)
+        code = self._tokenize(params, "lookup", index)
+        if not settings.smooth:
+            return index, code, code, guided
+        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+        noisy = kept * (1 + ratio) + _pick(noise.smooth(scale, shape), at_Bl)
+        smooth = jax.nn.softmax(noisy / tau, axis=-1) @ params["tokenizer"]["quantizer"]["codebook"]
+        return index, smooth, code, guided
+
+    @_stage
+    def add(self, params: Params, f_hat: jax.Array, code: jax.Array, scale: int) -> jax.Array:
+        return f_hat + self._tokenize(params, "contribution", code, scale)
+
+    @_stage
+    def decode(self, params: Params, f_hat: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f_hat = f_hat + value.reshape(f_hat.shape)
+        return f_hat, jnp.clip(self._tokenize(params, "decode", f_hat), -1.0, 1.0)
+
+    def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):
+        """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
+        iterations = self._settings.masked_iterations
+        scale, count = len(self._sides) - 1, self._sides[-1] ** 2
+        x_all, turns_all = self.scale_input(params, f_hat, context, scale=scale)
+        if iterations == 1:
+            hidden, cache = self._blocks(params, x_all, turns_all, context.pooled, cache, start=filled, keep=False)
+            return self.fill(params, hidden, context, noise, None)
+        order_Bl = self.order(params, f_hat, noise)
+        parts, places = [], []
+        # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
+        end = count
+        for size in iteration_sizes(count, iterations):
+            at_Bl, x, turns = self.part(params, order_Bl, x_all, turns_all, begin=end - size, end=end)
+            end -= size
+            hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+            filled += size
+            parts.append(self.fill(params, hidden, context, noise, at_Bl))
+            places.append(at_Bl)
+        return self.scatter(params, places, parts)
+
+    @_stage
+    def order(self, params: Params, f_hat: jax.Array, noise: Noise) -> jax.Array:
+        return noise.order((len(f_hat), self._sides[-1] ** 2))
+
+    @_stage
+    def part(self, params: Params, order_Bl, x_all, turns_all, begin: int, end: int):
+        """The positions of an iteration, (B, l), and their inputs and rotations."""
+        at_Bl = jnp.sort(order_Bl[:, begin:end], axis=1)
+        return at_Bl, _pick(x_all, at_Bl), _pick(turns_all, at_Bl)
+
+    @_stage
+    def fill(self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None):
+        """Indices, code plus residual and guided logits of these positions of the last scale."""
+        scale, settings = len(self._sides) - 1, self._settings
+        index, value, code, guided = self.choose(params, hidden, context, noise, at_Bl, scale=scale)
+        if settings.discrete_only:
+            return index, value, guided
+        shape = (len(index), self._sides[-1] ** 2, self._config.latent_channels)
+        steps, channels = self._config.diffusion.sampling_steps, shape[-1]
+        init_BlC = _pick(noise.init(shape), at_Bl)
+        steps_SBlC = noise.step((steps, *shape))
+        if steps_SBlC is not None:
+            steps_SBlC = jax.vmap(lambda array: _pick(array, at_Bl))(steps_SBlC)
+            steps_SBlC = jnp.concatenate([steps_SBlC, steps_SBlC], axis=1).reshape(steps, -1, channels)
+        z = self._apply(params, "residual_condition", hidden, jnp.concatenate([code, code]))
+        embedded_NW = self._apply(params, "embed_residual_condition", z.reshape(-1, z.shape[-1]))
+        out = sample_residual(
+            functools.partial(self._apply, params, "denoise_embedded"),
+            embedded_NW,
+            init_BlC.reshape(-1, channels),
+            steps_SBlC,
+            settings.cfg * self._ratio(scale),
+            steps,
+        )
+        return index, value + out[: len(out) // 2].reshape(code.shape), guided
+
+    @_stage
+    def scatter(self, params: Params, places: list[jax.Array], parts: list[tuple[jax.Array, ...]]):
+        """What the iterations found, in the order of the positions."""
+        at_Bl = jnp.argsort(jnp.concatenate(places, axis=1), axis=1)
+        index, value, guided = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        return jnp.take_along_axis(index, at_Bl, axis=1), _pick(value, at_Bl), _pick(guided, at_Bl)
+
+    def _apply(self, params: Params, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._hart.apply({"params": params["transformer"]}, *args, **kwargs, method=method)
+
+    def _tokenize(self, params: Params, method: str, *args: Any) -> jax.Array:
+        return self._tokenizer.apply({"params": params["tokenizer"]}, *args, method=method)
 
     def _ratio(self, scale: int) -> float:
         """Progress 0..1; at the last scale it stays what it was."""
         last = len(self._sides) - 1
         return min(scale, last - 1) / last
 
-    def token_noise(self, scale: int, batch: int) -> tuple[jax.Array, jax.Array | None]:
-        """Gumbel noise of choice and of smoothing (None without) for all positions of a scale."""
-        shape = (batch, self._sides[scale] ** 2, self._modules[0].config.vocab_size)
-        smooth = self._noise.smooth(scale, shape) if self._settings.smooth else None
-        return self._noise.token(scale, shape), smooth
 
-    def scale_input(self, f_hat: jax.Array, scale: int, context: Context) -> tuple[jax.Array, jax.Array]:
-        side = self._sides[scale]
-        latent = area(f_hat, side).reshape(len(f_hat), side * side, -1)
-        index_1l = jnp.arange(side * side)[None]
-        return self.hart("scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
-
-    def choose(
-        self, hidden: jax.Array, context: Context, scale: int, noise: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Indices (B, l), the code or its smooth version (B, l, C), and the guided logits (B, l, V)."""
-        settings, ratio = self._settings, self._ratio(scale)
-        cond, uncond = jnp.split(self.hart("logits", hidden, context), 2)
-        t = settings.cfg * ratio
-        guided = (1 + t) * cond - t * uncond
-        top_k = settings.top_k if scale < settings.late_scale else settings.top_k_late
-        kept = keep_top(guided / settings.temperature, top_k, settings.top_p)
-        token_noise, smooth_noise = noise
-        index = jnp.argmax(kept + token_noise, axis=-1).astype(jnp.int32)
-        if smooth_noise is None:
-            return index, self.tokenizer("lookup", index), guided
-        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-        weights = jax.nn.softmax((kept * (1 + ratio) + smooth_noise) / tau, axis=-1)
-        return index, weights @ self._params["tokenizer"]["quantizer"]["codebook"], guided
-
-    def last_scale(
-        self, f_hat: jax.Array, context: Context, cache: KVCache, filled: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
-        settings, config = self._settings, self._modules[0].config
-        scale, batch, count = len(self._sides) - 1, len(f_hat), self._sides[-1] ** 2
-        order_Bl = jnp.broadcast_to(jnp.arange(count), (batch, count))
-        if settings.masked_iterations > 1:
-            order_Bl = self._noise.order((batch, count))
-        x_all, angle_all = self.scale_input(f_hat, scale, context)
-        token_noise, smooth_noise = self.token_noise(scale, batch)
-        shape = (batch, count, config.latent_channels)
-        if not settings.discrete_only:
-            init_noise = self._noise.init(shape)
-            step_noise = self._noise.step((config.diffusion.sampling_steps, *shape))
-        index_all = jnp.zeros((batch, count), jnp.int32)
-        value_all, guided_all = jnp.zeros(shape), jnp.zeros((batch, count, config.vocab_size))
-        # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
-        end = count
-        for size in iteration_sizes(count, settings.masked_iterations):
-            at_Bl = jnp.sort(order_Bl[:, end - size : end], axis=1)
-            end -= size
-
-            def pick(array, at_Bl=at_Bl):
-                repeated = jnp.tile(at_Bl, (len(array) // batch, 1))
-                return jnp.take_along_axis(array, repeated[..., None], axis=1)
-
-            hidden, cache = self.hart("blocks", pick(x_all), pick(angle_all), context, cache=cache, cache_start=filled)
-            filled += size
-            noise = pick(token_noise), None if smooth_noise is None else pick(smooth_noise)
-            index, value, guided = self.choose(hidden, context, scale, noise)
-            if not settings.discrete_only:
-                steps = None if step_noise is None else jax.vmap(pick)(step_noise)
-                value = value + self._residual(hidden, index, pick(init_noise), steps)
-            rows = jnp.arange(batch)[:, None]
-            index_all = index_all.at[rows, at_Bl].set(index)
-            value_all = value_all.at[rows, at_Bl].set(value)
-            guided_all = guided_all.at[rows, at_Bl].set(guided)
-        return index_all, value_all, guided_all
-
-    def _residual(
-        self, hidden: jax.Array, index_Bl: jax.Array, init_BlC: jax.Array, steps_SBlC: jax.Array | None
-    ) -> jax.Array:
-        """The continuous residual (B, l, C) of positions whose code is chosen."""
-        code = self.tokenizer("lookup", index_Bl)
-        z = self.hart("residual_condition", hidden, jnp.concatenate([code, code]))
-        channels = code.shape[-1]
-        if steps_SBlC is not None:
-            steps_SBlC = jnp.concatenate([steps_SBlC, steps_SBlC], axis=1)
-            steps_SBlC = steps_SBlC.reshape(len(steps_SBlC), -1, channels)
-        config = self._modules[0].config
-        out = sample_residual(
-            functools.partial(self.hart, "denoise"),
-            z.reshape(-1, z.shape[-1]),
-            init_BlC.reshape(-1, channels),
-            steps_SBlC,
-            self._settings.cfg * self._ratio(len(self._sides) - 1),
-            config.diffusion.sampling_steps,
-        )
-        return out[: len(out) // 2].reshape(code.shape)
+def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
+    """Positions `at` of (B, L, ...) or of both halves, (2B, L, ...)."""
+    if at_Bl is None:
+        return array
+    at_Bl = jnp.tile(at_Bl, (len(array) // len(at_Bl), 1))
+    return jnp.take_along_axis(array, at_Bl.reshape(*at_Bl.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
-Sampler = Callable[[dict[str, Any], Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
+Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
 def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
@@ -311,13 +361,30 @@ def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sa
 
     A picture depends on its condition, the seed and its index, never on the others of its batch.
     """
-    settings.check_vocabulary(hart.config.vocab_size)
-    hart = hart.clone(attention=settings.attention)
+    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings)
 
     @jax.jit
     def sample(params, condition, seed, indices_B):
-        noise = KeyedNoise.of(seed, indices_B)
-        out = generate(hart, tokenizer, params, condition, noise, settings)
+        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B))
         return out.image, out.indices
 
     return sample
+
+
+def make_layered_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
+    """As `make_sampler`, layer by layer, on `split_layers` of the parameters."""
+    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings, layered=True)
+
+    def sample(params, condition, seed, indices_B):
+        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)
+        return out.image, out.indices
+
+    return sample
+
+
+def split_layers(params: Params) -> Params:
+    """The parameters with the transformer's stacked layers as one tree for each, as views where they are NumPy's."""
+    layers = params["transformer"]["layers"]
+    depth = len(jax.tree.leaves(layers)[0])
+    each = [jax.tree.map(lambda x, at=at: x[at], layers) for at in range(depth)]
+    return {**params, "transformer": {**params["transformer"], "layers": each}}

@@ -137,6 +137,6 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t_N: jax.Array) -> jax.Array:
-        place = split_rows if self.many else lambda x: x
+        place = split_rows if self.many and len(t_N) > 1 else lambda x: x
         h = place(dense(self.features, (None, self.axis), name="linear_1", dtype=self.dtype)(place(sinusoidal(t_N))))
         return place(dense(self.features, (None, self.axis), name="linear_2", dtype=self.dtype)(nn.silu(h)))

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,15 @@ from hart_jax.conditions import conditions_of
 from hart_jax.convert.released import is_released, read_released
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, SampleConfig
-from hart_jax.generate import make_sampler
+from hart_jax.generate import make_layered_sampler, make_sampler, split_layers
 from hart_jax.images import to_uint8
 from hart_jax.model_folder import Model, read_model
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
+
+# A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.
+LAYERED_BYTES = 2**28
 
 
 def use_compilation_cache() -> None:
@@ -61,6 +65,10 @@ def check_model(model: Model, experiment: HartExperiment, source: str | Path) ->
     experiment.transformer.check_same(model.transformer_config, source, "transformer")
 
 
+def _bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """One sample: `image` uint8 (H, W, 3), number `index` of its wish (a prompt, or the label of a class)."""
@@ -76,8 +84,11 @@ class Painter:
     def __init__(self, model: Model, settings: SampleConfig, text_encoder: str | Path | None = None):
         config, dtype = model.transformer_config, compute_dtype("auto")
         self._conditions = conditions_of(config, text_encoder or model.text_encoder)
-        self._sample = make_sampler(Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), settings)
-        self._params = jax.device_put({"transformer": model.transformer, "tokenizer": model.tokenizer})
+        layered = jax.default_backend() == "cpu" and _bytes(model.transformer["layers"]) > LAYERED_BYTES
+        make = make_layered_sampler if layered else make_sampler
+        params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
+        self._sample = make(Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), settings)
+        self._params = jax.device_put(split_layers(params) if layered else params)
 
     def draw(
         self, wishes: Sequence[str | int], num_images: int, seed: int, batch_size: int = 8

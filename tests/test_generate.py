@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hart_jax.errors import UserError
 from hart_jax.experiment import SampleConfig
-from hart_jax.generate import iteration_sizes, keep_top, make_sampler
+from hart_jax.generate import iteration_sizes, keep_top, kth_largest, make_layered_sampler, make_sampler, split_layers
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
@@ -75,6 +75,21 @@ def test_every_option_changes_the_picture_and_nothing_breaks(changes):
     assert np.abs(image - plain).max() > 1e-4
 
 
+@pytest.mark.parametrize("changes", [{}, {"smooth": True, "masked_iterations": 3, "top_k": 3}, {"discrete_only": True}])
+@pytest.mark.parametrize("flags", [{}, {"disable_aln": False, "sep_aln_pooling_mode": "avg"}, {"shared_aln": True}])
+def test_layer_by_layer_draws_the_same(changes, flags):
+    model, settings = tiny_model(**flags), SampleConfig.from_dict({**ALL.to_dict(), **changes})
+    parts = Hart(model.transformer_config), Tokenizer(TOKENIZER), settings
+    params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
+    text = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    wanted = (text, np.array([[1, 1, 1, 0], [1, 1, 1, 1]], np.int32)), 0, jnp.array([0, 3])
+    image, tokens = make_sampler(*parts)(params, *wanted)
+    again, tokens_again = make_layered_sampler(*parts)(split_layers(params), *wanted)
+    for a, b in zip(tokens, tokens_again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(again, image, atol=1e-4)
+
+
 def test_greedy_sampling_takes_the_largest_logit():
     greedy = SampleConfig(top_k=1, top_k_late=1)
     _, tokens = draw(greedy, [1], [0])
@@ -101,6 +116,12 @@ def test_top_k_keeps_the_largest(k, seed):
     kept = np.isfinite(np.asarray(keep_top(logits, k, 1.0)))
     assert (kept.sum(-1) == k).all()
     assert all(logits[row][kept[row]].min() >= np.sort(logits[row])[-k] for row in range(3))
+
+
+@given(st.integers(1, 9), st.lists(st.floats(width=32, allow_nan=False), min_size=9, max_size=9))
+def test_kth_largest_is_exact(k, values):
+    x = np.array(values, np.float32)
+    assert np.asarray(kth_largest(x, k))[0] == np.sort(x)[-k]
 
 
 @given(st.floats(0.05, 0.95), st.integers(0, 1000))

@@ -18,7 +18,7 @@ def _layer_norm(x: jax.Array) -> jax.Array:
 
 
 class ResBlock(nn.Module):
-    """x += gate * MLP(LN(x) * (1 + scale) + shift); a scan body with carry x."""
+    """x += gate * MLP(LN(x) * (1 + scale) + shift), modulated by y, SiLU applied; a scan body with carry x."""
 
     width: int
     dtype: jnp.dtype | None = None
@@ -26,7 +26,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x_NW: jax.Array, y_NW: jax.Array):
         modulation = dense(3 * self.width, (None, "diffusion"), init=ZEROS, dtype=self.dtype, name="ada_lin")
-        shift, scale, gate = jnp.split(split_rows(modulation(nn.silu(y_NW))), 3, axis=-1)
+        shift, scale, gate = jnp.split(split_rows(modulation(y_NW)), 3, axis=-1)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("diffusion",))
         zeros = nn.with_logical_partitioning(ZEROS, ("diffusion",))
         h = _layer_norm(x_NW) * self.param("norm_scale", ones, (self.width,))
@@ -40,7 +40,8 @@ class ResBlock(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """(x_t (N, C), t (N,) in 0..999, z (N, W)) -> (N, 2C) float32: the noise, then the variance's interpolation.
+    """(x_t (N, C), t (N,) or (1,) in 0..999, `embed` of z (N, W)) -> (N, 2C) float32: the noise, then the variance's
+    interpolation.
 
     `remat` keeps only the blocks' inputs for the backward pass.
     """
@@ -50,14 +51,12 @@ class DiffusionHead(nn.Module):
     dtype: jnp.dtype | None = None
     remat: bool = False
 
-    @nn.compact
-    def __call__(self, x_NC: jax.Array, t_N: jax.Array, z_NW: jax.Array) -> jax.Array:
-        width = self.config.width
-        y = TimestepEmbed(width, "diffusion", self.dtype, many=True, name="time_embed")(t_N)
-        y = y + dense(width, ("embed", "diffusion"), init=XAVIER, dtype=self.dtype, name="cond_embed")(z_NW)
-        x = dense(width, ("latent", "diffusion"), init=XAVIER, dtype=self.dtype, name="input_proj")(x_NC)
-        x, y = split_rows(x), split_rows(y)
-        blocks = nn.scan(
+    def setup(self):
+        width, dtype = self.config.width, self.dtype
+        self.time_embed = TimestepEmbed(width, "diffusion", dtype, many=True)
+        self.cond_embed = dense(width, ("embed", "diffusion"), init=XAVIER, dtype=dtype, name="cond_embed")
+        self.input_proj = dense(width, ("latent", "diffusion"), init=XAVIER, dtype=dtype, name="input_proj")
+        scanned = nn.scan(
             nn.remat(ResBlock, prevent_cse=False) if self.remat else ResBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
@@ -65,9 +64,18 @@ class DiffusionHead(nn.Module):
             length=self.config.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = blocks(width, self.dtype, name="blocks")(x, y)
-        modulation = dense(2 * width, (None, "diffusion"), init=ZEROS, dtype=self.dtype, name="final_ada_lin")
-        shift, scale = jnp.split(split_rows(modulation(nn.silu(y))), 2, axis=-1)
+        self.blocks = scanned(width, dtype)
+        self.final_ada_lin = dense(2 * width, (None, "diffusion"), init=ZEROS, dtype=dtype, name="final_ada_lin")
+        out_axes = ("diffusion", "latent")
+        self.final_linear = dense(2 * self.channels, out_axes, init=ZEROS, dtype=dtype, name="final_linear")
+
+    def embed(self, z_NW: jax.Array) -> jax.Array:
+        """The condition as the network sees it, (N, width)."""
+        return self.cond_embed(z_NW)
+
+    def __call__(self, x_NC: jax.Array, t_N: jax.Array, embedded_NW: jax.Array) -> jax.Array:
+        y = nn.silu(split_rows(embedded_NW + self.time_embed(t_N)))
+        x, _ = self.blocks(split_rows(self.input_proj(x_NC)), y)
+        shift, scale = jnp.split(split_rows(self.final_ada_lin(y)), 2, axis=-1)
         x = _layer_norm(x).astype(x.dtype) * (1 + scale) + shift
-        out = dense(2 * self.channels, ("diffusion", "latent"), init=ZEROS, dtype=self.dtype, name="final_linear")(x)
-        return out.astype(jnp.float32)
+        return self.final_linear(x).astype(jnp.float32)

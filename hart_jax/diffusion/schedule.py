@@ -15,7 +15,7 @@ import numpy as np
 RESIDUAL_SCALE = 0.6
 TRAIN_STEPS = 1000
 
-# (x_t (N, C), t (N,), z (N, W)) -> (N, 2C)
+# (x_t (N, C), t (N,) or one for all (1,), z (N, W)) -> (N, 2C)
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -140,7 +140,7 @@ def sample_residual(
         c, t, noise_MC = inputs
         half_NC = x_MC[: len(x_MC) // 2]
         doubled = jnp.concatenate([half_NC, half_NC])
-        eps, interpolation = jnp.split(network(doubled, jnp.full(len(doubled), t), z_MW), 2, axis=-1)
+        eps, interpolation = jnp.split(network(doubled, t[None], z_MW), 2, axis=-1)
         cond, uncond = jnp.split(eps, 2)
         guided = (1 + cfg) * cond - cfg * uncond
         eps = jnp.concatenate([guided, guided])

@@ -1,15 +1,17 @@
 """What every frozen text encoder offers: prompts in, one state per context position out.
 
-Letters: B prompts, T context positions, D width of the states, N input tokens. N exceeds T where an encoder puts a
-system prompt in front, whose states it drops; the context is always the last T of the N positions.
+Letters: B prompts, T context positions, D width of the states, N input tokens, the last T of which are the context.
+A system prompt, where an encoder has one, is not among the inputs: the encoder puts it in front and drops its states.
 """
 
 import abc
 import importlib
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +19,12 @@ import numpy as np
 from hart_jax.config import read_json
 from hart_jax.errors import UserError
 
-# The module of each `model_type` has `load(folder) -> TextEncoder`; imported only when it is asked for.
-_MODULES = {"bert": "hart_jax.text.minilm"}
+# The module of each `model_type` has `load(folder, ...) -> TextEncoder`; imported only when it is asked for.
+_MODULES = {
+    "bert": "hart_jax.text.minilm",
+    "qwen2": "hart_jax.text.qwen2_encoder",
+    "qwen2_vl": "hart_jax.text.qwen2_encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class TextStates:
 
     Attributes:
       states_BTD: float32 states; at padding positions they are what the encoder computes there, not zero.
-      mask_BT: int32, 1 where a position holds a token of the prompt and 0 where it is padding (always on the right).
+      mask_BT: int32, 1 where a position holds a token of the prompt and 0 where it is padding, which is on the right or
+        on the left, as the encoder has it.
       truncated: for each prompt, whether it did not fit into T positions and was cut.
     """
 
@@ -68,11 +75,14 @@ class TextEncoder(abc.ABC):
         return TextStates(self.encode(input_ids_BN, mask_BN), mask_BN[:, -length:], truncated)
 
 
-def load_text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
-    """The encoder in `folder` (config.json, model.safetensors, tokenizer.json), by the config's `model_type`.
+def load_text_encoder(folder: str | os.PathLike[str], **options: Any) -> TextEncoder:
+    """The encoder in `folder`, by the `model_type` of its config.json, with the weights and tokenizer beside it.
+
+    `options` are those of the `load` of that type's module, e.g. `system_prompt` of `hart_jax.text.qwen2_encoder`; one
+    that is None is not given.
 
     Raises:
-      UserError: a file is missing or damaged, or the type of model is unknown.
+      UserError: a file is missing or damaged, the type of model is unknown, or it has no such option.
     """
     path = Path(folder)
     model_type = read_json(path / "config.json").get("model_type")
@@ -80,4 +90,9 @@ def load_text_encoder(folder: str | os.PathLike[str]) -> TextEncoder:
         raise UserError(
             f"{path / 'config.json'}: model_type {model_type!r} is unknown; known are {', '.join(_MODULES)}"
         )
-    return importlib.import_module(_MODULES[model_type]).load(path)
+    load = importlib.import_module(_MODULES[model_type]).load
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(set(given) - set(inspect.signature(load).parameters))
+    if unknown:
+        raise UserError(f"{path}: a text encoder of type {model_type} has no setting {unknown[0]}; leave it out")
+    return load(path, **given)

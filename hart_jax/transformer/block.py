@@ -9,7 +9,7 @@ import numpy as np
 from hart_jax.config import TransformerConfig
 from hart_jax.layers import add_bias, dense, product, rms_norm, width_init
 from hart_jax.transformer.attention import Segments, attention
-from hart_jax.transformer.rotary import rotate
+from hart_jax.transformer.rotary import turn
 
 MAX_SCALE_MUL = float(np.log(100.0))
 
@@ -24,8 +24,12 @@ class KVCache:
     @classmethod
     def empty(cls, config: TransformerConfig, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
         shape = (config.depth, batch, length, config.heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)).placed()
+
+    def placed(self) -> "KVCache":
+        """Split over the devices as the keys and values of a block are."""
         axes = (None, "batch", None, "heads", None)
-        return cls(*(nn.with_logical_constraint(jnp.zeros(shape, dtype), axes) for _ in range(2)))
+        return KVCache(nn.with_logical_constraint(self.k, axes), nn.with_logical_constraint(self.v, axes))
 
     def append(self, layer: jax.Array, start: int, k_BQHK: jax.Array, v_BQHK: jax.Array) -> "KVCache":
         """With the keys and values of positions start.. of one layer written."""
@@ -50,30 +54,33 @@ class SelfAttention(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BQW: jax.Array, angle_BQK: jax.Array, segments: Segments | None, cached) -> tuple:
-        """`cached` is None, or (cache, layer, start): then the queries see the cache before them and each other."""
+    def __call__(self, x_BQW: jax.Array, turns_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
+        """`cached` is None, or (cache, layer, start, keep): then the queries see the cache before them and each other,
+        and are written into it if `keep`."""
         cfg, zeros = self.config, nn.initializers.zeros
         kernel_init = nn.with_logical_partitioning(width_init(cfg.width), ("embed", None, "heads", "head_dim"))
         kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
         bias_init = nn.with_logical_partitioning(zeros, ("heads", "head_dim"))
         q_bias = self.param("q_bias", bias_init, (cfg.heads, cfg.head_dim))
         v_bias = self.param("v_bias", bias_init, (cfg.heads, cfg.head_dim))
-        qkv = product("bqw,wnhk->nbqhk", x_BQW, kernel)
-        q, k, v = add_bias(qkv[0], q_bias), qkv[1], add_bias(qkv[2], v_bias)
+        qkv = product("bqw,wnhk->bqnhk", x_BQW, kernel)
+        q, k, v = add_bias(qkv[:, :, 0], q_bias), qkv[:, :, 1], add_bias(qkv[:, :, 2], v_bias)
         scale = 0.25 / cfg.head_dim**0.5
         if cfg.attn_l2_norm:
             start = nn.with_logical_partitioning(nn.initializers.constant(np.log(4.0)), ("heads",))
             scale_mul = jnp.exp(jnp.minimum(self.param("scale_mul", start, (cfg.heads,)), MAX_SCALE_MUL))
             q = _unit(q) * scale_mul[:, None].astype(q.dtype)
             k, scale = _unit(k), 1.0
-        q, k = rotate(q, angle_BQK), rotate(k, angle_BQK)
+        q, k = turn(q, turns_BQ2K), turn(k, turns_BQ2K)
         q, k, v = (nn.with_logical_constraint(x, ("batch", None, "heads", None)) for x in (q, k, v))
         cache = None
         if cached is not None:
-            cache, layer, begin = cached
-            cache = cache.append(layer, begin, k, v)
-            k, v = cache.read(layer, begin + x_BQW.shape[1])
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
+            cache, layer, begin, keep = cached
+            before = cache.read(layer, begin)
+            cache = cache.append(layer, begin, k, v) if keep else cache
+            k, v = (
+                jnp.concatenate([old.astype(q.dtype), new], axis=1) for old, new in zip(before, (k, v), strict=True)
+            )
         out = attention(q, k, v, kv_end=segments, scale=scale, implementation=self.attention)
         out = out.reshape(*x_BQW.shape[:2], cfg.width)
         init = width_init(cfg.width, (2 * cfg.depth) ** -0.5)
@@ -102,17 +109,18 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x += attn(norm(x)); x += mlp(norm(x)): one norm weight for both, modulated where the config has AdaLN.
 
-    A scan body: the carry is (x, cache), `layer` its index.
+    A scan body: the carry is (x, cache), `layer` its index. `cache_start` and `keep`: see `Hart.blocks`.
     """
 
     config: TransformerConfig
     segments: Segments | None = None
     cache_start: int | None = None
+    keep: bool = True
     dtype: jnp.dtype | None = None
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, carry, layer: jax.Array, angle_BQK: jax.Array, pooled_BW: jax.Array | None):
+    def __call__(self, carry, layer: jax.Array, turns_BQ2K: jax.Array, pooled_BW: jax.Array | None):
         x_BQW, cache = carry
         cfg = self.config
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
@@ -128,9 +136,9 @@ class Block(nn.Module):
         def gated(x, which):
             return x if modulation is None else (x * modulation["gamma"][which]).astype(x.dtype)
 
-        cached = None if self.cache_start is None else (cache, layer, self.cache_start)
+        cached = None if self.cache_start is None else (cache, layer, self.cache_start, self.keep)
         attend = SelfAttention(cfg, self.dtype, self.attention, name="attn")
-        out, new_cache = attend(normed(x_BQW, 0), angle_BQK, self.segments, cached)
+        out, new_cache = attend(normed(x_BQW, 0), turns_BQ2K, self.segments, cached)
         x_BQW = x_BQW + gated(out, 0)
         x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)
         x_BQW = nn.with_logical_constraint(x_BQW, ("batch", None, "embed"))

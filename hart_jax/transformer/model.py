@@ -15,7 +15,7 @@ from hart_jax.diffusion.head import DiffusionHead
 from hart_jax.layers import PRODUCT, RMSNorm, TimestepEmbed, dense, split_rows, width_init
 from hart_jax.transformer.attention import Segments, scale_causal_segments
 from hart_jax.transformer.block import Block, KVCache
-from hart_jax.transformer.rotary import context_angles, image_angles
+from hart_jax.transformer.rotary import context_angles, image_angles, turns
 
 # What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
 REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
@@ -125,31 +125,36 @@ class Hart(nn.Module):
         return self.level_table[scale]
 
     def context_input(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Inputs (B, T, W) and angles (B, T, K) of the context positions."""
+        """Inputs (B, T, W) and rotations (B, T, 2, K) of the context positions (`rotary.turns`)."""
         angle = context_angles(context.positions, self.config.head_dim)
-        return (context.tokens + self.level(0)).astype(self.dtype or jnp.float32), angle
+        return (context.tokens + self.level(0)).astype(self.dtype or jnp.float32), turns(angle)
 
     def scale_input(
         self, latent_BlC: jax.Array, scale: int, index_Bl: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array]:
-        """Inputs (B, l, W) and angles (B, l, K) of the tokens `index` of a scale, from area(f_hat) there."""
+        """Inputs (B, l, W) and rotations (B, l, 2, K) of the tokens `index` of a scale, from area(f_hat) there."""
         sides = self.config.patch_nums
         x = self.word_embed(latent_BlC) + self.level(scale)
         angle = image_angles(index_Bl, sides[scale], sides[-1], context.last_position, self.config.head_dim)
-        return x.astype(self.dtype or jnp.float32), angle
+        return x.astype(self.dtype or jnp.float32), turns(angle)
 
     @nn.compact
     def blocks(
         self,
         x_BQW: jax.Array,
-        angle_BQK: jax.Array,
-        context: Context,
+        turns_BQ2K: jax.Array,
+        pooled_BW: jax.Array | None,
         *,
         segments: Segments | None = None,
         cache: KVCache | None = None,
         cache_start: int | None = None,
+        keep: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
-        """All blocks. Without a cache, `segments` is the mask; with one, every query sees the cache and the queries."""
+        """All blocks; `pooled` is the context's.
+
+        Without a cache, `segments` is the mask. With one, every query sees its first `cache_start` positions and the
+        queries, and is written behind them if `keep`.
+        """
         body = Block
         if self.remat != "none":
             body = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
@@ -162,8 +167,8 @@ class Hart(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(self.config.depth)
-        stack = scanned(self.config, segments, cache_start, self.dtype, self.attention, name="layers")
-        (x_BQW, cache), _ = stack((x_BQW, cache), layers, angle_BQK, context.pooled)
+        stack = scanned(self.config, segments, cache_start, keep, self.dtype, self.attention, name="layers")
+        (x_BQW, cache), _ = stack((x_BQW, cache), layers, turns_BQ2K, pooled_BW)
         return x_BQW, cache
 
     def logits(self, x_BQW: jax.Array, context: Context) -> jax.Array:
@@ -178,7 +183,15 @@ class Hart(nn.Module):
 
     def denoise(self, x_NC: jax.Array, t_N: jax.Array, z_NW: jax.Array) -> jax.Array:
         """One call of the diffusion head's network."""
-        return self.diffusion_head(x_NC, t_N, z_NW)
+        return self.diffusion_head(x_NC, t_N, self.diffusion_head.embed(z_NW))
+
+    def embed_residual_condition(self, z_NW: jax.Array) -> jax.Array:
+        """What of the head's network depends on z alone, the same in all its steps."""
+        return self.diffusion_head.embed(z_NW)
+
+    def denoise_embedded(self, x_NC: jax.Array, t_N: jax.Array, embedded_NW: jax.Array) -> jax.Array:
+        """`denoise`, of an embedded z."""
+        return self.diffusion_head(x_NC, t_N, embedded_NW)
 
     def __call__(self, condition: Any, ar_input_BLC: jax.Array, kept_BN: jax.Array) -> TrainOutput:
         """Teacher forcing.
@@ -201,9 +214,9 @@ class Hart(nn.Module):
                 index_Bl = kept_BN
                 latent = jnp.take_along_axis(latent, kept_BN[..., None], axis=1)
             inputs.append(self.scale_input(latent, scale, index_Bl, context))
-        x_BQW, angle_BQK = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
+        x_BQW, turns_BQ2K = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
         segments = scale_causal_segments(cfg.context_tokens, (*sizes[1:-1], kept_BN.shape[1]))
-        x_BQW, _ = self.blocks(split_rows(x_BQW), angle_BQK, context, segments=segments)
+        x_BQW, _ = self.blocks(split_rows(x_BQW), turns_BQ2K, context.pooled, segments=segments)
         predicting = x_BQW[:, cfg.context_tokens - 1 :]
         output = TrainOutput(self.logits(predicting, context), x_BQW[:, -kept_BN.shape[1] :])
         if self.is_initializing():

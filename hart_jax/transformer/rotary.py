@@ -32,10 +32,20 @@ def image_angles(index: jax.Array, side: int, last_side: int, offset: jax.Array,
     return jnp.concatenate([row, row, col, col], axis=-1)
 
 
-def rotate(x_BLHK: jax.Array, angle_BLK: jax.Array) -> jax.Array:
-    """Applies angles to queries or keys; float32 inside."""
+def turns(angle_BLK: jax.Array) -> jax.Array:
+    """(B, L, 2, K): cosines and sines of angles, to be computed once for all layers and heads."""
+    return jnp.stack([jnp.cos(angle_BLK), jnp.sin(angle_BLK)], axis=-2)
+
+
+def turn(x_BLHK: jax.Array, turns_BL2K: jax.Array) -> jax.Array:
+    """Rotates queries or keys by `turns`; float32 inside."""
     x = x_BLHK.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     swapped = jnp.concatenate([-second, first], axis=-1)
-    angle = angle_BLK[:, :, None]
-    return (x * jnp.cos(angle) + swapped * jnp.sin(angle)).astype(x_BLHK.dtype)
+    cos, sin = (turns_BL2K[:, :, None, part] for part in range(2))
+    return (x * cos + swapped * sin).astype(x_BLHK.dtype)
+
+
+def rotate(x_BLHK: jax.Array, angle_BLK: jax.Array) -> jax.Array:
+    """Applies angles to queries or keys."""
+    return turn(x_BLHK, turns(angle_BLK))

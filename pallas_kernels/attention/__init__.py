@@ -77,7 +77,8 @@ def attention(
     if implementation == "splash":
         run = functools.partial(module.attention, **settings)
         return counted(run, _pairs(q_BQHK, k_BMGK, kv_end), *arguments)
-    return flash.attention(*arguments, **settings, kernels=module.KERNELS)
+    on_cpu = implementation == "xla" and _device().platform == "cpu"
+    return flash.attention(*arguments, **settings, kernels=module.CPU_KERNELS if on_cpu else module.KERNELS)
 
 
 def _pairs(q_BQHK: jax.Array, k_BMGK: jax.Array, kv_end: KVEnd) -> int:

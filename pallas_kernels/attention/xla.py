@@ -3,11 +3,12 @@
 A tile is some heads, some of their queries, and some keys; its logits stay in a cache. Where ends are static, a piece
 of the layout sees exactly the keys before its end, in tiles of even size, and nothing is masked but where segments
 share a piece. Where they are traced, each tile of queries loops over the tiles of keys that it sees. The backward pass
-computes a tile's logits once for all three gradients. Keys and values lie width first, (n, K, M): a CPU then has no
-tile to transpose.
+computes a tile's logits once for all three gradients; there keys and values lie width first, (n, K, M), as a CPU then
+has no tile to transpose for their gradients.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ import numpy as np
 
 from pallas_kernels.attention.flash import Kernels, Static
 
-# Bytes of logits at a time: where the tiles of one head leave room, several heads share a tile.
-MAX_LOGITS_BYTES = 2**25
+# Bytes of logits at a time: where the tiles of one head leave room, several heads share a tile. A CPU's fit its cache.
+LOGITS_BYTES, CPU_LOGITS_BYTES = 2**25, 2**21
 # Stands for a logit that is not seen: below all others, and finite, so that no difference is undefined.
 UNSEEN = -1e30
 
@@ -41,11 +42,11 @@ class Piece:
     def key_tile(self) -> int:
         return -(-self.keys // self.key_tiles)
 
-    def keys_of(self, x_nKM: jax.Array) -> jax.Array:
-        """The keys that the piece sees, filled up to whole tiles."""
+    def keys_of(self, x: jax.Array, axis: int) -> jax.Array:
+        """The keys that the piece sees, along this axis, filled up to whole tiles."""
         missing = self.key_tile * self.key_tiles - self.keys
-        x_nKM = x_nKM[..., : self.keys]
-        return jnp.pad(x_nKM, ((0, 0), (0, 0), (0, missing))) if missing else x_nKM
+        x = jax.lax.slice_in_dim(x, 0, self.keys, axis=axis)
+        return jnp.pad(x, [(0, missing if at == axis else 0) for at in range(x.ndim)]) if missing else x
 
     def seen(self, at: Any, end_q: Any) -> Any:
         """Which keys of tile number `at` queries with these ends see, (q, m); None where it is all of them."""
@@ -71,13 +72,13 @@ class Piece:
         return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:]), results)
 
 
-def forward(q_BHQK, k_BGMK, v_BGMK, end_RQ, static: Static) -> Arrays:
+def forward(q_BHQK, k_BGMK, v_BGMK, end_RQ, static: Static, logits_bytes: int = LOGITS_BYTES) -> Arrays:
     """See `flash`."""
 
     def of_heads(queries: Arrays, keys: Arrays, end_Q: Any, pieces: list[Piece]) -> tuple[Arrays, Arrays]:
         results = []
         for piece in pieces:
-            k, v = (piece.keys_of(x) for x in keys)
+            k, v = (piece.keys_of(x, 1) for x in keys)
 
             def of_rows(_, arrays, end_q, count, piece=piece, k=k, v=v):
                 q, factor = _scaled(arrays[0], static.scale)
@@ -90,7 +91,7 @@ def forward(q_BHQK, k_BGMK, v_BGMK, end_RQ, static: Static) -> Arrays:
 
                 def visit(at, carry):
                     most, total, acc = carry
-                    logits = _dot("nrqk,nkm->nrqm", q, _tile(k, at, piece)) * factor
+                    logits = _dot("nrqk,nmk->nrqm", q, _tile(k, at, piece, 1)) * factor
                     seen = piece.seen(at, end_q)
                     if seen is not None:
                         logits = jnp.where(seen, logits, UNSEEN)
@@ -99,7 +100,7 @@ def forward(q_BHQK, k_BGMK, v_BGMK, end_RQ, static: Static) -> Arrays:
                     if seen is not None:
                         weights = jnp.where(seen, weights, 0.0)
                     shrink = jnp.exp(most - new_most)
-                    product = _dot("nrqm,nkm->nrqk", weights.astype(v.dtype), _tile(v, at, piece))
+                    product = _dot("nrqm,nmk->nrqk", weights.astype(v.dtype), _tile(v, at, piece, 1))
                     return new_most, total * shrink + weights.sum(-1), acc * shrink[..., None] + product
 
                 most, total, acc = _loop(count, visit, start)
@@ -110,17 +111,27 @@ def forward(q_BHQK, k_BGMK, v_BGMK, end_RQ, static: Static) -> Arrays:
             results.append(piece.scan(of_rows, (), queries, end_Q)[1])
         return _joined(results), ()
 
-    return _by_heads(of_heads, (q_BHQK,), (k_BGMK, v_BGMK), end_RQ, static)
+    return _by_heads(of_heads, (q_BHQK,), (k_BGMK, v_BGMK), end_RQ, static, logits_bytes)
 
 
-def backward(q_BHQK, k_BGMK, v_BGMK, lse_BHQ, delta_BHQ, dout_BHQK, end_RQ, static: Static) -> Arrays:
+def backward(
+    q_BHQK,
+    k_BGMK,
+    v_BGMK,
+    lse_BHQ,
+    delta_BHQ,
+    dout_BHQK,
+    end_RQ,
+    static: Static,
+    logits_bytes: int = LOGITS_BYTES,
+) -> Arrays:
     """See `flash`."""
 
     def of_heads(queries: Arrays, keys: Arrays, end_Q: Any, pieces: list[Piece]) -> tuple[Arrays, Arrays]:
         results = []
         gradients = [jnp.zeros(x.shape, jnp.float32) for x in keys]
         for piece in pieces:
-            k, v = (piece.keys_of(x) for x in keys)
+            k, v = (piece.keys_of(x, 2) for x in keys)
 
             def of_rows(carry, arrays, end_q, count, piece=piece, k=k, v=v):
                 q, lse, delta, dout = arrays
@@ -128,7 +139,7 @@ def backward(q_BHQK, k_BGMK, v_BGMK, lse_BHQ, delta_BHQ, dout_BHQK, end_RQ, stat
 
                 def visit(at, carry):
                     dq, dk, dv = carry
-                    k_tile, v_tile = _tile(k, at, piece), _tile(v, at, piece)
+                    k_tile, v_tile = _tile(k, at, piece, 2), _tile(v, at, piece, 2)
                     weights = jnp.exp(_dot("nrqk,nkm->nrqm", q, k_tile) * factor - lse[..., None])
                     seen = piece.seen(at, end_q)
                     if seen is not None:
@@ -142,7 +153,7 @@ def backward(q_BHQK, k_BGMK, v_BGMK, lse_BHQ, delta_BHQ, dout_BHQK, end_RQ, stat
                 dq, *carry = _loop(count, visit, (jnp.zeros(q.shape, jnp.float32), *carry))
                 return tuple(carry), ((dq * static.scale).astype(q.dtype),)
 
-            carry = tuple(piece.keys_of(x) for x in gradients)
+            carry = tuple(piece.keys_of(x, 2) for x in gradients)
             carry, result = piece.scan(of_rows, carry, queries, end_Q)
             results.append(result)
             gradients = [
@@ -150,36 +161,49 @@ def backward(q_BHQK, k_BGMK, v_BGMK, lse_BHQ, delta_BHQ, dout_BHQK, end_RQ, stat
             ]
         return _joined(results), tuple(x.astype(key.dtype) for x, key in zip(gradients, keys, strict=True))
 
-    return _by_heads(of_heads, (q_BHQK, lse_BHQ, delta_BHQ, dout_BHQK), (k_BGMK, v_BGMK), end_RQ, static)
+    width_first = tuple(jnp.swapaxes(x, 2, 3) for x in (k_BGMK, v_BGMK))
+    rows = q_BHQK, lse_BHQ, delta_BHQ, dout_BHQK
+    of_q, *of_keys = _by_heads(of_heads, rows, width_first, end_RQ, static, logits_bytes)
+    return of_q, *(jnp.swapaxes(x, 2, 3) for x in of_keys)
 
 
 KERNELS = Kernels(forward, backward, exact=True)
+CPU_KERNELS = Kernels(
+    functools.partial(forward, logits_bytes=CPU_LOGITS_BYTES),
+    functools.partial(backward, logits_bytes=CPU_LOGITS_BYTES),
+    exact=True,
+)
 
 
-def _by_heads(of_heads: Callable[..., Any], queries: Arrays, keys: Arrays, end_RQ: Any, static: Static) -> Arrays:
+def _by_heads(
+    of_heads: Callable[..., Any], queries: Arrays, keys: Arrays, end_RQ: Any, static: Static, logits_bytes: int
+) -> Arrays:
     """`of_heads` for as many heads at a time as share a tile.
 
-    It takes queries (n, r, Q, ...), keys (n, K, M), ends and pieces, and returns two tuples of arrays of these forms.
+    It takes queries (n, r, Q, ...), keys as these are without samples, ends and pieces, and returns two tuples of
+    arrays of these forms.
     """
-    batch, groups, length = keys[0].shape[:3]
+    batch, groups = keys[0].shape[:2]
     repeats = queries[0].shape[1] // groups
+    # The other axis of these two is the width.
+    length = math.prod(keys[0].shape[2:]) // queries[0].shape[3]
     pieces = _pieces(end_RQ, length, static)
     tile_bytes = max(4 * repeats * piece.tile * piece.key_tile for piece in pieces)
     # Samples with ends of their own are computed one by one.
     rounds = len(end_RQ)
     heads = batch // rounds * groups
-    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * tile_bytes <= MAX_LOGITS_BYTES))
+    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * tile_bytes <= logits_bytes))
 
     def split(x: jax.Array, *axes: int) -> jax.Array:
         return x.reshape(rounds, heads // at_once, at_once, *axes, *x.shape[2:])
 
-    parts = tuple(split(x, repeats) for x in queries), tuple(split(jnp.swapaxes(x, 2, 3)) for x in keys)
+    parts = tuple(split(x, repeats) for x in queries), tuple(split(x) for x in keys)
     of_queries, of_keys = _map(
         lambda sample: _map(lambda part: of_heads(*part, sample[1], pieces), sample[0]), (parts, end_RQ)
     )
     return (
         *(x.reshape(batch, groups * repeats, *x.shape[4:]) for x in of_queries),
-        *(jnp.swapaxes(x.reshape(batch, groups, *x.shape[3:]), 2, 3) for x in of_keys),
+        *(x.reshape(batch, groups, *x.shape[3:]) for x in of_keys),
     )
 
 
@@ -209,14 +233,14 @@ def _loop(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     return body(0, carry) if isinstance(count, int) and count == 1 else jax.lax.fori_loop(0, count, body, carry)
 
 
-def _tile(x_nKM: jax.Array, at: Any, piece: Piece) -> jax.Array:
+def _tile(x: jax.Array, at: Any, piece: Piece, axis: int) -> jax.Array:
     if piece.key_tiles == 1:
-        return x_nKM
-    return jax.lax.dynamic_slice_in_dim(x_nKM, at * piece.key_tile, piece.key_tile, axis=2)
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, at * piece.key_tile, piece.key_tile, axis=axis)
 
 
 def _add(x_nKM: jax.Array, at: Any, piece: Piece, more: jax.Array) -> jax.Array:
-    more = _tile(x_nKM, at, piece) + more
+    more = _tile(x_nKM, at, piece, 2) + more
     return more if piece.key_tiles == 1 else jax.lax.dynamic_update_slice_in_dim(x_nKM, more, at * piece.key_tile, 2)
 
 

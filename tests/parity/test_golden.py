@@ -16,7 +16,8 @@ import pytest
 
 from hart_jax.diffusion.schedule import Schedule, diffusion_loss, sample_residual
 from hart_jax.experiment import SampleConfig
-from hart_jax.generate import GivenNoise, generate
+from hart_jax.generate import generate
+from hart_jax.noise import GivenNoise
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import vq_loss
 from hart_jax.tokenizer.model import Tokenizer

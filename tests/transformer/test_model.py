@@ -130,13 +130,13 @@ def test_with_the_cache_scale_by_scale(name):
         context = call("embed_condition", condition)
         cache = KVCache.empty(config, B, config.context_tokens + config.num_tokens - 1, jnp.float32)
         x, angle = call("context_input", context)
-        hidden, cache = call("blocks", x, angle, context, cache=cache, cache_start=0)
+        hidden, cache = call("blocks", x, angle, context.pooled, cache=cache, cache_start=0)
         parts, filled = [call("logits", hidden[:, -1:], context)], config.context_tokens
         for scale in range(1, len(SIDES)):
             latent = ar_input[:, ENDS[scale - 1] - 1 : ENDS[scale] - 1]
             index = jnp.arange(latent.shape[1])[None]
             x, angle = call("scale_input", latent, scale, index, context)
-            hidden, cache = call("blocks", x, angle, context, cache=cache, cache_start=filled)
+            hidden, cache = call("blocks", x, angle, context.pooled, cache=cache, cache_start=filled)
             filled += x.shape[1]
             parts.append(call("logits", hidden, context))
         return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,215 @@
+"""The text encoder of HART's release: prompts to the states of a Qwen2 that reads a system prompt first.
+
+A prompt is tokenized without a chat template, padded to T on the side that its tokenizer pads, and put behind the
+system prompt, whose keys and values are computed once. Letters as in `hart_jax.text.qwen2`; here N = T.
+"""
+
+import functools
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from tokenizers import Tokenizer
+
+from hart_jax.config import read_json
+from hart_jax.convert.qwen2 import read_qwen2
+from hart_jax.errors import UserError
+from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.rules import parameter_axes
+from hart_jax.text.encoder import TextEncoder
+from hart_jax.text.prompts import check_prompts
+from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params, no_prefix
+from hart_jax.text.system_prompt import read_system_prompt
+
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+DTYPES = ("float32", "bfloat16")
+# The logits of 12 heads, 300 tokens and 450 keys are 200 MB for so many prompts.
+ROWS_PER_DEVICE = 32
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """A Hugging Face tokenizer, reduced to what padded prompts need; picklable, without transformers.
+
+    `pads` and `cuts` are the sides, "left" or "right", that it pads and truncates on.
+    """
+
+    backend: Tokenizer
+    pad_id: int
+    pads: str
+    cuts: str
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens it adds to every text (none in a published Qwen2)."""
+        return self.backend.num_special_tokens_to_add(is_pair=False)
+
+    def __call__(self, text: str, length: int) -> tuple[list[int], bool]:
+        """Tokens of a text, at most `length`, and whether it was cut."""
+        room = length - self.special_tokens
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        cut = len(encoding) > room
+        encoding.truncate(room, direction=self.cuts)
+        return self.backend.post_process(encoding).ids, cut
+
+
+class Qwen2Encoder(TextEncoder):
+    """`TextEncoder` over Qwen2 behind a system prompt; an empty one is none."""
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        params: Any,
+        tokenizer: PromptTokenizer,
+        system_prompt: str = "",
+        dtype: jnp.dtype = jnp.float32,
+        placement: Placement | None = None,
+    ):
+        """Takes parameters of `Qwen2(config)` in the compute type `dtype`, laid out by `placement` if there is one."""
+        self.config = config
+        self.context_dim = config.hidden_size
+        self.params = params
+        self._tokenizer, self._system_prompt, self._dtype = tokenizer, system_prompt, dtype
+        self._placement, self._prefixes = placement, dict[int, KeyValues]()
+        model, place = Qwen2(config, dtype), placement.whole if placement else None
+        self._states = jax.jit(lambda *inputs: model.apply(*inputs)[0], out_shardings=place)
+        self._key_values = jax.jit(lambda *inputs: model.apply(*inputs)[1], out_shardings=place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}
+
+    def tokenize(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
+        check_prompts(prompts)
+        shortest = self._tokenizer.special_tokens + 1
+        if length < shortest:
+            raise UserError(
+                f"context length {length} does not suit this text encoder; choose {shortest} or more (HART has 300)"
+            )
+        input_ids_BT = np.full((len(prompts), length), self._tokenizer.pad_id, np.int32)
+        truncated = []
+        for row, prompt in enumerate(prompts):
+            ids, cut = self._tokenizer(prompt, length)
+            where = slice(length - len(ids), None) if self._tokenizer.pads == "left" else slice(len(ids))
+            input_ids_BT[row, where] = ids
+            truncated.append(cut)
+        # As the reference has it: a padding token that a prompt spells out counts as padding, too.
+        return input_ids_BT, (input_ids_BT != self._tokenizer.pad_id).astype(np.int32), tuple(truncated)
+
+    def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
+        """States of tokens behind the system prompt, which is cut to T tokens as a prompt is; see `TextEncoder`.
+
+        Many prompts go through the model in parts of ROWS_PER_DEVICE. On a mesh the states are whole on every device;
+        every process gives the same prompts.
+        """
+        input_ids_BT, mask_BT = np.asarray(input_ids_BN), np.asarray(mask_BN)
+        count, length = input_ids_BT.shape
+        prefix, rows = self._prefix(length), ROWS_PER_DEVICE * self._batch_parts
+        parts = [
+            self._run(self._states, input_ids_BT[start : start + rows], mask_BT[start : start + rows], prefix)
+            for start in range(0, count, rows)
+        ]
+        return (jnp.concatenate(parts) if len(parts) > 1 else parts[0])[:count]
+
+    def _prefix(self, length: int) -> KeyValues:
+        ids = self._tokenizer(self._system_prompt, length)[0] if self._system_prompt else []
+        if len(ids) not in self._prefixes:
+            prefix = no_prefix(self.config, self._dtype)
+            if ids:
+                ids_1P = np.array([ids], np.int32)
+                own = self._run(self._key_values, ids_1P, np.ones_like(ids_1P), prefix)
+                # Of one row, however many the mesh needed.
+                prefix = jax.tree.map(lambda array: array[:, :1], own)
+            self._prefixes[len(ids)] = prefix
+        return self._prefixes[len(ids)]
+
+    @property
+    def _batch_parts(self) -> int:
+        if self._placement is None:
+            return 1
+        mesh, rules = self._placement.mesh, self._placement.rules
+        return int(np.prod([mesh.shape[axis] for axis in rules["batch"]]))
+
+    def _run(self, function: Any, input_ids_BT: np.ndarray, mask_BT: np.ndarray, prefix: KeyValues) -> Any:
+        """`function` of a batch, on a mesh with its last row repeated until the devices divide it."""
+        if self._placement is None:
+            return function({"params": self.params}, input_ids_BT, mask_BT, prefix)
+        more = -len(input_ids_BT) % self._batch_parts
+        padded = [np.pad(array, ((0, more), (0, 0)), "edge") for array in (input_ids_BT, mask_BT)]
+        with self._placement.tracing():
+            return function({"params": self.params}, *on_mesh(padded, self._placement.batch), prefix)
+
+
+def load(
+    folder: str | Path,
+    *,
+    system_prompt: str | Path | None = None,
+    dtype: str = "bfloat16",
+    placement: Placement | None = None,
+) -> Qwen2Encoder:
+    """The encoder in a published folder: config.json, weights (safetensors), and the tokenizer's files.
+
+    Args:
+      folder: of a Qwen2 or Qwen2-VL, of any size.
+      system_prompt: file of the system prompt (see `read_system_prompt`); without one there is none.
+      dtype: "float32" or "bfloat16", of the parameters and of what is computed; states are float32.
+      placement: lays the parameters out over a mesh; without one they lie on the default device.
+
+    Raises:
+      UserError: a file is missing or damaged, or is of a model that computes something else; nothing large is read
+        before all that is small is checked.
+    """
+    folder = Path(folder)
+    config = Qwen2Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    if dtype not in DTYPES:
+        raise UserError(f"text encoder: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    text = "" if system_prompt is None else read_system_prompt(system_prompt)
+    tokenizer = read_tokenizer(folder, config)
+    kind = jnp.dtype(dtype)
+    return Qwen2Encoder(config, _load_params(folder, config, kind, placement), tokenizer, text, kind, placement)
+
+
+def _load_params(folder: Path, config: Qwen2Config, dtype: np.dtype, placement: Placement | None) -> Any:
+    if placement is None:
+        return read_qwen2(folder, config, dtype, lambda _, value: jnp.asarray(value))
+    abstract = abstract_params(config)
+    places = placement.state(nn.meta.unbox(abstract), parameter_axes(abstract))
+    return read_qwen2(
+        folder, config, dtype, lambda path, value: on_mesh(value, functools.reduce(operator.getitem, path, places))
+    )
+
+
+def read_tokenizer(folder: Path, config: Qwen2Config) -> PromptTokenizer:
+    """The tokenizer in a published folder, as transformers reads it.
+
+    Raises:
+      UserError: a file is missing or damaged, there is no padding token, or a token has no row in the embedding.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: no tokenizer_config.json, which says how prompts are padded; copy the whole folder")
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise UserError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; copy the whole folder")
+    # Otherwise it says on stderr that PyTorch is not installed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # takes seconds to import, which data workers need not spend
+
+    try:
+        published = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        backend = published.backend_tokenizer
+    except Exception as error:  # a damaged file raises whatever the library's parsers do
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from error
+    if published.pad_token_id is None:
+        raise UserError(f"{folder / 'tokenizer_config.json'}: no pad_token, which prompts are padded with")
+    backend.no_padding()
+    backend.no_truncation()
+    rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    if rows > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {rows} tokens but the embedding only {config.vocab_size} rows")
+    return PromptTokenizer(backend, published.pad_token_id, published.padding_side, published.truncation_side)
