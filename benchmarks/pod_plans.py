@@ -1,12 +1,14 @@
 """A table of what fits which pod: `python benchmarks/pod_plans.py --results pod_plans.jsonl`.
 
 For each size of the 0.7B model and each topology it compiles the training step, all last-scale tokens that subsampling
-can keep included, for ever smaller batches until one fits: compilers refuse what is too big within a minute, and take
-many for what is not. Nothing runs, and no device is needed; libtpu or JAX's CUDA plug-in is. Each compilation is
-appended to the results file, and the same command goes on where it ended.
+can keep included, for ever smaller batches until one fits. A compilation takes minutes, so that batches are left out
+whose temporaries, in proportion to those of a batch that is known, do not fit by far. Nothing runs, and no device is
+needed; libtpu or JAX's CUDA plug-in is. Each compilation is appended to the results file, and the same command goes on
+where it ended.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
@@ -17,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from hart_jax.errors import UserError, run_cli
-from hart_jax.parallel.chips import GiB
+from hart_jax.parallel.chips import CHIPS, GiB
 from hart_jax.parallel.plan import Plan
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
 # Pictures of a chip to try, from more than fits anywhere.
 EACH = tuple(2**power for power in range(9, -1, -1))
+# So far above a chip's memory a batch is left out that was not compiled.
+CLEARLY = 1.25
 
 
 def chips(topology: str) -> int:
@@ -61,12 +65,23 @@ def row(size: int, plan: Plan) -> str:
     )
 
 
-def search(known: dict[int, Plan], batches: Sequence[int], compile_batch: Callable[[int], Plan]) -> Plan | None:
-    """The plan of the first of these batches, each smaller than the one before, that fits; None if none does."""
+def search(
+    known: dict[int, Plan],
+    alike: Sequence[Plan],
+    memory: int,
+    batches: Sequence[int],
+    compile_batch: Callable[[int], Plan],
+) -> Plan | None:
+    """The plan of the first of these batches, each smaller than the one before, that fits; None if none does.
+
+    `alike` are plans of as many other chips, which need about as much of the chips' `memory`.
+    """
     too_big: Plan | None = None
     for batch in batches:
         # At best, temporaries shrink with the batch.
-        if too_big and too_big.arguments + too_big.temporaries * batch / too_big.batch_size > too_big.memory:
+        if too_big and _scaled(too_big, batch) > too_big.memory:
+            continue
+        if batch not in known and any(_scaled(plan, batch) > CLEARLY * memory for plan in alike):
             continue
         if batch not in known:
             known[batch] = compile_batch(batch)
@@ -74,6 +89,11 @@ def search(known: dict[int, Plan], batches: Sequence[int], compile_batch: Callab
             return known[batch]
         too_big = known[batch]
     return None
+
+
+def _scaled(plan: Plan, batch: int) -> float:
+    """Bytes with temporaries in proportion to the batch."""
+    return plan.arguments + plan.temporaries * batch / plan.batch_size
 
 
 def main() -> None:
@@ -104,7 +124,11 @@ def main() -> None:
             if arguments.known:
                 best = max((p for p in known.values() if p.fits), key=lambda plan: plan.batch_size, default=None)
             else:
-                best = search(known, batches, lambda batch, s=size, t=topology: compile_and_keep(s, t, batch))
+                # Refusals say less of memory than programs.
+                alike = [p for p in plans if p.chips == chips(topology) and p.executed and p.batch_size > p.chips]
+                memory = CHIPS[topology.partition(":")[0]].memory
+                compile_batch = functools.partial(compile_and_keep, size, topology)
+                best = search(known, alike, memory, batches, compile_batch)
             if best is not None:
                 print(row(size, best), flush=True)
             elif known:

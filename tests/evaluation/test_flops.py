@@ -32,8 +32,9 @@ from hart_jax.evaluation.flops import (
 )
 from hart_jax.evaluation.work import TextSize, Work, drawing, params, passes, read_text_size, savings
 from hart_jax.experiment import HartExperiment, SampleConfig, read_experiment
-from hart_jax.generate import KeyedNoise, generate
+from hart_jax.generate import generate
 from hart_jax.model_folder import abstract_tokenizer, abstract_transformer
+from hart_jax.noise import KeyedNoise
 from hart_jax.parallel.chips import Chip
 from hart_jax.text import minilm, qwen2
 from hart_jax.tokenizer.model import Tokenizer
@@ -188,8 +189,12 @@ def macs_in(works: list[Work], *parts: str) -> int:
 @pytest.mark.parametrize("name", [*TINY, *FULL])
 def test_macs_of_each_part_are_those_traced(name):
     config = experiment(name)
-    works = drawing(config, BATCH)
-    assert {group: macs_in(works, *parts) for group, parts in PARTS_OF.items()} == traced_parts(config, BATCH)
+    works, saved = drawing(config, BATCH), savings(config, BATCH)
+    expected = {group: macs_in(works, *parts) for group, parts in PARTS_OF.items()}
+    # What the modules do without.
+    expected["diffusion"] -= saved["the diffusion head's time embedding once per step, not per token"]
+    expected["decoder"] -= saved["upsampling convolutions as four of 2x2 before doubling"]
+    assert expected == traced_parts(config, BATCH)
 
 
 DRAWINGS = {
@@ -201,7 +206,7 @@ DRAWINGS = {
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_a_whole_drawing_takes_that_or_what_is_saved_less(name):
+def test_a_whole_drawing_takes_that_less_what_is_saved(name):
     config = DRAWINGS[name]
     model = config.transformer
     hart, tokenizer = Hart(model, attention="reference"), Tokenizer(config.tokenizer)
@@ -212,7 +217,7 @@ def test_a_whole_drawing_takes_that_or_what_is_saved_less(name):
 
     whole = macs_of(draw, weights, condition_shape(model, BATCH), shape(BATCH, dtype=jnp.int32))
     counted = sum(one.macs for one in drawing(config, BATCH))
-    assert counted - sum(list(savings(config, BATCH).values())[:-3]) <= whole <= counted
+    assert counted - sum(list(savings(config, BATCH).values())[:-2]) <= whole < counted
 
 
 @pytest.mark.parametrize("name", [*TINY, "hart_0p7b_1024"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.tokenizer.autoencoder import AttnBlock, Encoder
+from hart_jax.tokenizer.autoencoder import AttnBlock, Encoder, Upsample, conv
 from hart_jax.tokenizer.model import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
@@ -91,6 +91,15 @@ def test_downsampling_pads_right_and_bottom_only():
 
     expected = np.outer([1, 1, 1, 2 / 3], [1, 1, 1, 2 / 3])
     np.testing.assert_allclose(downsampled(params)[0, :, :, 0], expected, atol=1e-5)
+
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    params = nn.unbox(Upsample(6).init(jax.random.key(1), x))
+    params["params"]["bias"] = jnp.arange(6.0)
+    repeated = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    expected = conv(6, name="conv").apply(params, repeated)
+    np.testing.assert_allclose(Upsample(6).apply(params, x), expected, atol=1e-5)
 
 
 def test_attention_is_over_all_positions_scaled_by_width():
