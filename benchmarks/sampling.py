@@ -1,13 +1,19 @@
-"""Sampling speed against what the machine can do: `python benchmarks/sampling.py --model assets/emoji`.
+"""Sampling speed, whole and by part and scale, against what the machine can do:
 
-The limit is the rate of a large matrix product, measured in the same run, alternating with the sampler. The FLOPs are
-those of the matrix products that must be done (attention's own not counted) and, for the decoder, the compiler's
-count. Times are medians.
+    python benchmarks/sampling.py --model assets/emoji --batch_sizes 1 4 16
+    python benchmarks/sampling.py --config configs/hart_0p7b_256.py --parts
+
+With --config the weights are random, for times do not depend on them; prompts' states are random and already there.
+The limit is the rate of a large matrix product, measured in the same run, alternating with the sampler (with --torch,
+PyTorch's as well). FLOPs are those of `hart_jax.evaluation.work` less what the sampler saves of them. --parts runs
+layer by layer, as a CPU draws from large models, and waits after every stage.
 """
 
 import argparse
 import functools
+import resource
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.errors import run_cli
-from hart_jax.experiment import SampleConfig
-from hart_jax.generate import make_sampler
-from hart_jax.model_folder import Model
-from hart_jax.sampling import load_model
+from hart_jax.errors import UserError, run_cli
+from hart_jax.evaluation import work
+from hart_jax.experiment import HartExperiment, read_experiment
+from hart_jax.generate import make_layered_sampler, make_sampler, split_layers
+from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer
+from hart_jax.sampling import draws_by_layers, load_model
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
 
 MATRIX = 2048
+BLOCKS = (work.QKV, work.OUT, work.MLP, work.ADALN, work.ATTENTION)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -33,51 +41,134 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def random_model(experiment: HartExperiment) -> Model:
+    """The experiment's model with random weights, of a size that keeps activations finite."""
+    generator = np.random.default_rng(0)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = generator.standard_normal(leaf.shape, np.float32)
+        values *= np.float32(leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 0.02)
+        return values
+
+    tokenizer, transformer = abstract_tokenizer(experiment.tokenizer), abstract_transformer(experiment.transformer)
+    parts = (jax.tree.map(fill, tree) for tree in (tokenizer, transformer))
+    return Model(experiment.tokenizer, next(parts), experiment.transformer, next(parts), text_encoder=None)
 
 
-def flops_per_image(model: Model) -> float:
-    """Two per parameter and token, for both halves of the guidance; the head also for every diffusion step."""
-    config, params = model.transformer_config, model.transformer
-    layers = size(params["layers"]) * (config.context_tokens + config.num_tokens - 1)
-    head = size(params["head"]) * config.num_tokens
-    residual = size(params["diffusion_head"]) * config.patch_nums[-1] ** 2 * config.diffusion.sampling_steps
-    latent = jnp.zeros((1, config.patch_nums[-1], config.patch_nums[-1], config.latent_channels))
-    decode = jax.jit(functools.partial(Tokenizer(model.tokenizer_config).apply, method="decode"))
-    decoder = decode.lower({"params": model.tokenizer}, latent).compile().cost_analysis()["flops"]
-    return 4 * (layers + head + residual) + decoder
+def product_rates(torch: bool) -> dict[str, Callable[[], float]]:
+    """Functions that measure GFLOP/s of a matrix product once, by whose it is."""
+    matrix = jnp.ones((MATRIX, MATRIX), compute_dtype("auto"))
+    multiply = jax.jit(lambda a: a @ a)
+    calls: dict[str, Callable[[], object]] = {"JAX's": lambda: multiply(matrix)}
+    if torch:
+        import torch as pytorch
+
+        theirs = pytorch.ones((MATRIX, MATRIX))
+        calls["PyTorch's"] = lambda: pytorch.mm(theirs, theirs) is None
+    for call in calls.values():
+        seconds(call)
+    return {name: lambda call=call: 2 * MATRIX**3 / seconds(call) / 1e9 for name, call in calls.items()}
+
+
+def flops_by_step(experiment: HartExperiment, batch: int) -> dict[str, float]:
+    """FLOPs of every pass of the blocks, of the rest of the last scale, and of the decoder; less what is saved."""
+    saved = {name: 2 * macs for name, macs in work.savings(experiment, batch).items()}
+    flops: dict[str, float] = defaultdict(float)
+    for one in work.drawing(experiment, batch):
+        step = one.step if one.part in BLOCKS or one.step == work.DECODER else "choosing, residual and between scales"
+        flops[step] += 2 * one.macs
+    for name, amount in saved.items():
+        if name.startswith("the unconditional context"):
+            flops[work.CONTEXT] -= amount
+        elif "diffusion head" in name:
+            flops["choosing, residual and between scales"] -= amount
+        elif name.startswith("upsampling"):
+            flops[work.DECODER] -= amount
+    return flops
+
+
+def step_of(name: str, static: dict[str, Any], experiment: HartExperiment) -> str:
+    """To which of these steps a stage of the sampler belongs."""
+    if name == "decode":
+        return work.DECODER
+    if name != "block":
+        return "choosing, residual and between scales"
+    filled, config = 0, experiment.transformer
+    for one in work.passes(config, experiment.sample.masked_iterations):
+        if filled == static["start"]:
+            return one.step
+        filled += one.tokens
+    raise AssertionError(static)
+
+
+def report_parts(experiment: HartExperiment, draw: Callable[[], object], spent: dict[str, float], limit: float) -> None:
+    seconds(draw)
+    spent.clear()
+    total = seconds(draw)
+    print("| step | s | GFLOP | GFLOP/s | of the matrix product |\n|---|---|---|---|---|")
+    for step, flops in flops_by_step(experiment, 1).items():
+        rate = flops / spent[step] / 1e9
+        print(f"| {step} | {spent[step]:.2f} | {flops / 1e9:.4g} | {rate:.0f} | {rate / limit:.0%} |")
+    print(f"| between stages | {total - sum(spent.values()):.2f} | | | |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="assets/emoji")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--model", help="A model folder, a workdir, or the released layout.")
+    parser.add_argument("--config", help="Draws with random weights of this experiment's sizes.")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", action="store_true", help="Time by part and scale, of one picture.")
+    parser.add_argument("--torch", action="store_true", help="PyTorch's matrix product beside JAX's.")
     arguments = parser.parse_args()
-    model, dtype = load_model(arguments.model), compute_dtype("auto")
-    config = model.transformer_config
-    hart, tokenizer = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype)
-    sampler = make_sampler(hart, tokenizer, SampleConfig(top_k=0, top_k_late=0))
-    params = jax.device_put({"transformer": model.transformer, "tokenizer": model.tokenizer})
-    matrix = jnp.ones((MATRIX, MATRIX), dtype)
-    product = jax.jit(lambda a: a @ a)
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, {model.tokenizer_config.image_size} px, {dtype}")
-    print("| batch | s/batch | images/s | GFLOP/image | GFLOP/s | matrix product GFLOP/s | of it |")
-    print("|---|---|---|---|---|---|---|")
-    for batch in arguments.batch_sizes:
-        text = jnp.zeros((batch, config.context_tokens, config.context_dim))
+    if bool(arguments.model) == bool(arguments.config):
+        raise UserError("give either --model or --config")
+    if arguments.config:
+        experiment = read_experiment(arguments.config)
+        if not isinstance(experiment, HartExperiment):
+            raise UserError(f"--config={arguments.config}: this config trains a tokenizer; give one with a transformer")
+        model = random_model(experiment)
+    else:
+        model = load_model(arguments.model)
+        experiment = HartExperiment(tokenizer=model.tokenizer_config, transformer=model.transformer_config)
+    config, dtype, spent = model.transformer_config, compute_dtype("auto"), defaultdict[str, float](float)
+
+    def watch(name: str, static: dict[str, Any], taken: float) -> None:
+        spent[step_of(name, static, experiment)] += taken
+
+    parts = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), experiment.sample
+    params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
+    layered = arguments.parts or draws_by_layers(model)
+    if layered:
+        sampler = make_layered_sampler(*parts, watch if arguments.parts else None)
+    else:
+        sampler = make_sampler(*parts)
+    params = jax.device_put(split_layers(params) if layered else params)
+    del model
+    rates = product_rates(arguments.torch)
+    print(f"{jax.devices()[0].device_kind}, {experiment.tokenizer.image_size} px, {np.dtype(dtype)}")
+
+    def drawing(batch: int) -> Callable[[], object]:
+        text = jax.random.normal(jax.random.key(0), (batch, config.context_tokens, config.context_dim))
         mask = jnp.ones((batch, config.context_tokens), jnp.int32)
-        indices = jnp.arange(batch)
-        flops = batch * flops_per_image(model)
-        draw = functools.partial(sampler, params, (text, mask), 0, indices)
-        multiply = functools.partial(product, matrix)
-        seconds(draw), seconds(multiply)
-        times = np.median([(seconds(draw), seconds(multiply)) for _ in range(arguments.repeats)], axis=0)
-        rate, limit = flops / times[0] / 1e9, 2 * MATRIX**3 / times[1] / 1e9
-        row = f"{batch} | {times[0]:.3f} | {batch / times[0]:.1f} | {flops / batch / 1e9:.2f}"
-        print(f"| {row} | {rate:.0f} | {limit:.0f} | {rate / limit:.0%} |", flush=True)
+        condition = jnp.zeros(batch, jnp.int32) if config.num_classes else (text, mask)
+        return functools.partial(sampler, params, condition, 0, jnp.arange(batch))
+
+    if arguments.parts:
+        report_parts(experiment, drawing(1), spent, rates["JAX's"]())
+    else:
+        columns = ["batch", "s/batch", "images/s", "GFLOP/image", "GFLOP/s"]
+        columns += [f"{name} matrix product, GFLOP/s | of it" for name in rates]
+        print(f"| {' | '.join(columns)} |\n{'|---' * (5 + 2 * len(rates))}|")
+        for batch in arguments.batch_sizes:
+            draw, flops = drawing(batch), sum(flops_by_step(experiment, batch).values()) / 1e9
+            seconds(draw)
+            runs = [(seconds(draw), *(rate() for rate in rates.values())) for _ in range(arguments.repeats)]
+            taken, *limits = np.median(runs, axis=0)
+            row = f"{batch} | {taken:.3f} | {batch / taken:.2f} | {flops / batch:.4g} | {flops / taken:.0f}"
+            shares = " | ".join(f"{limit:.0f} | {flops / taken / limit:.0%}" for limit in limits)
+            print(f"| {row} | {shares} |", flush=True)
+    print(f"most memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
 if __name__ == "__main__":
