@@ -1,22 +1,25 @@
 """Draws pictures: `python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"`.
 
-Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG.
+Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG. Exits
+with 3 where --prompt_filter refused a prompt; the others are drawn.
 """
 
 import dataclasses
+import functools
 import json
-import re
+import sys
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment, SampleConfig
+from hart_jax.experiment import WEIGHTS, HartExperiment, SampleConfig
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one prompt per line.")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, 'One prompt per line, or SEED<tab>prompt; of a .jsonl, {"prompt": "...", "seed": 3}.'
+)
 _LABELS = flags.DEFINE_list("labels", [], "Classes to draw, for a class-conditional model: --labels=3,17.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or label.")
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed, another picture.")
@@ -27,9 +30,16 @@ _TEMPERATURE = flags.DEFINE_float("temperature", None, "Divides the logits.")
 _SMOOTH = flags.DEFINE_bool("smooth", None, "Smooth sampling: nicer to look at, worse in measurements.")
 _DISCRETE_ONLY = flags.DEFINE_bool("discrete_only", None, "Leaves the continuous residual out.")
 _ITERATIONS = flags.DEFINE_integer("masked_iterations", None, "Iterations of the last scale.")
+_WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS, "int8: transformer and text encoder in a quarter of the memory.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training workdir, a model folder or the released layout.")
+_CACHE = flags.DEFINE_bool("cache", True, "Keeps the converted weights of a release for the next time.")
+_TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Folder of the text encoder, instead of the model's own.")
+_SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "File of the text encoder's system prompt.")
+_FILTER = flags.DEFINE_string("prompt_filter", "off", "Folder of a classifier that refuses prompts, or off.")
+_ALLOWS = flags.DEFINE_list("prompt_filter_allows", [], "The classifier's labels that let a prompt through.")
 _OUT = flags.DEFINE_string("out", "outputs", "Folder for the pictures, or the name of a new .png for a single one.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Pictures drawn at a time.")
+_RESUME = flags.DEFINE_bool("resume", False, "Goes on with an interrupted run of this command in --out.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Pictures drawn at a time; 0: as many as the memory holds.")
 
 
 def settings(experiment: HartExperiment) -> SampleConfig:
@@ -43,52 +53,47 @@ def settings(experiment: HartExperiment) -> SampleConfig:
         "smooth": _SMOOTH.value,
         "discrete_only": _DISCRETE_ONLY.value,
         "masked_iterations": _ITERATIONS.value,
+        "weights": _WEIGHTS.value,
     }
     changed = dataclasses.replace(experiment.sample, **{k: v for k, v in changes.items() if v is not None})
     changed.check_vocabulary(experiment.tokenizer.vocab_size)
     return changed
 
 
-def wishes(experiment: HartExperiment) -> list[str] | list[int]:
-    """The prompts of the command line, or its labels for a class-conditional model."""
+def wishes(experiment: HartExperiment) -> list[tuple[str | int, int]]:
+    """The prompts of the command line, or its labels for a class-conditional model, each with its seed."""
     classes, prompted = experiment.transformer.num_classes, _PROMPT.value or _PROMPTS_FILE.value is not None
     if classes:
         if prompted or not _LABELS.value:
             raise UserError(f"--config: a model of {classes} classes, not of prompts; give --labels=3,17")
         if not all(label.isdigit() and int(label) < classes for label in _LABELS.value):
             raise UserError(f"--labels={','.join(_LABELS.value)}: needs numbers from 0 to {classes - 1}")
-        return [int(label) for label in _LABELS.value]
+        return [(int(label), _SEED.value) for label in _LABELS.value]
     if _LABELS.value:
         raise UserError("--labels: this config's model draws prompts, not classes; give --prompt")
-    from hart_jax.text.prompts import check_prompts, read_prompts_file
+    from hart_jax.text.prompts import check_prompts, read_seeded_prompts
 
-    found = list(_PROMPT.value)
+    found: list[tuple[str, int | None]] = [(prompt, None) for prompt in _PROMPT.value]
     if _PROMPTS_FILE.value is not None:
-        found += read_prompts_file(_PROMPTS_FILE.value)
+        found += read_seeded_prompts(_PROMPTS_FILE.value)
     if not found:
         raise UserError('nothing to draw: give --prompt="a flat icon of a dog" or --prompts_file=FILE')
-    check_prompts(found)
-    return found
+    check_prompts([prompt for prompt, _ in found])
+    return [(prompt, _SEED.value if seed is None else seed) for prompt, seed in found]
 
 
-def output_paths(asked: list[str] | list[int], count: int) -> tuple[list[Path], Path | None]:
-    """A new file for each picture and, for several, for their grid. Numbers go on after those in the folder."""
-    out = Path(_OUT.value)
-    if out.suffix == ".png":
-        if count > 1:
-            raise UserError(f"--out={out}: {count} pictures need a folder, not one file")
-        if out.exists():
-            raise UserError(f"{out}: already exists; remove it or give another --out")
-        return [out], None
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out}: is not a folder")
-    taken = [int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-    first = max(taken, default=-1) + 1
-    names = [re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60] for wish in asked]
-    paths = [
-        out / f"{first + i:05d}-{name}.png" for i, name in enumerate(n for n in names for _ in range(_NUM_IMAGES.value))
-    ]
-    return paths, out / f"{first:05d}-grid.png" if count > 1 else None
+def allowed(asked: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
+    """Those that --prompt_filter lets through; the others are named."""
+    if _FILTER.value == "off":
+        return asked
+    from hart_jax.text.prompt_filter import load_prompt_filter
+
+    may_be_drawn = load_prompt_filter(_FILTER.value, _ALLOWS.value)
+    kept = [(wish, seed) for wish, seed in asked if may_be_drawn(str(wish))]
+    for wish, _ in asked:
+        if wish not in dict(kept):
+            print(f"refused by --prompt_filter, not drawn: {wish!r}", file=sys.stderr)
+    return kept
 
 
 def main() -> None:
@@ -96,39 +101,46 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
-    for flag in (_NUM_IMAGES, _BATCH_SIZE):
-        if flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value}: must be 1 or more")
-    asked, chosen = wishes(experiment), settings(experiment)
-    count = len(asked) * _NUM_IMAGES.value
-    paths, grid_path = output_paths(asked, count)
+    for flag, least in ((_NUM_IMAGES, 1), (_BATCH_SIZE, 0)):
+        if flag.value < least:
+            raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
+    given, chosen, out = wishes(experiment), settings(experiment), Path(_OUT.value)
+    for _, seed in given:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")
     # After the checks, so that a wrong flag is reported at once.
-    from hart_jax.images import grid, save_png
-    from hart_jax.sampling import Painter, check_model, load_model, use_compilation_cache
+    from hart_jax import drawing
+    from hart_jax.sampling import (
+        Asked,
+        Painter,
+        check_model,
+        check_text,
+        load_model,
+        text_source,
+        use_compilation_cache,
+    )
 
+    drawing.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
+    check_text(_TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
+    kept = allowed(given)
+    asked = [Asked(wish, seed, index) for wish, seed in kept for index in range(_NUM_IMAGES.value)]
+    refused = len(kept) < len(given)
+    if not asked:
+        sys.exit(3)
     use_compilation_cache()
     source = _CHECKPOINT.value or experiment.model
-    model = load_model(source)
+    model = load_model(source, cache=_CACHE.value)
     check_model(model, experiment, source)
-    painter = Painter(model, chosen, None if model.text_encoder else experiment.text_encoder)
-    common = {"software": "hart_jax", "model": str(source), "seed": str(_SEED.value)}
-    common["settings"] = json.dumps(dataclasses.asdict(chosen))
+    text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
+    painter = Painter(model, chosen, *text, mesh=experiment.mesh)
+    about = drawing.identity(model, chosen, text)
+    size_of = functools.partial(painter.batch_size, len(asked))
+    album = drawing.open_album(out, asked, about, _BATCH_SIZE.value, size_of, _RESUME.value)
     kind = "label" if experiment.transformer.num_classes else "prompt"
-    pictures = []
-    with tqdm(total=count, unit="image", desc="drawing", disable=count == 1) as bar:
-        for batch in painter.draw(asked, _NUM_IMAGES.value, _SEED.value, _BATCH_SIZE.value):
-            for picture in batch:
-                about = {kind: str(picture.wish), "index": str(picture.index), **common}
-                save_png(paths[len(pictures)], picture.image, about)
-                pictures.append(picture)
-            bar.update(len(batch))
-    if grid_path is not None:
-        import numpy as np
-
-        images = np.stack([picture.image for picture in pictures])
-        tiles = grid(images, columns=min(8, count), captions=[str(picture.wish) for picture in pictures])
-        save_png(grid_path, tiles, {f"{kind}s": json.dumps(asked), **common})
-    print(grid_path or paths[0])
+    common = {"software": "hart_jax", "model": str(source), "settings": json.dumps(chosen.to_dict())}
+    drawing.draw(painter, album, asked, kind, common)
+    print(album.grid or (album.paths[0] if len(album.paths) == 1 else out))
+    sys.exit(3 if refused else 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy as np
 
 from hart_jax.config import TransformerConfig
 from hart_jax.errors import UserError
-from hart_jax.text.encoder import load_text_encoder
+from hart_jax.parallel.mesh import Placement
+from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.prompts import check_prompts, report_truncation
 
 
@@ -26,12 +27,25 @@ class Conditions(Protocol):
 
 
 class Prompts:
-    """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once."""
+    """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once.
 
-    def __init__(self, text_encoder: str | Path | None, config: TransformerConfig):
+    `system_prompt` and `dtype` are those of `text_options`; `placement` lays out the encoder where it can be split.
+    """
+
+    def __init__(
+        self,
+        text_encoder: str | Path | None,
+        config: TransformerConfig,
+        system_prompt: str | Path | None = None,
+        placement: Placement | None = None,
+        dtype: str = "auto",
+    ):
         if not text_encoder:
-            raise UserError("the model has no text encoder; give the folder of one (text_encoder in the config)")
-        self.encoder = load_text_encoder(text_encoder)
+            raise UserError("the model has no text encoder; give its folder (--text_encoder, or in the config)")
+        options = text_options(text_encoder, system_prompt, dtype)
+        if "dtype" in options:
+            options["placement"] = placement
+        self.encoder = load_text_encoder(text_encoder, **options)
         if self.encoder.context_dim != config.context_dim:
             wide = f"its states are {self.encoder.context_dim} wide, the model's {config.context_dim}"
             raise UserError(f"{text_encoder}: {wide}")
@@ -67,6 +81,14 @@ class Labels:
         return jnp.asarray(np.array(wishes, np.int32))
 
 
-def conditions_of(config: TransformerConfig, text_encoder: str | Path | None) -> Conditions:
+def conditions_of(
+    config: TransformerConfig,
+    text_encoder: str | Path | None,
+    system_prompt: str | Path | None = None,
+    placement: Placement | None = None,
+    dtype: str = "auto",
+) -> Conditions:
     """Labels for a class-conditional model, prompts for any other; `UserError` if these lack a fitting encoder."""
-    return Labels(config) if config.num_classes else Prompts(text_encoder, config)
+    if config.num_classes:
+        return Labels(config)
+    return Prompts(text_encoder, config, system_prompt, placement, dtype)

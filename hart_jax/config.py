@@ -203,6 +203,11 @@ class TransformerConfig(Settings):
         return int(self.width * self.mlp_ratio * 2 / 3 + 255) // 256 * 256
 
     @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied with; normed queries carry a learned scale instead."""
+        return 1.0 if self.attn_l2_norm else 0.25 / self.head_dim**0.5
+
+    @property
     def num_tokens(self) -> int:
         """L: tokens over all scales."""
         return sum(p * p for p in self.patch_nums)

@@ -26,6 +26,7 @@ from hart_jax.errors import UserError
 
 # Below this the discriminator's last layer has no patch left.
 SMALLEST_JUDGED = 24
+WEIGHTS = ("float", "int8")
 TOKENIZER_MODULES = ("encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder")
 
 
@@ -68,7 +69,11 @@ class TokenizerExperiment(Settings):
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Settings):
     """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
-    `attention` is how it is computed (see `TrainConfig`)."""
+    `attention` is how it is computed (see `TrainConfig`); `weights` "int8" quantizes the transformer's matrices.
+
+    `decode_at_once` pictures of each device are decoded at a time, which changes memory, not pictures; 0: as many as
+    have 2**20 pixels.
+    """
 
     cfg: float = 4.5
     top_k: int = 600
@@ -80,6 +85,8 @@ class SampleConfig(Settings):
     discrete_only: bool = False
     masked_iterations: int = 1
     attention: str = "auto"
+    weights: str = "float"
+    decode_at_once: int = 0
 
     def __post_init__(self) -> None:
         checks = {
@@ -90,6 +97,8 @@ class SampleConfig(Settings):
             f"cfg={self.cfg}: must be 0 or more": self.cfg >= 0,
             f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
             f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
+            f"weights={self.weights!r}: must be one of {', '.join(WEIGHTS)}": self.weights in WEIGHTS,
+            f"decode_at_once={self.decode_at_once}: must be 0 (by size) or more": self.decode_at_once >= 0,
         }
         for message, ok in checks.items():
             if not ok:
@@ -107,6 +116,8 @@ class HartExperiment(Settings):
     """Trains the transformer with its diffusion head on a frozen tokenizer and text encoder, and samples from it.
 
     `tokenizer_from` is a tokenizer workdir or a model folder's `tokenizer/`; `text_encoder` a text encoder's folder;
+    `system_prompt` the file of what it reads before every prompt (`hart_jax.text.system_prompt`; empty: the one in its
+    folder, or none);
     `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
     `precompute_text` and `precompute_tokens` keep text states and image tokens on disk instead of computing them anew;
     `model` the folder that `sample.py` draws from if no checkpoint is given.
@@ -123,6 +134,7 @@ class HartExperiment(Settings):
     tokenizer_from: str = ""
     init_from: str = ""
     text_encoder: str = ""
+    system_prompt: str = ""
     precompute_text: bool = True
     precompute_tokens: bool = False
     sample_prompts: tuple[str, ...] = ()

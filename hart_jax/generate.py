@@ -7,6 +7,7 @@ draws from a large model: there a loop over stacked layers copies the weights of
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.config import TokenizerConfig
 from hart_jax.diffusion.schedule import sample_residual
 from hart_jax.experiment import SampleConfig
+from hart_jax.layers import parts as parts_of
+from hart_jax.layers import split_rows
 from hart_jax.noise import KeyedNoise, Noise
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
 from hart_jax.transformer.block import Block, KVCache
 from hart_jax.transformer.model import Context, Hart
+
+# Pictures of so many pixels are decoded at a time: one of 1024 px.
+DECODED_PIXELS = 2**20
 
 Condition = Any  # (B,) labels, or text states (B, T, D) and mask (B, T)
 Params = dict[str, Any]  # {"transformer": ..., "tokenizer": ...}
@@ -105,13 +112,20 @@ def _stage(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Stages:
     """The steps of a generation, and `run`, which puts them together.
 
-    `layered`: to be called outside of a compiled function, on the weights of `split_layers`.
+    `layered`: to be called outside of a compiled function, on the weights of `split_layers`; see `Watch`.
     """
 
-    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, layered: bool = False):
+    def __init__(
+        self,
+        hart: Hart,
+        tokenizer: Tokenizer,
+        settings: SampleConfig,
+        layered: bool = False,
+        watch: "Watch | None" = None,
+    ):
         settings.check_vocabulary(hart.config.vocab_size)
         self._hart, self._tokenizer, self._settings, self._layered = hart, tokenizer, settings, layered
-        self._config, self._sides = hart.config, hart.config.patch_nums
+        self._config, self._sides, self._watch = hart.config, hart.config.patch_nums, watch
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def compiled(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
@@ -122,7 +136,18 @@ class _Stages:
         key = function.__name__, *sorted(static.items())
         # The cache is written in place.
         donated = ("cache",) if function is _Stages.block else ()
-        return self._programs.setdefault(key, jax.jit(bound, donate_argnames=donated))
+        program = self._programs.setdefault(key, jax.jit(bound, donate_argnames=donated))
+        watch = self._watch
+        if watch is None:
+            return program
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = jax.block_until_ready(program(*args, **kwargs))
+            watch(function.__name__, static, time.perf_counter() - started)
+            return result
+
+        return watched
 
     def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
         sides, iterations = self._sides, self._settings.masked_iterations
@@ -267,7 +292,26 @@ class _Stages:
     @_stage
     def decode(self, params: Params, f_hat: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         f_hat = f_hat + value.reshape(f_hat.shape)
-        return f_hat, jnp.clip(self._tokenize(params, "decode", f_hat), -1.0, 1.0)
+        return f_hat, jnp.clip(self._pictures(params, f_hat), -1.0, 1.0)
+
+    def _pictures(self, params: Params, f_hat: jax.Array) -> jax.Array:
+        """Decoded latents, of each device a few at a time, as the widest activations are a decoder's."""
+        devices = parts_of("batch")
+        each = len(f_hat) // devices
+        at_once = pictures_decoded_at_once(self._tokenizer.config, self._settings)
+        # The largest that makes even parts.
+        at_once = next(size for size in range(min(each, at_once), 0, -1) if each % size == 0)
+        if at_once == each:
+            return self._tokenize(params, "decode", f_hat)
+
+        def decode(latents: jax.Array) -> jax.Array:
+            flat = split_rows(latents.reshape(devices * at_once, *f_hat.shape[1:]))
+            images = self._tokenize(params, "decode", flat)
+            return images.reshape(devices, at_once, *images.shape[1:])
+
+        turns = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
+        images = jax.lax.map(decode, turns).swapaxes(0, 1)
+        return split_rows(images.reshape(len(f_hat), *images.shape[3:]))
 
     def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):
         """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
@@ -345,6 +389,11 @@ class _Stages:
         return min(scale, last - 1) / last
 
 
+def pictures_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
+    """By one device, where there are so many."""
+    return settings.decode_at_once or max(1, DECODED_PIXELS // config.image_size**2)
+
+
 def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
     """Positions `at` of (B, L, ...) or of both halves, (2B, L, ...)."""
     if at_Bl is None:
@@ -354,10 +403,14 @@ def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
 
 
 Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
+# Told of every stage of a layered run, when it is over: its name, its settings and its seconds.
+Watch = Callable[[str, dict[str, Any], float], None]
 
 
 def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
     """The compiled function (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
+
+    The seed is one for all, or (B,) of their own.
 
     A picture depends on its condition, the seed and its index, never on the others of its batch.
     """
@@ -371,9 +424,11 @@ def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sa
     return sample
 
 
-def make_layered_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
-    """As `make_sampler`, layer by layer, on `split_layers` of the parameters."""
-    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings, layered=True)
+def make_layered_sampler(
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, watch: Watch | None = None
+) -> Sampler:
+    """As `make_sampler`, layer by layer, on `split_layers` of the parameters; it waits for each stage to `watch`."""
+    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings, layered=True, watch=watch)
 
     def sample(params, condition, seed, indices_B):
         out = stages.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)

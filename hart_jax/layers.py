@@ -9,17 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from hart_jax import quantized
+from hart_jax.quantized import Int8
+
 PRODUCT = "product"
 Axes = tuple[str | None, ...]
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum` of x and a float32 kernel, in the type of x; rematerialisation knows its result as `PRODUCT`.
+def product(equation: str, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
+    """`jnp.einsum` of x and a kernel, in the type of x; rematerialisation knows its result as `PRODUCT`.
 
-    The kernel's gradient is float32 from its first sum on, over samples and over devices, where the usual one is
-    rounded to the type of x before devices add theirs.
+    The kernel is float32 or, to draw with, int8. Its gradient is float32 from its first sum on, over samples and over
+    devices, where the usual one is rounded to the type of x before devices add theirs.
     """
-    return checkpoint_name(_product(equation, x, kernel), PRODUCT)
+    y = quantized.product(equation, x, kernel) if isinstance(kernel, Int8) else _product(equation, x, kernel)
+    return checkpoint_name(y, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -40,6 +44,11 @@ def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], gradient
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def lookup(table: jax.Array | Int8, index: jax.Array) -> jax.Array:
+    """Rows of a table, which is of floats or int8."""
+    return quantized.lookup(table, index) if isinstance(table, Int8) else jnp.asarray(table)[index]
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
+from hart_jax.text.encoder import SYSTEM_PROMPT_FILE
+from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from hart_jax.weights import check_tree, load_weights, save_weights
@@ -24,13 +26,17 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, or None."""
+    """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, or None.
+
+    `system_prompt` is the file of the text encoder's system prompt where it does not lie in that folder.
+    """
 
     tokenizer_config: TokenizerConfig
     tokenizer: Any
     transformer_config: TransformerConfig
     transformer: Any
     text_encoder: Path | None
+    system_prompt: Path | None = None
 
 
 def abstract_tokenizer(config: TokenizerConfig) -> Any:
@@ -42,6 +48,11 @@ def abstract_tokenizer(config: TokenizerConfig) -> Any:
 
 def abstract_transformer(config: TransformerConfig) -> Any:
     """Shapes of the transformer's and its head's parameters, without computing any."""
+    return nn.unbox(boxed_transformer(config))
+
+
+def boxed_transformer(config: TransformerConfig) -> Any:
+    """As `abstract_transformer`, with the logical axes of every parameter."""
     shape = jax.ShapeDtypeStruct
     condition: Any = (
         shape((1, config.context_tokens, config.context_dim), jnp.float32),
@@ -51,8 +62,7 @@ def abstract_transformer(config: TransformerConfig) -> Any:
         condition = shape((1,), jnp.int32)
     latent = shape((1, config.num_tokens - 1, config.latent_channels), jnp.float32)
     kept = shape((1, config.patch_nums[-1] ** 2), jnp.int32)
-    variables = jax.eval_shape(Hart(config).init, jax.random.key(0), condition, latent, kept)
-    return nn.unbox(variables["params"])
+    return jax.eval_shape(Hart(config).init, jax.random.key(0), condition, latent, kept)["params"]
 
 
 def write_part(folder: Path, config: Settings, params: Any, dtype: str = "float32") -> None:
@@ -100,6 +110,9 @@ def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> Non
         write_part(target / "transformer", model.transformer_config, model.transformer, dtype)
         if model.text_encoder is not None:
             shutil.copytree(model.text_encoder, target / "text_encoder")
+            if model.system_prompt is not None:
+                text = read_system_prompt(model.system_prompt)
+                (target / "text_encoder" / SYSTEM_PROMPT_FILE).write_bytes(text.encode())
 
     write_folder(Path(folder), write)
 

@@ -1,6 +1,5 @@
 """The random numbers of a generation, drawn from keys or given as arrays."""
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -41,8 +40,9 @@ class KeyedNoise:
 
     @classmethod
     def of(cls, seed: int | jax.Array, indices_B: jax.Array) -> "KeyedNoise":
-        """The noise of images number `indices` under `seed`."""
-        return cls(jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices_B))
+        """The noise of images number `indices` under `seed`, one for all or (B,) of their own."""
+        seeds_B = jnp.broadcast_to(jnp.asarray(seed), indices_B.shape)
+        return cls(jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seeds_B, indices_B))
 
     def _draw(self, purpose: int, sampler: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return jax.vmap(lambda key: sampler(jax.random.fold_in(key, purpose)))(self.keys_B)

@@ -5,22 +5,25 @@ beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axi
 is float32.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from hart_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "int8")
 _SCALE_SUFFIX = ".int8_scale"
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
+_TYPES |= {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 _INT8_MIN_SIZE = 4096
 _INT8_MIN_GROUP = 32
 
@@ -47,9 +50,8 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
         elif dtype == "int8" and _is_matrix(name, array):
             tensors[name], tensors[name + _SCALE_SUFFIX] = _quantize(name, array.astype(np.float32))
         else:
-            tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    # safetensors writes the buffer as it lies, so a transposed view would be stored in the wrong order.
-    _replace_file(Path(path), {name: np.ascontiguousarray(array) for name, array in tensors.items()})
+            tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)
+    _replace_file(Path(path), tensors)
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -59,13 +61,20 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: the file is missing, cut short, or not safetensors.
     """
     tensors = read_tensors(path)
-    tree: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, array in tensors.items():
         if name.endswith(_SCALE_SUFFIX):
             continue
         value = array.astype(np.float32, copy=False) if _is_float(array) else array
         if name + _SCALE_SUFFIX in tensors:
             value = array * tensors[name + _SCALE_SUFFIX]
+        flat[name] = value
+    return _nested(flat)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
         *parents, leaf = name.split("/")
         node = tree
         for parent in parents:
@@ -86,6 +95,32 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return load_file(path)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"weight file {path} is cut short or not a safetensors file ({error})") from error
+
+
+def map_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `load_weights` of a float32 file, whose arrays stay on disk, read only, until they are used.
+
+    Raises:
+      UserError: the file is missing, cut short, not safetensors, or not of float32.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            begin, end = 8 + size, os.fstat(file.fileno()).st_size
+        spans = {name: entry["data_offsets"] for name, entry in header.items()}
+        if begin + max(stop for _, stop in spans.values()) != end:
+            raise ValueError(f"it has {end} bytes")
+        if any(entry["dtype"] != "F32" for entry in header.values()):
+            raise ValueError("not all of it is float32")
+        return _nested(
+            {
+                name: np.memmap(path, np.float32, "r", begin + spans[name][0], tuple(entry["shape"]))
+                for name, entry in header.items()
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise UserError(f"weight file {path} is cut short or not a safetensors file of float32 ({error})") from error
 
 
 def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
@@ -155,11 +190,28 @@ def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _replace_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        save_file(tensors, temporary)
+        with os.fdopen(handle, "wb") as file:
+            _write_safetensors(file, tensors)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """As `safetensors.numpy.save_file`, which keeps two more copies of everything in memory; here, of one array."""
+    # Wide types first, so that each array is aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, end = {}, 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _TYPES[array.dtype.name], "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        # In C order, whatever view it is.
+        file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)

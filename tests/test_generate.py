@@ -51,6 +51,14 @@ def test_seed_and_index_change_the_picture():
     assert (tokens[-1][0] != other[-1][0]).any()
 
 
+def test_each_picture_may_have_its_own_seed():
+    _, tokens = draw(ALL, [5, 5], [0, 3], seed=np.array([7, 2**32 - 1], np.uint32))
+    for seed, index, row in ((7, 0, 0), (2**32 - 1, 3, 1)):
+        _, alone = draw(ALL, [5], [index], seed=np.uint32(seed))
+        for a, b in zip(alone, tokens, strict=True):
+            np.testing.assert_array_equal(a[0], b[row])
+
+
 def test_images_are_clipped_and_have_the_configured_shape():
     image, tokens = draw(ALL, [1, 2], [0, 0])
     assert image.shape == (2, 8, 8, 3) and np.abs(image).max() <= 1

@@ -13,54 +13,30 @@ from PIL import Image
 
 from hart_jax.config import read_json
 from hart_jax.images import read_png_metadata
-from hart_jax.model_folder import write_model
-from hart_jax.text.minilm import import_minilm
-from tests.tiny import TOKENIZER, tiny_model
-from tests.tiny_bert import write_published
-from tests.train_runs import QUICKLY
+from tests.sample_runs import sample, write_tiny
 
 ROOT = Path(__file__).parent.parent
-CONFIG = """
-from ml_collections import ConfigDict
-
-
-def get_config():
-    return ConfigDict({values!r})
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a tiny complete model, its config, and a compilation cache."""
-    folder = tmp_path_factory.mktemp("sample")
-    import_minilm(write_published(folder / "published"), folder / "text_encoder")
-    model = tiny_model(folder / "text_encoder", context_tokens=6, context_dim=24)
-    write_model(folder / "model", model)
-    values = {
-        "tokenizer": TOKENIZER.to_dict(),
-        "transformer": model.transformer_config.to_dict(),
-        "loss": {"condition_top_k": 8},
-        "sample": {"top_k": 8, "top_k_late": 8},
-        "model": str(folder / "model"),
-    }
-    (folder / "tiny.py").write_text(CONFIG.format(values=values))
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("sample"))
 
 
-def sample(folder: Path, *flags: str, config: str | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **QUICKLY, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, str(ROOT / "sample.py"), f"--config={config or folder / 'tiny.py'}", *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def run_sample(folder: Path, *flags: str) -> tuple[int, str, str]:
+    return sample(folder, f"--config={folder / 'tiny.py'}", *flags)
 
 
 def test_pictures_a_grid_and_what_they_are(folder, tmp_path):
     out = tmp_path / "out"
-    run = sample(folder, "--prompt=a red apple", "--prompt=a blue dog", "--num_images=2", "--seed=3", f"--out={out}")
-    assert run.returncode == 0, run.stderr
+    asked = ["--prompt=a red apple", "--prompt=a blue dog", "--num_images=2", "--seed=3"]
+    code, _, err = run_sample(folder, *asked, f"--out={out}")
+    assert code == 0, err
     names = sorted(path.name for path in out.iterdir())
     assert names == [
         "00000-a-red-apple.png",
         "00000-grid.png",
+        "00000-pictures.jsonl",
         "00001-a-red-apple.png",
         "00002-a-blue-dog.png",
         "00003-a-blue-dog.png",
@@ -68,17 +44,18 @@ def test_pictures_a_grid_and_what_they_are(folder, tmp_path):
     about = read_png_metadata(out / "00003-a-blue-dog.png")
     assert (about["prompt"], about["seed"], about["index"]) == ("a blue dog", "3", "1")
     assert json.loads(about["settings"])["top_k"] == 8 and about["model"] == str(folder / "model")
-    again = sample(folder, "--prompt=a blue dog", "--num_images=2", "--seed=3", f"--out={out}")
-    assert again.returncode == 0, again.stderr
+    code, _, err = run_sample(folder, "--prompt=a blue dog", "--num_images=2", "--seed=3", f"--out={out}")
+    assert code == 0, err
     first, second = (np.asarray(Image.open(out / f"0000{n}-a-blue-dog.png")) for n in (3, 5))
     assert first.shape == (8, 8, 3)
     assert np.abs(first.astype(int) - second).max() <= 1
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_reported(folder, tmp_path):
-    run = sample(folder, "--prompt=a red apple of a blue dog of a red dog", f"--out={tmp_path / 'one.png'}")
-    assert run.returncode == 0 and (tmp_path / "one.png").exists()
-    assert "warning" in run.stderr and "6" in run.stderr
+    out = tmp_path / "one.png"
+    code, _, err = run_sample(folder, "--prompt=a red apple of a blue dog of a red dog", f"--out={out}")
+    assert code == 0 and out.exists()
+    assert "warning" in err and "6" in err
 
 
 def broken_model(folder: Path, target: Path, part: str, **changes) -> Path:
@@ -99,6 +76,7 @@ def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str
     weights.write_bytes(weights.read_bytes()[:-100])
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_text("mine")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3}')
     return {
         "empty prompt": ([config, "--prompt= "], "prompt"),
         "no prompt": ([config], "--prompt"),
@@ -118,6 +96,16 @@ def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str
         "checkpoint of another config": ([config, prompt, f"--checkpoint={other}"], "norm_eps"),
         "checkpoint that does not fit its config": ([config, prompt, f"--checkpoint={misfit}"], "q_bias"),
         "truncated checkpoint": ([config, prompt, f"--checkpoint={truncated}"], "model.safetensors"),
+        "negative batch size": ([config, prompt, "--batch_size=-1"], "batch_size"),
+        "seed": ([config, prompt, "--seed=-1"], "seed -1"),
+        "prompts that are not JSON": ([config, f"--prompts_file={tmp_path / 'bad.jsonl'}"], "bad.jsonl"),
+        "a picture to resume": ([config, prompt, "--resume", f"--out={tmp_path / 'new.png'}"], "--resume"),
+        "missing text encoder": ([config, prompt, f"--text_encoder={tmp_path / 'none'}"], "none/config.json"),
+        "missing system prompt": ([config, prompt, f"--system_prompt={tmp_path / 'none.md'}"], "none.md"),
+        "system prompt for a BERT": ([config, prompt, f"--system_prompt={tmp_path / 'bad.jsonl'}"], "system_prompt"),
+        "unknown weights": ([config, prompt, "--weights=int4"], "int4"),
+        "tensor over devices": ([config, prompt, "--config.mesh.tensor=2"], "mesh.tensor=2"),
+        "missing prompt filter": ([config, prompt, f"--prompt_filter={tmp_path / 'none'}"], "none/config.json"),
         "file in the way": ([config, prompt, f"--out={tmp_path / 'taken.png'}"], "taken.png"),
     }
 

@@ -12,6 +12,7 @@ import jax
 from hart_jax.convert.released import TRANSFORMER, read_released, weight_file
 from hart_jax.errors import UserError, run_cli
 from hart_jax.model_folder import write_model
+from hart_jax.text.system_prompt import read_system_prompt
 
 
 def main() -> None:
@@ -29,14 +30,21 @@ def main() -> None:
     parser.add_argument(
         "--text_encoder", type=Path, help="text encoder folder to copy in, so that the model is complete"
     )
+    parser.add_argument(
+        "--system_prompt", type=Path, help="file of its system prompt, or a clone of the public code, to copy in, too"
+    )
     args = parser.parse_args()
-    # Both before the minutes that reading takes.
+    # All before the minutes that reading takes.
     if args.out.exists():
         raise UserError(f"--out={args.out}: already exists; give a new folder or remove it")
     if args.text_encoder is not None and not (args.text_encoder / "config.json").is_file():
         raise UserError(f"--text_encoder={args.text_encoder}: not a text encoder's folder, it has no config.json")
+    if args.system_prompt is not None:
+        if args.text_encoder is None:
+            raise UserError(f"--system_prompt={args.system_prompt}: is stored with a text encoder; give --text_encoder")
+        read_system_prompt(args.system_prompt)
     model = read_released(args.source, args.weights)
-    model = dataclasses.replace(model, text_encoder=args.text_encoder)
+    model = dataclasses.replace(model, text_encoder=args.text_encoder, system_prompt=args.system_prompt)
     write_model(args.out, model, args.dtype)
     sizes = {"tokenizer": model.tokenizer, "transformer": model.transformer}
     for name, params in sizes.items():

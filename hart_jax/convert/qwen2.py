@@ -12,9 +12,11 @@ from hart_jax.convert.released import weight_file
 from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
+from hart_jax.quantized import Int8, quantize, quantize_matrix
 from hart_jax.text.qwen2 import Qwen2Config, abstract_params
 
 ParameterPath = tuple[str, ...]
+Parameter = np.ndarray | Int8
 
 # Of the language model in files of: newer and older transformers, and the model without its output layer.
 _PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "")
@@ -37,7 +39,7 @@ _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def read_qwen2(
-    folder: Path, config: Qwen2Config, dtype: np.dtype, put: Callable[[ParameterPath, np.ndarray], jax.Array]
+    folder: Path, config: Qwen2Config, dtype: np.dtype, put: Callable[[ParameterPath, Parameter], Any]
 ) -> dict[str, Any]:
     """Parameters of `Qwen2(config)` from a folder with model.safetensors, or several files and their index.
 
@@ -46,7 +48,7 @@ def read_qwen2(
     Args:
       folder: the published folder.
       config: of its config.json.
-      dtype: what the parameters are converted to.
+      dtype: what the parameters are converted to; int8: the matrices to `Int8`, the others to float32.
       put: takes a parameter's path and value, and places it on a device before the next one is read.
 
     Raises:
@@ -58,18 +60,26 @@ def read_qwen2(
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise UserError(f"{file}: no tensor embed_tokens.weight, under any known prefix; this is not a Qwen2")
-    shapes = {path: leaf.shape for path, leaf in _flatten(nn.meta.unbox(abstract_params(config)))}
-    names = {path: [prefix + name for name in _published(path, config)] for path in shapes}
+    stored = dict(_flatten(stored_params(config, dtype)))
+    names = {path: [prefix + name for name in _published(path, config)] for path in stored}
     _check_names(tensors, {name for group in names.values() for name in group}, str(file))
 
     params: dict[str, Any] = {}
-    for path, shape in shapes.items():
+    for path, abstract in stored.items():
         *parents, leaf = path
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = put(path, _read(tensors, names[path], path, shape, dtype, str(file)))
+        node[leaf] = put(path, _read(tensors, names[path], path, abstract, str(file)))
     return params
+
+
+def stored_params(config: Qwen2Config, dtype: np.dtype) -> Any:
+    """Shapes of the parameters that `read_qwen2` gives."""
+    abstract = nn.meta.unbox(abstract_params(config))
+    if dtype == np.int8:
+        return jax.eval_shape(quantize, abstract)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
 
 
 def _flatten(tree: Mapping[str, Any], path: ParameterPath = ()) -> Iterator[tuple[ParameterPath, Any]]:
@@ -101,20 +111,19 @@ def _check_names(tensors: Mapping[str, np.ndarray], wanted: set[str], source: st
 
 
 def _read(
-    tensors: Mapping[str, np.ndarray],
-    names: list[str],
-    path: ParameterPath,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    source: str,
-) -> np.ndarray:
-    value = np.empty(shape, dtype)
-    layers = value if path[0] == "layers" else value[None]
-    for layer, name in zip(layers, names, strict=True):
+    tensors: Mapping[str, np.ndarray], names: list[str], path: ParameterPath, abstract: Any, source: str
+) -> Parameter:
+    value = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
+    layers = value if path[0] == "layers" else jax.tree.map(lambda leaf: leaf[None], value)
+    for layer, name in enumerate(names):
+        tensor, expected = tensors[name], layers.shape[1:]
         # A linear layer's weight is (out, in).
-        expected = layer.T if path[-1] == "kernel" else layer
-        tensor = tensors[name]
-        if tensor.shape != expected.shape:
-            raise UserError(f"{source}: tensor {name!r} is {tensor.shape}; by its config.json it is {expected.shape}")
-        expected[...] = tensor
+        if path[-1] == "kernel":
+            expected = expected[::-1]
+        if tensor.shape != expected:
+            raise UserError(f"{source}: tensor {name!r} is {tensor.shape}; by its config.json it is {expected}")
+        ours = tensor.T if path[-1] == "kernel" else tensor
+        part = quantize_matrix(ours, path[-1], name) if isinstance(value, Int8) else ours
+        for whole, piece in zip(jax.tree.leaves(layers), jax.tree.leaves(part), strict=True):
+            whole[layer] = piece
     return value

@@ -1,6 +1,7 @@
 """Shards with tokens and text states in their records, for training that runs neither tokenizer nor text encoder.
 
-    python -m hart_jax.data.precompute --shards DIR --out DIR --tokenizer DIR --text_encoder DIR --context_tokens 300
+    python -m hart_jax.data.precompute --shards DIR --out DIR --tokenizer DIR --text_encoder DIR --context_tokens 300 \\
+        --system_prompt FILE --text_dtype bfloat16
 
 copies a shard folder and adds to each record
 
@@ -40,7 +41,7 @@ from hart_jax.data.shards import (
 )
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
-from hart_jax.text.encoder import load_text_encoder
+from hart_jax.text.encoder import load_text_encoder, text_options
 
 # No msgpack value begins so: what stands for a record that could not be read.
 _DAMAGED = b"\xc1"
@@ -74,9 +75,12 @@ class AddTexts:
 
     field = TEXTS
 
-    def __init__(self, encoder_folder: str | Path, positions: int):
-        self._encoder, self._positions = load_text_encoder(encoder_folder), positions
-        self.about = texts_from(encoder_folder, positions)
+    def __init__(
+        self, encoder_folder: str | Path, positions: int, system_prompt: str | Path | None = None, dtype: str = "auto"
+    ):
+        options = text_options(encoder_folder, system_prompt, dtype)
+        self._encoder, self._positions = load_text_encoder(encoder_folder, **options), positions
+        self.about = texts_from(encoder_folder, positions, options)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[int]:
         captions = [caption for record in records for caption in record["captions"]]
@@ -162,6 +166,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="workdir or model folder of a tokenizer, for tokens")
     parser.add_argument("--text_encoder", type=Path, help="folder of a text encoder, for text states")
     parser.add_argument("--context_tokens", type=int, help="positions of the text states, as the transformer has them")
+    parser.add_argument("--system_prompt", type=Path, help="file of the text encoder's system prompt")
+    parser.add_argument(
+        "--text_dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="the text encoder computes in it, as training will; auto: float32 on CPUs, bfloat16 elsewhere",
+    )
     parser.add_argument("--max_bad_records", type=int, default=0, help="so many images may not decode")
     args = parser.parse_args()
     if not (args.tokenizer or args.text_encoder):
@@ -172,7 +183,7 @@ def main() -> None:
     if args.tokenizer:
         fields.append(AddTokens(*find_tokenizer(args.tokenizer)))
     if args.text_encoder:
-        fields.append(AddTexts(args.text_encoder, args.context_tokens))
+        fields.append(AddTexts(args.text_encoder, args.context_tokens, args.system_prompt, args.text_dtype))
     count = precompute(args.shards, args.out, fields, args.max_bad_records)
     print(f"{count} records with {' and '.join(field.field for field in fields)} in {args.out}")
 

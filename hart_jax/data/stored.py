@@ -12,6 +12,7 @@ import numpy as np
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
 from hart_jax.errors import UserError
+from hart_jax.text.system_prompt import read_system_prompt
 
 TOKENS, TEXTS = "tokens", "texts"
 
@@ -24,11 +25,19 @@ def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
     return {"tokenizer": digest.hexdigest()}
 
 
-def texts_from(encoder_folder: str | Path, positions: int) -> dict[str, Any]:
-    """What shards say of text states by the encoder in this folder, of so many positions."""
+def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What shards say of text states by the encoder in this folder, of so many positions; `options`: `text_options`."""
     files = sorted(path for path in Path(encoder_folder).iterdir() if path.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode())
-    return {"text_encoder": digest.hexdigest(), "positions": positions}
+    about = {"text_encoder": digest.hexdigest(), "positions": positions}
+    options = options or {}
+    # Encoders that have neither say nothing of them.
+    if "dtype" in options:
+        about["dtype"] = options["dtype"]
+    if options.get("system_prompt"):
+        text = read_system_prompt(options["system_prompt"])
+        about["system_prompt"] = hashlib.sha256(text.encode()).hexdigest()
+    return about
 
 
 def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]]) -> bool:
@@ -47,7 +56,8 @@ def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]])
     expected = wanted()
     for folder, about in zip(as_paths(shards), found, strict=True):
         if about != expected:
-            differing = ", ".join(name for name in expected if about.get(name) != expected[name])
+            names = dict.fromkeys([*expected, *about])
+            differing = ", ".join(name for name in names if about.get(name) != expected.get(name))
             raise UserError(
                 f"{folder}: the {field} in its records were computed with another {differing}; compute them anew "
                 "(python -m hart_jax.data.precompute) or train on the shards without them"

@@ -41,6 +41,11 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def sampling_mesh(mesh: MeshConfig) -> MeshConfig:
+    """The mesh to draw on: copies of the model, each split as `mesh.tensor` says; `data` and `fsdp` are training's."""
+    return MeshConfig(data=1 if mesh.tensor == -1 else -1, tensor=mesh.tensor, rules=mesh.rules)
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where a run's arrays lie: a mesh and the rules that split arrays over it."""
@@ -62,6 +67,11 @@ class Placement:
     def batch(self) -> NamedSharding:
         """Split along the first axis."""
         return NamedSharding(self.mesh, PartitionSpec(self.rules["batch"]))
+
+    @property
+    def batch_parts(self) -> int:
+        """How many parts a batch is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
 
     def state(self, state: Any, parameters: ParameterAxes) -> Any:
         """Of every array of a state, or of parameters alone; see `shardings`."""

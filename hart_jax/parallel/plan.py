@@ -2,6 +2,7 @@
 
     python -m hart_jax.parallel.plan --config=configs/hart_0p7b_1024.py --topology=v5e:16x16
     python -m hart_jax.parallel.plan --config=configs/hart_0p7b_1024.py --topology=h200:8 --what=sample --batch_size=64
+    python -m hart_jax.parallel.plan --config=configs/hart_0p7b_512.py --topology=v6e:1x1 --what=sample --batch_size=fit
 
 Needs libtpu for TPUs or JAX's CUDA plug-in for GPUs ("h200:8"; "h200:4x8" is four hosts of eight), and no device.
 Settings change on the command line (--config.train.batch_size=2048 --config.mesh.fsdp=64 --config.train.remat=full).
@@ -13,36 +14,61 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.sharding import NamedSharding
 
 from hart_jax import flags as hart_flags
+from hart_jax.config import read_json
+from hart_jax.convert.qwen2 import stored_params
 from hart_jax.errors import UserError, run_cli
+from hart_jax.evaluation.work import SYSTEM_PROMPT_TOKENS, read_text_size
 from hart_jax.experiment import HartExperiment
 from hart_jax.generate import make_sampler
-from hart_jax.model_folder import abstract_tokenizer
+from hart_jax.model_folder import abstract_tokenizer, boxed_transformer
 from hart_jax.parallel.chips import Chip, GiB
 from hart_jax.parallel.hlo import Collective, count_work
-from hart_jax.parallel.mesh import Placement, make_mesh
-from hart_jax.parallel.rules import with_changes
+from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
+from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.parallel.topology import topology_devices
+from hart_jax.quantized import quantize
+from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params
+from hart_jax.text.qwen2_encoder import ROWS_PER_DEVICE
 from hart_jax.training.flops import flops_of
 from hart_jax.training.hart_program import HartProgram, hart_program
 from hart_jax.transformer.subsample import keep_buckets
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the devices: v5e:16x16, v5p:8x8x4, h200:8.")
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or drawing a batch of pictures.")
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Pictures drawn at a time with --what=sample; 0: 8 for each part of the mesh's data * fsdp."
+_BATCH_SIZE = flags.DEFINE_string(
+    "batch_size", "0", "Pictures drawn at a time with --what=sample; 0: 8 for each copy of the model; fit: the most."
+)
+_TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder_config", None, "config.json of the text encoder that draws beside; else the config's, or Qwen2 1.5B."
 )
 _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object instead of a table.")
 
 # Pictures that `sample.py` draws at a time on one device.
 PICTURES_EACH = 8
+# Of one device in the search for the largest batch.
+MOST_EACH = 64
+# The published text encoder, for where its folder is not.
+QWEN2 = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +78,8 @@ class Plan:
     `flops` are those that the program asks for, rematerialisation included; `executed` those of one chip as compiled.
     `moved` are bytes read from and written to the chip's memory, `sent` those put on its links by kind of collective.
     A program that the compiler refuses has no `executed`, `moved` and `sent`, and `peak` is 0 where it does not say by
-    how much it is too big.
+    how much it is too big. `text_encoder` are the weights of the one that is kept beside the sampler: `peak` counts
+    them, the other figures are the sampler's alone.
     """
 
     topology: str
@@ -74,6 +101,7 @@ class Plan:
     memory_seconds: float
     link_seconds: float
     compile_seconds: float
+    text_encoder: int = 0
 
     @property
     def step_seconds(self) -> float:
@@ -116,31 +144,90 @@ def training_job(experiment: HartExperiment, devices: list[Any], kept: int | Non
 
 
 def sampling_job(experiment: HartExperiment, devices: list[Any], batch_size: int = 0) -> Job:
-    """Drawing a batch of pictures as `sample.py` does, the batch and the weights laid out over the mesh."""
-    placement = _placement(experiment, 0, devices)
-    parts = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
+    """Drawing a batch of pictures as `sample.py` does, on its mesh."""
+    placement = _sampling_placement(experiment, devices)
+    parts = placement.batch_parts
     batch_size = batch_size or PICTURES_EACH * parts
     if batch_size < 1 or batch_size % parts:
-        raise UserError(f"--batch_size={batch_size}: must be a multiple of the mesh's data*fsdp={parts}")
+        raise UserError(f"--batch_size={batch_size}: must be a multiple of the {parts} copies of the model")
     program: HartProgram = hart_program(experiment, placement)
+    transformer = boxed_transformer(experiment.transformer)
+    axes, transformer = parameter_axes(transformer), nn.unbox(transformer)
+    if experiment.sample.weights == "int8":
+        transformer = jax.eval_shape(quantize, transformer)
     weights = {
-        "transformer": _at(jax.eval_shape(program.init).params, program.places.params),
+        "transformer": _at(transformer, placement.state(transformer, axes)),
         "tokenizer": _at(abstract_tokenizer(experiment.tokenizer), placement.whole),
     }
-    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.whole)
+    seeds = jax.ShapeDtypeStruct((batch_size,), jnp.uint32, sharding=placement.batch)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=placement.batch)
-    arguments = weights, _condition(experiment, batch_size, placement), seed, indices
+    arguments = weights, _condition(experiment, batch_size, placement), seeds, indices
     with placement.tracing():
         sampler: Any = make_sampler(program.hart, program.tokenizer, experiment.sample)
         return Job(sampler.trace(*arguments), arguments, placement, batch_size)
 
 
+def text_job(config: Qwen2Config, length: int, batch_size: int, placement: Placement, dtype: str = "bfloat16") -> Job:
+    """Encoding the prompts of a batch in `length` positions, behind a system prompt."""
+    compute = jnp.dtype("bfloat16" if dtype == "int8" else dtype)
+    params = stored_params(config, jnp.dtype(dtype))
+    rows = min(batch_size, ROWS_PER_DEVICE * placement.batch_parts)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placement.batch)
+    heads = config.num_hidden_layers, 1, SYSTEM_PROMPT_TOKENS, config.num_key_value_heads, config.head_dim
+    before: Any = jax.ShapeDtypeStruct(heads, compute, sharding=placement.whole)
+    weights = _at(params, placement.state(params, parameter_axes(abstract_params(config))))
+    arguments = weights, tokens, tokens, KeyValues(before, before)
+    model = Qwen2(config, compute)
+    encode = jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs)[0], out_shardings=placement.whole)
+    with placement.tracing():
+        return Job(encode.trace(*arguments), arguments, placement, rows)
+
+
+def read_text_config(experiment: HartExperiment, file: str | None = None) -> Qwen2Config | None:
+    """Of the text encoder beside a sampler: in this config.json, in the experiment's folder, or the published one where
+    it fits the model; None where it is another, small one.
+
+    Raises:
+      UserError: the file is missing, or is not a Qwen2's.
+    """
+    if experiment.transformer.num_classes:
+        return None
+    path = Path(file) if file else Path(experiment.text_encoder) / "config.json"
+    if file or (experiment.text_encoder and path.is_file()):
+        values = read_json(path)
+        if values.get("model_type") in ("qwen2", "qwen2_vl"):
+            return Qwen2Config.from_json(values, str(path))
+        if file:
+            raise UserError(f"--text_encoder_config={file}: not the config.json of a qwen2 or qwen2_vl")
+        return None
+    return QWEN2 if experiment.transformer.context_dim == QWEN2.hidden_size else None
+
+
+def _text_memory(experiment: HartExperiment, text: Qwen2Config | None, job: Job) -> tuple[int, int]:
+    """Bytes of one chip: the text encoder's weights, and all else while it encodes the prompts of a batch."""
+    if text is None:
+        size = None if experiment.transformer.num_classes else read_text_size(experiment.text_encoder)
+        return (4 * size.params, 0) if size else (0, 0)
+    dtype = "int8" if experiment.sample.weights == "int8" else "bfloat16"
+    encoding = text_job(text, experiment.transformer.context_tokens, job.batch_size, job.placement, dtype)
+    with job.placement.tracing():
+        memory = encoding.traced.lower().compile().memory_analysis()
+    weights = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(encoding.arguments[0]))
+    return weights, memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - weights
+
+
 def plan(
-    experiment: HartExperiment, topology: str, what: str = "train", batch_size: int = 0, kept: int | None = None
+    experiment: HartExperiment,
+    topology: str,
+    what: str = "train",
+    batch_size: int = 0,
+    kept: int | None = None,
+    text: Qwen2Config | None = None,
 ) -> Plan:
     """Compiles for the topology and counts. "auto" precision is bfloat16, as it will be there.
 
-    `batch_size` is that of sampling (see `sampling_job`), `kept` a training step's (see `training_job`).
+    `batch_size` is that of sampling (see `sampling_job`), with a text encoder beside it (see `read_text_config`);
+    `kept` is a training step's (see `training_job`).
     """
     devices, chip, devices_per_host = topology_devices(topology)
     if experiment.train.dtype == "auto":
@@ -149,7 +236,9 @@ def plan(
     started = time.monotonic()
     train_job = what == "train"
     job = training_job(experiment, devices, kept) if train_job else sampling_job(experiment, devices, batch_size)
+    text_weights, text_else = (0, 0) if train_job else _text_memory(experiment, text, job)
     common: dict[str, Any] = {
+        "text_encoder": text_weights,
         "topology": topology,
         "what": what,
         "chips": len(devices),
@@ -171,7 +260,10 @@ def plan(
     memory = compiled.memory_analysis()
     work = count_work(compiled.as_text(), common["mesh"], devices_per_host)
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The sampler's weights are there while prompts are encoded.
+    sampler = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(job.arguments[0]))
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new_outputs
+    peak = text_weights + max(peak, sampler + text_else)
     return Plan(
         **common,
         arguments=memory.argument_size_in_bytes,
@@ -196,7 +288,7 @@ def _too_big(common: dict[str, Any], job: Job, chip: Chip, message: str, seconds
     if found is not None:
         amount = float(found[1] or found[3]) * 1024 ** (1 + "KMGT".index(found[2] or found[4]))
         temporaries = int(amount if found[1] else amount - arguments)
-        peak = arguments + temporaries
+        peak = arguments + temporaries + common["text_encoder"]
     return Plan(
         **common,
         arguments=arguments,
@@ -213,6 +305,22 @@ def _too_big(common: dict[str, Any], job: Job, chip: Chip, message: str, seconds
     )
 
 
+def largest_batch(plan_of: Callable[[int], Plan], parts: int) -> Plan:
+    """The plan of the largest batch that fits, of at most MOST_EACH pictures in each of so many parts.
+
+    Compiles few: each plan's memory tells which to try next. Where not one picture fits, its plan is returned.
+    """
+    known: dict[int, Plan] = {}
+    fitting, too_many, each = 0, MOST_EACH + 1, PICTURES_EACH
+    while too_many - fitting > 1:
+        tried = known[each] = plan_of(each * parts)
+        fitting, too_many = (each, too_many) if tried.fits else (fitting, each)
+        free = tried.memory - tried.arguments - tried.text_encoder
+        guess = int(each * free / tried.temporaries) if tried.temporaries else (fitting + too_many) // 2
+        each = min(max(guess, fitting + 1), too_many - 1)
+    return known[fitting or 1]
+
+
 def _link_seconds(sent: dict[Collective, float], chip: Chip) -> float:
     slow = sum(size for kind, size in sent.items() if kind.leaves_host and chip.network)
     return (sum(sent.values()) - slow) / chip.link + (slow / chip.network if slow else 0.0)
@@ -221,6 +329,13 @@ def _link_seconds(sent: dict[Collective, float], chip: Chip) -> float:
 def _placement(experiment: HartExperiment, batch_size: int, devices: list[Any]) -> Placement:
     mesh = make_mesh(experiment.mesh, batch_size, devices, experiment.train.accumulate)
     return Placement(mesh, with_changes(experiment.mesh.rules))
+
+
+def _sampling_placement(experiment: HartExperiment, devices: list[Any]) -> Placement:
+    sizes = sampling_mesh(experiment.mesh)
+    if len(devices) % sizes.tensor:
+        raise UserError(f"mesh.tensor={sizes.tensor}: does not divide the {len(devices)} chips")
+    return Placement(make_mesh(sizes, 0, devices), with_changes(sizes.rules))
 
 
 def _at(tree: Any, places: Any) -> Any:
@@ -254,7 +369,8 @@ def table(plan: Plan) -> str:
     amount = f"{plan.peak / GiB:.2f}" if plan.peak else "more than there is:"
     lines.append(
         f"memory per chip   {amount} of {plan.memory / GiB:.2f} GiB "
-        f"(arguments {plan.arguments / GiB:.2f}, temporaries {_gib(plan.temporaries)})"
+        f"(arguments {plan.arguments / GiB:.2f}, temporaries {_gib(plan.temporaries)}"
+        + (f", text encoder {plan.text_encoder / GiB:.2f})" if plan.text_encoder else ")")
     )
     even = plan.flops / plan.chips
     counted = f"{plan.flops / 1e15:.2f} P in all, {(plan.executed or even) / 1e12:.2f} T per chip"
@@ -285,6 +401,8 @@ def _gib(size: int) -> str:
 def advice(plan: Plan) -> str:
     """Which setting to change, the cheapest first, for a plan that does not fit."""
     fsdp, tensor = plan.mesh["fsdp"], plan.mesh["tensor"]
+    if plan.what == "sample" and plan.arguments + plan.text_encoder > plan.memory / 2:
+        return f"most of it is weights; set --config.sample.weights=int8, or split them with mesh.tensor={2 * tensor}"
     if plan.arguments > plan.memory / 2:
         enough = fsdp
         while plan.arguments * fsdp / enough > plan.memory / 2:
@@ -297,7 +415,8 @@ def advice(plan: Plan) -> str:
     parts = fsdp * plan.mesh["data"]
     each = plan.batch_size // parts
     if each > 1:
-        share = (plan.memory - plan.arguments) / plan.temporaries if plan.temporaries else 0.5
+        free = plan.memory - plan.arguments - plan.text_encoder
+        share = free / plan.temporaries if plan.temporaries else 0.5
         fewer = max(1, min(each - 1, int(each * share)))
         name = "train.batch_size" if plan.what == "train" else "--batch_size"
         return f"most of it is activations; lower {name} to {fewer * parts} or less, or take more chips"
@@ -310,13 +429,26 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
-    if not _TOPOLOGY.value:
+    topology = _TOPOLOGY.value
+    if not topology:
         raise UserError("--topology is missing: give the devices, like --topology=v5e:16x16")
-    if _BATCH_SIZE.value and _WHAT.value == "train":
-        raise UserError(
-            f"--batch_size={_BATCH_SIZE.value}: is of --what=sample; training has --config.train.batch_size"
-        )
-    planned = plan(experiment, _TOPOLOGY.value, _WHAT.value, _BATCH_SIZE.value)
+    sampling, wanted = _WHAT.value == "sample", _BATCH_SIZE.value
+    if wanted != "0" and not sampling:
+        raise UserError(f"--batch_size={wanted}: is of --what=sample; training has --config.train.batch_size")
+    if wanted != "fit" and not wanted.isdigit():
+        raise UserError(f"--batch_size={wanted}: give a number of pictures, 0, or fit")
+    text = read_text_config(experiment, _TEXT_ENCODER.value) if sampling else None
+
+    def plan_of(batch_size: int) -> Plan:
+        if wanted == "fit":
+            print(f"compiling for {batch_size} pictures ...", file=sys.stderr, flush=True)
+        return plan(experiment, topology, _WHAT.value, batch_size, text=text)
+
+    if wanted == "fit":
+        parts = _sampling_placement(experiment, topology_devices(topology)[0]).batch_parts
+        planned = largest_batch(plan_of, parts)
+    else:
+        planned = plan_of(int(wanted))
     print(json.dumps(dataclasses.asdict(planned)) if _JSON.value else table(planned))
     sys.exit(0 if planned.fits else 1)
 

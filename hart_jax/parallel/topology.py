@@ -43,7 +43,9 @@ def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-            found = topologies.get_topology_desc(name, platform="tpu")
+            # One chip is a host of its own.
+            bounds = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
+            found = topologies.get_topology_desc(name, platform="tpu", **bounds)
     except Exception as error:  # each plug-in raises its own kinds
         package = "gpu" if gpu else "tpu"
         raise UserError(

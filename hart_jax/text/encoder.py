@@ -2,6 +2,7 @@
 
 Letters: B prompts, T context positions, D width of the states, N input tokens, the last T of which are the context.
 A system prompt, where an encoder has one, is not among the inputs: the encoder puts it in front and drops its states.
+It is a file, given by name or lying beside the encoder's weights as `SYSTEM_PROMPT_FILE`.
 """
 
 import abc
@@ -25,6 +26,7 @@ _MODULES = {
     "qwen2": "hart_jax.text.qwen2_encoder",
     "qwen2_vl": "hart_jax.text.qwen2_encoder",
 }
+SYSTEM_PROMPT_FILE = "system_prompt.txt"
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,49 @@ def load_text_encoder(folder: str | os.PathLike[str], **options: Any) -> TextEnc
     """The encoder in `folder`, by the `model_type` of its config.json, with the weights and tokenizer beside it.
 
     `options` are those of the `load` of that type's module, e.g. `system_prompt` of `hart_jax.text.qwen2_encoder`; one
-    that is None is not given.
+    that is None is not given. Without a `system_prompt` that of the folder is used, if it has one.
 
     Raises:
       UserError: a file is missing or damaged, the type of model is unknown, or it has no such option.
     """
     path = Path(folder)
+    model_type, load = _loader(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    if (path / SYSTEM_PROMPT_FILE).is_file():
+        given.setdefault("system_prompt", path / SYSTEM_PROMPT_FILE)
+    unknown = sorted(set(given) - set(inspect.signature(load).parameters))
+    if unknown:
+        raise UserError(f"{path}: a text encoder of type {model_type} has no setting {unknown[0]}; leave it out")
+    return load(path, **given)
+
+
+def text_options(
+    folder: str | os.PathLike[str], system_prompt: str | os.PathLike[str] | None, dtype: str = "auto"
+) -> dict[str, Any]:
+    """What `load_text_encoder` takes for this folder, beside a placement.
+
+    Args:
+      folder: of the encoder.
+      system_prompt: its file, or None or empty for the one in the folder, or none.
+      dtype: of encoders that have the choice, as they take it; "auto" is float32 on CPUs, bfloat16 elsewhere.
+
+    Raises:
+      UserError: the folder has no readable config.json of a known model.
+    """
+    path = Path(folder)
+    beside = path / SYSTEM_PROMPT_FILE
+    options: dict[str, Any] = {"system_prompt": system_prompt or (beside if beside.is_file() else None)}
+    if "dtype" in inspect.signature(_loader(path)[1]).parameters:
+        on_cpu = jax.default_backend() == "cpu"
+        options["dtype"] = ("float32" if on_cpu else "bfloat16") if dtype == "auto" else dtype
+    return options
+
+
+def _loader(path: Path) -> tuple[str, Any]:
+    """The type of the encoder in a folder, and its module's `load`."""
     model_type = read_json(path / "config.json").get("model_type")
     if model_type not in _MODULES:
         raise UserError(
             f"{path / 'config.json'}: model_type {model_type!r} is unknown; known are {', '.join(_MODULES)}"
         )
-    load = importlib.import_module(_MODULES[model_type]).load
-    given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(set(given) - set(inspect.signature(load).parameters))
-    if unknown:
-        raise UserError(f"{path}: a text encoder of type {model_type} has no setting {unknown[0]}; leave it out")
-    return load(path, **given)
+    return model_type, importlib.import_module(_MODULES[model_type]).load

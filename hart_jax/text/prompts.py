@@ -1,6 +1,8 @@
 """Prompts as the user gives them: reading, checking, and saying what did not fit."""
 
+import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,35 @@ def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompt; write one per line")
     return prompts
+
+
+def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | None]]:
+    """Prompts of a file, each with its seed or None.
+
+    One per line, with `SEED<tab>` in front or without; of a `.jsonl`, an object {"prompt": "...", "seed": 3} per line,
+    `seed` being optional.
+
+    Raises:
+      UserError: as `read_prompts_file`, or a line is wrong.
+    """
+    lines = read_prompts_file(path)
+    if Path(path).suffix == ".jsonl":
+        return [_from_json(line, f"prompts file {path}, line {line!r}") for line in lines]
+    found = [re.fullmatch(r"(?:(\d+)\t)?(.*)", line) for line in lines]
+    return [(match[2].strip(), int(match[1]) if match[1] else None) for match in found if match]
+
+
+def _from_json(line: str, where: str) -> tuple[str, int | None]:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    if not isinstance(values, dict) or set(values) - {"prompt", "seed"} or not isinstance(values.get("prompt"), str):
+        raise UserError(f'{where}: write {{"prompt": "a red apple", "seed": 3}}; seed may be left out')
+    seed = values.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise UserError(f"{where}: seed must be a whole number")
+    return values["prompt"], seed
 
 
 def report_truncation(prompts: Sequence[str], truncated: Sequence[bool], length: int) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from tokenizers import Tokenizer
 
 from hart_jax.config import read_json
-from hart_jax.convert.qwen2 import read_qwen2
+from hart_jax.convert.qwen2 import read_qwen2, stored_params
 from hart_jax.errors import UserError
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.rules import parameter_axes
@@ -29,7 +28,7 @@ from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params, 
 from hart_jax.text.system_prompt import read_system_prompt
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
 # The logits of 12 heads, 300 tokens and 450 keys are 200 MB for so many prompts.
 ROWS_PER_DEVICE = 32
 
@@ -72,7 +71,7 @@ class Qwen2Encoder(TextEncoder):
         dtype: jnp.dtype = jnp.float32,
         placement: Placement | None = None,
     ):
-        """Takes parameters of `Qwen2(config)` in the compute type `dtype`, laid out by `placement` if there is one."""
+        """Takes parameters of `Qwen2(config)`, laid out by `placement` if there is one; `dtype` is the compute type."""
         self.config = config
         self.context_dim = config.hidden_size
         self.params = params
@@ -158,7 +157,8 @@ def load(
     Args:
       folder: of a Qwen2 or Qwen2-VL, of any size.
       system_prompt: file of the system prompt (see `read_system_prompt`); without one there is none.
-      dtype: "float32" or "bfloat16", of the parameters and of what is computed; states are float32.
+      dtype: "float32" or "bfloat16", of the parameters and of what is computed; "int8": matrices and embedding as
+        `hart_jax.quantized` has them, and computing in float32 on CPUs, bfloat16 elsewhere. States are float32.
       placement: lays the parameters out over a mesh; without one they lie on the default device.
 
     Raises:
@@ -171,15 +171,16 @@ def load(
         raise UserError(f"text encoder: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     text = "" if system_prompt is None else read_system_prompt(system_prompt)
     tokenizer = read_tokenizer(folder, config)
-    kind = jnp.dtype(dtype)
-    return Qwen2Encoder(config, _load_params(folder, config, kind, placement), tokenizer, text, kind, placement)
+    params = _load_params(folder, config, jnp.dtype(dtype), placement)
+    if dtype == "int8":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Qwen2Encoder(config, params, tokenizer, text, jnp.dtype(dtype), placement)
 
 
 def _load_params(folder: Path, config: Qwen2Config, dtype: np.dtype, placement: Placement | None) -> Any:
     if placement is None:
-        return read_qwen2(folder, config, dtype, lambda _, value: jnp.asarray(value))
-    abstract = abstract_params(config)
-    places = placement.state(nn.meta.unbox(abstract), parameter_axes(abstract))
+        return read_qwen2(folder, config, dtype, lambda _, value: jax.tree.map(jnp.asarray, value))
+    places = placement.state(stored_params(config, dtype), parameter_axes(abstract_params(config)))
     return read_qwen2(
         folder, config, dtype, lambda path, value: on_mesh(value, functools.reduce(operator.getitem, path, places))
     )

@@ -20,7 +20,7 @@ from hart_jax.experiment import HartExperiment
 from hart_jax.generate import make_sampler
 from hart_jax.images import grid, to_uint8
 from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
-from hart_jax.text.encoder import TextEncoder
+from hart_jax.text.encoder import TextEncoder, text_options
 from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.loop import Batch
@@ -48,7 +48,7 @@ class HartTask:
         self.init, self.places = self._program.init, self._program.places
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
         self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
-        self._conditions = conditions_of(config, experiment.text_encoder)
+        self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt)
         self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
         self._key = jax.random.key(train.seed)
         self._sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
@@ -75,7 +75,9 @@ class HartTask:
         if not self._config.precompute_text:
             return CaptionTokens(encoder, length)
         data = self._config.data
-        if is_stored(data.train_folders, TEXTS, lambda: texts_from(self._config.text_encoder, length)):
+        source = self._config.text_encoder
+        options = text_options(source, self._config.system_prompt)
+        if is_stored(data.train_folders, TEXTS, lambda: texts_from(source, length, options)):
             return StoredTexts(data.train_folders)
         captions = load_captions(data.train_folders, data.max_bad_records)
         return first_process_first(lambda: precompute(encoder, captions, length, folder))

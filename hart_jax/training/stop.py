@@ -4,7 +4,6 @@ import signal
 from types import FrameType
 
 import jax
-from orbax.checkpoint import multihost
 
 
 class StopSignals:
@@ -31,6 +30,9 @@ class StopSignals:
         """Whether to save and end after this finished step; every process has to ask at every step."""
         if not self._distributed:
             return self.received is not None
+        # Here, because it takes seconds to import and one process does without.
+        from orbax.checkpoint import multihost
+
         due = multihost.reached_preemption(step)
         if due:
             self.received = self.received or signal.SIGTERM

@@ -98,6 +98,7 @@ def read_workdir(path: str | Path, which: str = "ema") -> Model:
         experiment.transformer,
         params,
         text_encoder if text_encoder and text_encoder.is_dir() else None,
+        Path(experiment.system_prompt) if experiment.system_prompt else None,
     )
 
 

@@ -65,12 +65,11 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", bias_init, (cfg.heads, cfg.head_dim))
         qkv = product("bqw,wnhk->bqnhk", x_BQW, kernel)
         q, k, v = add_bias(qkv[:, :, 0], q_bias), qkv[:, :, 1], add_bias(qkv[:, :, 2], v_bias)
-        scale = 0.25 / cfg.head_dim**0.5
         if cfg.attn_l2_norm:
             start = nn.with_logical_partitioning(nn.initializers.constant(np.log(4.0)), ("heads",))
             scale_mul = jnp.exp(jnp.minimum(self.param("scale_mul", start, (cfg.heads,)), MAX_SCALE_MUL))
             q = _unit(q) * scale_mul[:, None].astype(q.dtype)
-            k, scale = _unit(k), 1.0
+            k = _unit(k)
         q, k = turn(q, turns_BQ2K), turn(k, turns_BQ2K)
         q, k, v = (nn.with_logical_constraint(x, ("batch", None, "heads", None)) for x in (q, k, v))
         cache = None
@@ -81,7 +80,9 @@ class SelfAttention(nn.Module):
             k, v = (
                 jnp.concatenate([old.astype(q.dtype), new], axis=1) for old, new in zip(before, (k, v), strict=True)
             )
-        out = attention(q, k, v, kv_end=segments, scale=scale, implementation=self.attention)
+        # Kept only where "intermediates" are asked for.
+        self.sow("intermediates", "queries_keys", (q, k))
+        out = attention(q, k, v, kv_end=segments, scale=cfg.attention_scale, implementation=self.attention)
         out = out.reshape(*x_BQW.shape[:2], cfg.width)
         init = width_init(cfg.width, (2 * cfg.depth) ** -0.5)
         return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), cache

@@ -160,7 +160,7 @@ class Hart(nn.Module):
             body = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.config.depth,

@@ -23,12 +23,15 @@ def test_writes_a_model_folder(pristine, tmp_path, monkeypatch, capsys):
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text("{}")
-    convert(monkeypatch, "--source", pristine, "--out", tmp_path / "model", "--text_encoder", encoder)
+    (tmp_path / "prompt.md").write_text("Say more.\n")
+    text = ["--text_encoder", encoder, "--system_prompt", tmp_path / "prompt.md"]
+    convert(monkeypatch, "--source", pristine, "--out", tmp_path / "model", *text)
     ours, released = read_model(tmp_path / "model"), read_released(pristine)
     assert (ours.tokenizer_config, ours.transformer_config) == (released.tokenizer_config, released.transformer_config)
     for part in ("tokenizer", "transformer"):
         assert jax.tree.all(jax.tree.map(np.array_equal, getattr(ours, part), getattr(released, part)))
-    assert (ours.text_encoder / "config.json").is_file()
+    assert (ours.text_encoder / "system_prompt.txt").read_bytes() == b"Say more.\n"
+    assert (ours.text_encoder / "config.json").is_file() and not (encoder / "system_prompt.txt").exists()
     assert "M parameters" in capsys.readouterr().out
 
 
@@ -56,6 +59,8 @@ def test_a_fault_leaves_nothing_behind(release, tmp_path, monkeypatch):
         convert(monkeypatch, "--source", release, "--out", tmp_path / "out/model")
     with pytest.raises(UserError, match="not a text encoder's folder"):
         convert(monkeypatch, "--source", release, "--out", tmp_path / "out/model", "--text_encoder", tmp_path / "none")
+    with pytest.raises(UserError, match=r"--system_prompt=prompt\.txt: is stored with a text encoder"):
+        convert(monkeypatch, "--source", release, "--out", tmp_path / "out/model", "--system_prompt", "prompt.txt")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -16,10 +16,12 @@ from hart_jax.data.text_states import precompute as text_table
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
 from hart_jax.model_folder import write_part
-from hart_jax.text.encoder import load_text_encoder
+from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.minilm import import_minilm
+from tests.sample_runs import QWEN2
 from tests.tiny import TOKENIZER, random_like, tiny_model
 from tests.tiny_bert import write_published
+from tests.tiny_qwen2 import SYSTEM_PROMPT, write_folder
 
 POSITIONS = 6
 
@@ -100,6 +102,31 @@ def test_other_models_are_refused(shards, stored, params, encoder_folder):
         is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, random_like(params, seed=5)))
     with pytest.raises(UserError, match="the texts in its records were computed with another positions"):
         is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS + 1))
+
+
+def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):
+    folder = write_folder(tmp_path / "qwen2", QWEN2)
+    (tmp_path / "prompt.txt").write_text(SYSTEM_PROMPT)
+    plain, behind, coarse = (
+        texts_from(folder, 6, text_options(folder, prompt, dtype))
+        for prompt, dtype in (("", "auto"), (tmp_path / "prompt.txt", "float32"), ("", "bfloat16"))
+    )
+    assert plain["dtype"] == "float32" and "system_prompt" not in plain
+    assert {name for name in behind if behind[name] != plain.get(name)} == {"system_prompt"}
+    assert {name for name in coarse if coarse[name] != plain[name]} == {"dtype"}
+    # One beside the encoder counts where none is given, and is the encoder's then, too.
+    write_folder(folder, QWEN2)
+    (folder / "system_prompt.txt").write_text(SYSTEM_PROMPT)
+    assert texts_from(folder, 6, text_options(folder, None)) == behind
+    states = [
+        load_text_encoder(folder, **text_options(folder, prompt))(["a dog"], 6).states_BTD
+        for prompt in (None, tmp_path / "prompt.txt")
+    ]
+    np.testing.assert_array_equal(*states)
+    fields = AddTexts(folder, 6, tmp_path / "prompt.txt", "float32").about
+    assert fields == behind
+    with pytest.raises(UserError, match="computed with another text_encoder, positions, dtype, system_prompt"):
+        is_stored(stored, TEXTS, lambda: behind | {"positions": 9})
 
 
 def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path, capsys):

@@ -8,16 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import pytest
 
 from benchmarks.pod_plans import search
 from hart_jax.errors import UserError
+from hart_jax.experiment import read_experiment
 from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
-from hart_jax.parallel.plan import Plan, advice, plan, table
+from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan, read_text_config, table
+from hart_jax.parallel.plan import QWEN2 as QWEN2_PUBLISHED
 from hart_jax.parallel.topology import topology_devices
+from hart_jax.text.qwen2 import abstract_params
+from tests.sample_runs import QWEN2
 from tests.tiny import TOKENIZER, transformer_config
+from tests.tiny_qwen2 import model_tensors, write_folder
 
 SMALL = Plan(
     topology="v5e:16x16",
@@ -74,6 +80,8 @@ def test_chips_that_repeat_work_are_reported():
         # 15 of 24 GiB are free for 4 pictures a chip: 2 of them.
         (changed(BIG, batch_size=1024, temporaries=0, peak=0), "lower train.batch_size to 512"),
         (changed(BIG, batch_size=2048, what="sample", remat="none"), "lower --batch_size to 1280"),
+        (changed(BIG, batch_size=2048, what="sample", text_encoder=3 * GiB), "lower --batch_size to 1024"),
+        (changed(BIG, what="sample", text_encoder=8 * GiB), "--config.sample.weights=int8, or split"),
         (changed(BIG, batch_size=256), "mesh.tensor=2"),
         (changed(BIG, arguments=20 * GiB), "mesh.fsdp=64"),
         (changed(BIG, arguments=300 * GiB), "take more chips, with mesh.fsdp=1024"),
@@ -122,6 +130,40 @@ def test_the_search_finds_the_largest_batch_that_fits(each, largest):
     assert len(compiled) == len(set(compiled)) <= 3
 
 
+@pytest.mark.parametrize(
+    ("weights", "each", "largest"), [(4, 1.5, 8), (4, 0.5, 24), (4, 0.1, 64), (4, 13, 0), (4, 7, 1)]
+)
+def test_the_search_for_what_a_chip_draws_at_a_time(weights, each, largest):
+    """With few compilations, none of them made twice."""
+    compiled = []
+
+    def plan_of(batch: int) -> Plan:
+        compiled.append(batch)
+        temporaries = int(each * GiB * batch / 2)
+        peak = weights * GiB + temporaries
+        sizes = {"arguments": 3 * GiB, "text_encoder": GiB, "temporaries": temporaries, "peak": peak}
+        return changed(SMALL, what="sample", batch_size=batch, fits=peak <= 16 * GiB, **sizes)
+
+    found = largest_batch(plan_of, parts=2)
+    assert found.batch_size == 2 * (largest or 1) and found.fits == bool(largest)
+    assert len(compiled) == len(set(compiled)) <= 3
+
+
+def test_sizes_of_the_text_encoder_beside_a_sampler(tmp_path):
+    published = read_experiment("configs/hart_0p7b_256.py")
+    assert read_text_config(published) == QWEN2_PUBLISHED
+    # 1.5B parameters, of which the embedding has 0.23B.
+    abstract = nn.unbox(abstract_params(QWEN2_PUBLISHED))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 1_543_714_304
+    folder = write_folder(tmp_path / "qwen2", QWEN2)
+    assert read_text_config(published, str(folder / "config.json")).hidden_size == 24
+    assert read_text_config(dataclasses.replace(published, text_encoder=str(folder))).num_hidden_layers == 3
+    assert read_text_config(read_experiment("configs/emoji_hart.py")) is None
+    assert read_text_config(read_experiment("configs/hart_d20.py")) is None
+    with pytest.raises(UserError, match=r"not the config\.json of a qwen2"):
+        read_text_config(published, "assets/emoji/text_encoder/config.json")
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hart_jax.parallel.plan", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
@@ -134,6 +176,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/emoji_tokenizer.py", "--topology=v5e:2x2"], "this config trains a tokenizer"),
         (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--batch_size=4"], "is of --what=sample"),
         (["--config=configs/emoji_hart.py", "--what=dream"], "dream"),
+        (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--what=sample", "--batch_size=all"], "0, or fit"),
     ],
 )
 def test_wrong_command_lines_end_before_compiling(arguments, message):
@@ -174,15 +217,31 @@ def test_a_tiny_job_for_a_tpu(tmp_path, what):
     done = run(f"--config={config}", "--topology=v5e:2x2", f"--what={what}", "--json", *mesh)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["chips"] == 4 and found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    # The sampler is not split as training is.
+    sizes = (2, 2, 1) if what == "train" else (4, 1, 1)
+    assert found["chips"] == 4 and found["mesh"] == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     assert found["batch_size"] == (8 if what == "train" else 32)
     assert found["peak"] >= found["arguments"] + found["temporaries"] > 0
     assert found["executed"] == pytest.approx(found["flops"] / 4, rel=0.5)
-    # Half of the parameters are on each chip, in training beside two moments and the average.
+    # In training half of the parameters are on each chip, beside two moments and the average.
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_transformer(transformer_config())))
-    held = 4 * parameters / 2 * (4 if what == "train" else 1)
+    held = 4 * parameters * (4 / 2 if what == "train" else 1)
     assert found["arguments"] > held and found["moved"] > held
-    assert any("all-gather over" in kind for kind in found["sent"])
+    assert any("all-gather over" in kind for kind in found["sent"]) == (what == "train")
+
+
+@needs_libtpu
+def test_a_tiny_sampler_with_its_text_encoder(tmp_path):
+    folder = write_folder(tmp_path / "qwen2", QWEN2)
+    config = write_config(tmp_path, context_dim=24)
+    given = [f"--config={config}", "--topology=v5e:2x2", "--what=sample", "--config.mesh.tensor=2"]
+    done = run(*given, f"--text_encoder_config={folder / 'config.json'}", "--batch_size=fit", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 2, "fsdp": 1, "tensor": 2} and found["batch_size"] == 2 * MOST_EACH
+    whole = 2 * sum(tensor.size for tensor in model_tensors(QWEN2).values())
+    assert whole / 2 < found["text_encoder"] < whole
+    assert found["peak"] >= found["arguments"] + found["temporaries"] + found["text_encoder"]
 
 
 @needs_libtpu

@@ -3,7 +3,7 @@
 import pytest
 
 from hart_jax.errors import UserError
-from hart_jax.text.prompts import read_prompts_file, report_truncation
+from hart_jax.text.prompts import read_prompts_file, read_seeded_prompts, report_truncation
 
 
 def test_one_prompt_per_line_and_blank_lines_are_skipped(tmp_path):
@@ -19,6 +19,25 @@ def test_missing_empty_and_binary_files_are_user_errors(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"prompts\.txt"):
         read_prompts_file(path)
+
+
+def test_seeds_stand_before_their_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("7\ta red apple\n\n3 blue dogs\n12\tof  which\tone\n")
+    expected = [("a red apple", 7), ("3 blue dogs", None), ("of  which\tone", 12)]
+    assert read_seeded_prompts(path) == expected
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "7\\ta red\\napple", "seed": 3}\n{"prompt": "a blue dog"}\n')
+    assert read_seeded_prompts(path) == [("7\ta red\napple", 3), ("a blue dog", None)]
+
+
+@pytest.mark.parametrize(
+    "line", ["a red apple", "[]", '{"prompt": 3}', '{"prompt": "a", "seed": "3"}', '{"prompt": "a", "cfg": 3}']
+)
+def test_wrong_lines_are_named(tmp_path, line):
+    (tmp_path / "prompts.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"prompts\.jsonl, line "):
+        read_seeded_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_each_cut_prompt_is_reported_once(capsys):

@@ -1,0 +1,106 @@
+"""Runs of `sample.py` in processes of their own, on tiny models; shared by tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hart_jax.config import TransformerConfig
+from hart_jax.convert.released import read_released
+from hart_jax.model_folder import write_model
+from hart_jax.text.minilm import import_minilm
+from tests import tiny_qwen2
+from tests.parity.materialize import read_manifest, write_release
+from tests.tiny import TOKENIZER, tiny_model
+from tests.tiny_bert import write_published
+from tests.train_runs import QUICKLY
+
+ROOT = Path(__file__).parent.parent
+QWEN2 = tiny_qwen2.CASES["untied vision, pads left, system prompt"]
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({values!r})
+"""
+
+
+def write_tiny(folder: Path) -> Path:
+    """A folder with `model`, a tiny complete model, and its config `tiny.py`."""
+    import_minilm(write_published(folder / "published"), folder / "text_encoder")
+    model = tiny_model(folder / "text_encoder", context_tokens=6, context_dim=24)
+    write_model(folder / "model", model)
+    write_config(folder / "tiny.py", model.transformer_config, TOKENIZER.to_dict(), model=str(folder / "model"))
+    return folder
+
+
+def write_released(folder: Path) -> Path:
+    """A folder with `release`, its text encoder `qwen2` with `system_prompt.md`, and their config `released.py`."""
+    manifest = read_manifest(ROOT / "tests/parity/cases/flags")
+    tensors = {key: spec for key, spec in manifest["tensors"].items() if "/disc." not in key}
+    width = QWEN2.config["hidden_size"]
+    embed = tensors["llm/context_embed.weight"]
+    tensors["llm/context_embed.weight"] = embed | {"shape": [embed["shape"][0], width]}
+    write_release(
+        manifest | {"tensors": tensors, "llm_config": manifest["llm_config"] | {"context_dim": width}},
+        folder / "release",
+    )
+    tiny_qwen2.write_folder(folder / "qwen2", QWEN2)
+    (folder / "system_prompt.md").write_text(tiny_qwen2.SYSTEM_PROMPT)
+    model = read_released(folder / "release")
+    # A pod's mesh, which drawing does not ask for.
+    write_config(
+        folder / "released.py",
+        model.transformer_config,
+        model.tokenizer_config.to_dict(),
+        mesh={"data": -1, "fsdp": 16},
+    )
+    return folder
+
+
+def write_config(path: Path, transformer: TransformerConfig, tokenizer: dict[str, Any], **more: Any) -> None:
+    values = {
+        "tokenizer": tokenizer,
+        "transformer": transformer.to_dict(),
+        "loss": {"condition_top_k": 8},
+        "sample": {"top_k": 8, "top_k_late": 8},
+        "mesh": {},
+        **more,
+    }
+    path.write_text(CONFIG.format(values=values))
+
+
+def environment(folder: Path, devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    own = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "HART_CACHE_DIR": str(folder / "cache")}
+    return {**os.environ, **QUICKLY, **own, "XLA_FLAGS": flags}
+
+
+def start(folder: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "sample.py"), *flags]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(folder, devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sample(folder: Path, *flags: str, devices: int = 1) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a whole run."""
+    with start(folder, *flags, devices=devices) as process:
+        out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    """Prompts with a seed each, the last few as every one of them was."""
+    words = ("a red apple", "a blue dog", "a render of a dog", "3d apples")
+    lines = [json.dumps({"prompt": words[number % 4], "seed": 100 + number // 4}) for number in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

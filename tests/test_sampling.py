@@ -1,0 +1,184 @@
+"""Painters: the same tokens in any batch on any devices, batch sizes by memory, where a text encoder comes from."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hart_jax import sampling
+from hart_jax.config import TokenizerConfig, TransformerConfig
+from hart_jax.errors import UserError
+from hart_jax.experiment import HartExperiment, SampleConfig, read_experiment
+from hart_jax.memory import MOST_PICTURES, free_bytes, picture_bytes, pictures_that_fit
+from hart_jax.model_folder import read_model, write_model
+from hart_jax.sampling import Painter, text_source
+from tests.sample_runs import ROOT, environment, sample, write_released
+from tests.tiny import tiny_model
+from tests.tiny_qwen2 import SYSTEM_PROMPT
+
+SETTINGS = SampleConfig(top_k=8, top_k_late=8)
+LABELS = tiny_model(num_classes=3, context_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    return write_released(tmp_path_factory.mktemp("released"))
+
+
+def released_flags(released: Path) -> list[str]:
+    return [f"--config={released / 'released.py'}", f"--checkpoint={released / 'release'}"]
+
+
+def test_the_released_folders_draw(released, tmp_path):
+    """And from the second time on with the weights converted before: the same pictures."""
+    (released / "prompts.txt").write_text("7\ta red apple\na blue dog\n")
+    given = [f"--prompts_file={released / 'prompts.txt'}", f"--text_encoder={released / 'qwen2'}"]
+    files = []
+    for start in range(2):
+        out = tmp_path / f"out{start}"
+        code, _, err = sample(
+            released, *released_flags(released), *given, "--system_prompt=system_prompt.md", f"--out={out}"
+        )
+        assert code == 0 and "warning" not in err, err
+        assert len(list((released / "cache/converted").iterdir())) == 1
+        files.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 4
+    run, first, second = map(json.loads, (out / "00000-pictures.jsonl").read_text().splitlines())
+    assert (first["seed"], second["seed"], run["batch_size"]) == (7, 0, 2)
+    # Without what is kept, and without a system prompt: another picture.
+    code, _, err = sample(released, *released_flags(released), *given, "--nocache", f"--out={out}")
+    assert code == 0, err
+    assert (out / "00002-a-red-apple.png").read_bytes() != files[0]["00000-a-red-apple.png"]
+
+
+def test_the_text_encoder_is_the_given_then_the_models_then_the_configs(released, tmp_path):
+    experiment = read_experiment(released / "released.py")
+    assert isinstance(experiment, HartExperiment)
+    named = dataclasses.replace(experiment, text_encoder="data/qwen2", system_prompt="data/hart")
+    plain = tiny_model()
+    assert text_source(plain, experiment) == (None, None)
+    assert text_source(plain, named) == ("data/qwen2", "data/hart")
+    assert text_source(plain, named, "mine") == ("mine", "data/hart")
+    assert text_source(plain, named, "mine", "prompt.txt") == ("mine", "prompt.txt")
+    own = dataclasses.replace(plain, text_encoder=released / "qwen2", system_prompt=released / "system_prompt.md")
+    assert text_source(own, named) == (released / "qwen2", released / "system_prompt.md")
+    write_model(tmp_path / "model", own)
+    beside = tmp_path / "model/text_encoder/system_prompt.txt"
+    assert beside.read_text() == SYSTEM_PROMPT
+    assert text_source(read_model(tmp_path / "model"), named) == (tmp_path / "model/text_encoder", beside)
+
+
+def test_a_refused_prompt_is_named_not_replaced(released):
+    model = tiny_model(context_dim=24)
+    painter = Painter(model, SETTINGS, released / "qwen2", prompt_filter=lambda prompt: "dog" not in prompt)
+    painter.check(["a red apple"])
+    with pytest.raises(UserError, match="the prompt filter refuses 'a blue dog'"):
+        painter.draw(["a red apple", "a blue dog"])
+
+
+_ON_DEVICES = """
+import sys
+import jax
+import numpy as np
+from hart_jax.config import MeshConfig
+from hart_jax.experiment import SampleConfig
+from hart_jax.sampling import Asked, Painter
+from tests.tiny import tiny_model
+
+folder, out = sys.argv[1:]
+model = tiny_model(context_tokens=16, context_dim=24, heads=4)
+words = ("a red apple", "a blue dog", "the side of the dog")
+asked = [Asked(words[number % 3], number // 2, number % 2) for number in range(8)]
+
+
+def tokens(devices, batch, weights="float", **mesh):
+    settings = SampleConfig(top_k=8, top_k_late=8, weights=weights)
+    painter = Painter(
+        model, settings, folder + "/qwen2", folder + "/system_prompt.md", MeshConfig(**mesh), jax.devices()[:devices]
+    )
+    size, found, sampler = painter.batch_size(8, batch), [], painter._sample
+
+    def sample(*inputs):
+        images, indices = sampler(*inputs)
+        found.append(np.concatenate([np.asarray(index) for index in indices], axis=1))
+        return images, indices
+
+    painter._sample = sample
+    batches = [asked[start : start + size] for start in range(0, 8, size)]
+    pictures = [picture.image for batch in painter.batches(batches, size) for picture in batch]
+    return size, np.concatenate(found)[:8], np.stack(pictures), painter
+
+
+one = tokens(1, 1)
+assert one[0] == 1 and len(np.unique(one[1], axis=0)) == 8
+for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor": 2, "data": 4})):
+    size, found, pictures, painter = tokens(devices, batch, **mesh)
+    np.testing.assert_array_equal(found, one[1], err_msg=str((devices, batch, mesh)))
+    assert np.abs(pictures.astype(int) - one[2]).max() <= 1
+    assert size == {1: 8, 8: 8, 4: 2}[devices]
+    if mesh.get("tensor"):
+        kernel = painter._params["transformer"]["layers"]["attn"]["qkv"]
+        assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+int8 = tokens(1, 8, "int8"), tokens(4, 8, "int8", tensor=2)
+np.testing.assert_array_equal(int8[0][1], int8[1][1])
+assert (int8[0][1] != one[1]).any()
+np.savez(out, one[1])
+"""
+
+
+def test_batches_and_devices_do_not_change_a_token(released, tmp_path):
+    command = [sys.executable, "-c", _ON_DEVICES, str(released), str(tmp_path / "tokens.npz")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(released, 8), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
+    painter = Painter(LABELS, SETTINGS)
+    assert painter.batch_size(20, 3) == 3 and painter.batch_size(2, 3) == 2
+    assert painter.batch_size(20) == MOST_PICTURES
+    monkeypatch.setattr(sampling, "free_bytes", lambda device: 1000)
+    assert painter.batch_size(20) == 1
+    assert painter([1, 2], seed=3).shape == (2, 8, 8, 3)
+
+    def too_big(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr(painter, "_sample", too_big)
+    with pytest.raises(UserError, match=r"4 pictures at a time do not fit on a device; lower --batch_size from 4"):
+        list(painter.draw([0, 1], num_images=2, batch_size=4))
+    monkeypatch.setattr(painter, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        list(painter.draw([0]))
+
+
+def test_one_device_cannot_be_split_and_several_processes_draw_apart(monkeypatch):
+    with pytest.raises(UserError, match=r"mesh.tensor=2: does not divide the 1 devices"):
+        Painter(LABELS, SETTINGS, mesh=sampling.MeshConfig(tensor=2))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="drawing in 2 processes: one draws alone"):
+        Painter(LABELS, SETTINGS)
+
+
+def test_more_memory_never_takes_fewer_pictures():
+    sides = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+    transformer = TransformerConfig(patch_nums=sides)
+    tokenizer = TokenizerConfig(image_size=1024, patch_nums=sides)
+    each = [pictures_that_fit(transformer, tokenizer, SampleConfig(), free * 2**30, 2) for free in range(80)]
+    assert each == sorted(each) and each[0] == 1 and each[-1] == MOST_PICTURES
+    # The published model takes some GiB for a picture.
+    assert 1.5 * 2**30 < picture_bytes(transformer, SampleConfig()) < 4 * 2**30
+    assert 0 < free_bytes(jax.devices()[0]) < 2**45
+
+
+def test_latents_are_decoded_in_parts():
+    settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 1, 2)]
+    pictures = [Painter(LABELS, each)([0, 1], num_images=2) for each in settings]
+    for other in pictures[1:]:
+        assert np.abs(other.astype(int) - pictures[0]).max() <= 1
+    with pytest.raises(UserError, match="decode_at_once=-1"):
+        SampleConfig(decode_at_once=-1)
