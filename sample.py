@@ -132,8 +132,10 @@ def main() -> None:
     model = load_model(source, cache=_CACHE.value)
     check_model(model, experiment, source)
     text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
-    painter = Painter(model, chosen, *text, mesh=experiment.mesh)
     about = drawing.identity(model, chosen, text)
+    painter = Painter(model, chosen, *text, mesh=experiment.mesh)
+    # The painter has its own copy.
+    del model
     size_of = functools.partial(painter.batch_size, len(asked))
     album = drawing.open_album(out, asked, about, _BATCH_SIZE.value, size_of, _RESUME.value)
     kind = "label" if experiment.transformer.num_classes else "prompt"
