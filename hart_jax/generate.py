@@ -443,3 +443,19 @@ def split_layers(params: Params) -> Params:
     depth = len(jax.tree.leaves(layers)[0])
     each = [jax.tree.map(lambda x, at=at: x[at], layers) for at in range(depth)]
     return {**params, "transformer": {**params["transformer"], "layers": each}}
+
+
+def narrowed(transformer: Any, dtype: Any) -> Any:
+    """The transformer's parameters with those matrices in the compute type that its products round to it in any case.
+
+    Given float32 ones, a program would first make a copy of the whole stack of layers.
+    """
+    if dtype in (None, jnp.float32):
+        return transformer
+
+    def narrow(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [str(getattr(key, "key", "")) for key in path]
+        rounded = names[0] in ("layers", "diffusion_head") and names[-1] in ("kernel", "qkv")
+        return leaf.astype(dtype) if rounded else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, transformer)

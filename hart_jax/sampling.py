@@ -22,7 +22,7 @@ from hart_jax.convert.cache import read_released_cached
 from hart_jax.convert.released import is_released, read_released
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, SampleConfig
-from hart_jax.generate import make_layered_sampler, make_sampler, split_layers
+from hart_jax.generate import make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.images import to_uint8
 from hart_jax.memory import MOST_PICTURES, free_bytes, pictures_that_fit
 from hart_jax.model_folder import Model, boxed_transformer, read_model
@@ -176,7 +176,8 @@ class Painter:
             self._params = self._put(model, settings)
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
-        transformer = quantize(model.transformer) if settings.weights == "int8" else model.transformer
+        narrow = functools.partial(narrowed, dtype=compute_dtype("auto"))
+        transformer = (quantize if settings.weights == "int8" else narrow)(model.transformer)
         params = {"transformer": transformer, "tokenizer": model.tokenizer}
         if self._placement is None:
             return jax.device_put(split_layers(params) if self._layered else params, self._devices[0])

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from hart_jax.errors import UserError
 from hart_jax.experiment import SampleConfig
-from hart_jax.generate import iteration_sizes, keep_top, kth_largest, make_layered_sampler, make_sampler, split_layers
+from hart_jax.generate import (
+    iteration_sizes,
+    keep_top,
+    kth_largest,
+    make_layered_sampler,
+    make_sampler,
+    narrowed,
+    split_layers,
+)
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
@@ -102,6 +110,20 @@ def test_layer_by_layer_draws_the_same(flags, changes):
     for a, b in zip(tokens, tokens_again, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(again, image, atol=1e-4)
+
+
+def test_narrow_weights_draw_what_wide_ones_do():
+    parts = Hart(MODEL.transformer_config, jnp.bfloat16), Tokenizer(TOKENIZER), ALL
+    text = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
+    wanted = (text, np.ones((1, 4), np.int32)), 0, jnp.array([0])
+    narrow = narrowed(MODEL.transformer, jnp.bfloat16)
+    assert narrow["layers"]["attn"]["qkv"].dtype == jnp.bfloat16 and narrow["head"]["kernel"].dtype == np.float32
+    sample = make_sampler(*parts)
+    wide, narrow = (
+        sample({"transformer": each, "tokenizer": MODEL.tokenizer}, *wanted)[1] for each in (MODEL.transformer, narrow)
+    )
+    for a, b in zip(wide, narrow, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_greedy_sampling_takes_the_largest_logit():

@@ -10,6 +10,7 @@ The exit code is 0 if it fits, 1 if not, 2 for wrong settings.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -30,7 +31,7 @@ from hart_jax.convert.qwen2 import stored_params
 from hart_jax.errors import UserError, run_cli
 from hart_jax.evaluation.work import SYSTEM_PROMPT_TOKENS, read_text_size
 from hart_jax.experiment import HartExperiment
-from hart_jax.generate import make_sampler
+from hart_jax.generate import make_sampler, narrowed
 from hart_jax.model_folder import abstract_tokenizer, boxed_transformer
 from hart_jax.parallel.chips import Chip, GiB
 from hart_jax.parallel.hlo import Collective, count_work
@@ -153,8 +154,8 @@ def sampling_job(experiment: HartExperiment, devices: list[Any], batch_size: int
     program: HartProgram = hart_program(experiment, placement)
     transformer = boxed_transformer(experiment.transformer)
     axes, transformer = parameter_axes(transformer), nn.unbox(transformer)
-    if experiment.sample.weights == "int8":
-        transformer = jax.eval_shape(quantize, transformer)
+    narrow = functools.partial(narrowed, dtype=program.hart.dtype)
+    transformer = jax.eval_shape(quantize if experiment.sample.weights == "int8" else narrow, transformer)
     weights = {
         "transformer": _at(transformer, placement.state(transformer, axes)),
         "tokenizer": _at(abstract_tokenizer(experiment.tokenizer), placement.whole),
