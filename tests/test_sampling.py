@@ -90,7 +90,7 @@ from hart_jax.experiment import SampleConfig
 from hart_jax.sampling import Asked, Painter
 from tests.tiny import tiny_model
 
-folder, out = sys.argv[1:]
+folder = sys.argv[1]
 model = tiny_model(context_tokens=16, context_dim=24, heads=4)
 words = ("a red apple", "a blue dog", "the side of the dog")
 asked = [Asked(words[number % 3], number // 2, number % 2) for number in range(8)]
@@ -124,15 +124,14 @@ for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor":
     if mesh.get("tensor"):
         kernel = painter._params["transformer"]["layers"]["attn"]["qkv"]
         assert kernel.addressable_shards[0].data.size * 2 == kernel.size
-int8 = tokens(1, 8, "int8"), tokens(4, 8, "int8", tensor=2)
-np.testing.assert_array_equal(int8[0][1], int8[1][1])
-assert (int8[0][1] != one[1]).any()
-np.savez(out, one[1])
+_, _, pictures, painter = tokens(4, 8, "int8", tensor=2)
+assert painter._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
+assert (pictures != one[2]).any()
 """
 
 
-def test_batches_and_devices_do_not_change_a_token(released, tmp_path):
-    command = [sys.executable, "-c", _ON_DEVICES, str(released), str(tmp_path / "tokens.npz")]
+def test_batches_and_devices_do_not_change_a_token(released):
+    command = [sys.executable, "-c", _ON_DEVICES, str(released)]
     done = subprocess.run(command, cwd=ROOT, env=environment(released, 8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -125,9 +125,16 @@ def test_the_search_finds_the_largest_batch_that_fits(each, largest):
         return changed(SMALL, batch_size=batch, fits=peak <= 16 * GiB, **sizes)
 
     known = {8192: compile_batch(8192)}
-    best = search(known, [256 * 2**power for power in range(6, -1, -1)], compile_batch)
+    batches = [256 * 2**power for power in range(6, -1, -1)]
+    best = search(known, [], 16 * GiB, batches, compile_batch)
     assert (best.batch_size if best else None) == largest
     assert len(compiled) == len(set(compiled)) <= 3
+    # What other chips needed says that larger batches are in vain.
+    alike = [changed(compile_batch(1024), topology="v5p:8x8x4")]
+    compiled.clear()
+    again = search({}, alike, 16 * GiB, batches, compile_batch)
+    assert (again.batch_size if again else None) == largest
+    assert all(each * batch / 256 <= 1.25 * 16 + 1 for batch in compiled)
 
 
 @pytest.mark.parametrize(
