@@ -75,8 +75,7 @@ def write_config(path: Path, transformer: TransformerConfig, tokenizer: dict[str
 
 def environment(folder: Path, devices: int = 1) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    own = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "HART_CACHE_DIR": str(folder / "cache")}
-    return {**os.environ, **QUICKLY, **own, "XLA_FLAGS": flags}
+    return {**os.environ, **QUICKLY, "HART_CACHE_DIR": str(folder / "cache"), "XLA_FLAGS": flags}
 
 
 def start(folder: Path, *flags: str, devices: int = 1) -> subprocess.Popen:

@@ -14,11 +14,11 @@ from tests.tiny_bert import write_published
 from tests.train_runs import QUICKLY
 
 SIZES = {
-    "HART_NOTEBOOK_STEPS": "4",
+    "HART_NOTEBOOK_STEPS": "2",
     "HART_NOTEBOOK_BATCH_SIZE": "4",
     "HART_NOTEBOOK_PICTURES": "6",
     "HART_NOTEBOOK_PROMPTS": "2",
-    "HART_NOTEBOOK_VALUES": "2",
+    "HART_NOTEBOOK_VALUES": "1",
 }
 LARGEST = 400_000
 every_notebook = pytest.mark.parametrize("name", names())

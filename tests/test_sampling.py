@@ -21,6 +21,8 @@ from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
 SETTINGS = SampleConfig(top_k=8, top_k_late=8)
 LABELS = tiny_model(num_classes=3, context_tokens=1)
 
@@ -175,9 +177,9 @@ def test_more_memory_never_takes_fewer_pictures():
 
 
 def test_latents_are_decoded_in_parts():
-    settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 1, 2)]
-    pictures = [Painter(LABELS, each)([0, 1], num_images=2) for each in settings]
-    for other in pictures[1:]:
-        assert np.abs(other.astype(int) - pictures[0]).max() <= 1
+    # Four at once, and two and two: three do not divide four.
+    settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 3)]
+    pictures, others = (Painter(LABELS, each)([0, 1], num_images=2) for each in settings)
+    assert np.abs(others.astype(int) - pictures).max() <= 1
     with pytest.raises(UserError, match="decode_at_once=-1"):
         SampleConfig(decode_at_once=-1)
