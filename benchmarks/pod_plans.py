@@ -81,9 +81,9 @@ def search(
         # At best, temporaries shrink with the batch.
         if too_big and _scaled(too_big, batch) > too_big.memory:
             continue
-        if batch not in known and any(_scaled(plan, batch) > CLEARLY * memory for plan in alike):
-            continue
         if batch not in known:
+            if any(_scaled(plan, batch) > CLEARLY * memory for plan in alike):
+                continue
             known[batch] = compile_batch(batch)
         if known[batch].fits:
             return known[batch]

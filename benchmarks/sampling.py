@@ -24,7 +24,7 @@ import numpy as np
 from hart_jax.errors import UserError, run_cli
 from hart_jax.evaluation import work
 from hart_jax.experiment import HartExperiment, read_experiment
-from hart_jax.generate import make_layered_sampler, make_sampler, split_layers
+from hart_jax.generate import make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer
 from hart_jax.sampling import draws_by_layers, load_model
 from hart_jax.tokenizer.model import Tokenizer
@@ -137,7 +137,7 @@ def main() -> None:
         spent[step_of(name, static, experiment)] += taken
 
     parts = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), experiment.sample
-    params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
+    params = {"transformer": narrowed(model.transformer, dtype), "tokenizer": model.tokenizer}
     layered = arguments.parts or draws_by_layers(model)
     if layered:
         sampler = make_layered_sampler(*parts, watch if arguments.parts else None)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -221,7 +222,7 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
             if wanted:
                 abstract = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in wanted.items()}
                 with partial:
-                    loaded: Any = ocp.load(path, _nested(abstract))
+                    loaded: Any = ocp.load(path, unflatten_dict(abstract, sep="."))
                 for name in which.split("."):
                     loaded = loaded[name]
                 return loaded
@@ -312,18 +313,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `_flat` takes apart."""
-    tree: dict[str, Any] = {}
-    for key, leaf in flat.items():
-        *parents, name = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _complete_steps(directory: Path) -> list[int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from tqdm import tqdm
 
@@ -141,9 +142,9 @@ def _find(manifests: list[Path], asked: Sequence[Asked], about: Mapping[str, Any
         if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
             return _album(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
-    old, new = _flat(run["run"]), _flat(wanted)
-    differing = [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in {**old, **new}
-                 if old.get(name) != new.get(name)]  # fmt: skip
+    old, new = flatten_dict(run["run"], sep="."), flatten_dict(wanted, sep=".")
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    differing = [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
     if not differing:
         differing = ["it has other prompts, seeds or numbers of pictures"]
     raise UserError(
@@ -232,10 +233,3 @@ def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _slug(wish: str | int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

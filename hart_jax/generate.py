@@ -309,8 +309,8 @@ class _Stages:
             images = self._tokenize(params, "decode", flat)
             return images.reshape(devices, at_once, *images.shape[1:])
 
-        turns = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
-        images = jax.lax.map(decode, turns).swapaxes(0, 1)
+        rounds = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
+        images = jax.lax.map(decode, rounds).swapaxes(0, 1)
         return split_rows(images.reshape(len(f_hat), *images.shape[3:]))
 
     def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):

@@ -9,11 +9,10 @@ from pathlib import Path
 import jax
 
 from hart_jax.config import TokenizerConfig, TransformerConfig
-from hart_jax.evaluation.work import cache_bytes, passes
+from hart_jax.evaluation.work import BFLOAT16, FLOAT32, cache_bytes, passes
 from hart_jax.experiment import SampleConfig
 from hart_jax.generate import pictures_decoded_at_once
 
-FLOAT32, BFLOAT16 = 4, 2
 # More do not draw faster.
 MOST_PICTURES = 8
 # Of the free memory; the rest is for what the estimate does not see.

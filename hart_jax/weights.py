@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -69,18 +70,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
         if name + _SCALE_SUFFIX in tensors:
             value = array * tensors[name + _SCALE_SUFFIX]
         flat[name] = value
-    return _nested(flat)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+    return unflatten_dict(flat, sep="/")
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -113,12 +103,11 @@ def map_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"it has {end} bytes")
         if any(entry["dtype"] != "F32" for entry in header.values()):
             raise ValueError("not all of it is float32")
-        return _nested(
-            {
-                name: np.memmap(path, np.float32, "r", begin + spans[name][0], tuple(entry["shape"]))
-                for name, entry in header.items()
-            }
-        )
+        arrays = {
+            name: np.memmap(path, np.float32, "r", begin + spans[name][0], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        return unflatten_dict(arrays, sep="/")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise UserError(f"weight file {path} is cut short or not a safetensors file of float32 ({error})") from error
 

@@ -1,12 +1,13 @@
 """A published Qwen2 or Qwen2-VL in our parameters, tensor by tensor, so that the whole model lies in memory once."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hart_jax.convert.released import weight_file
 from hart_jax.convert.state_dict import StateDict
@@ -60,18 +61,12 @@ def read_qwen2(
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in tensors), None)
     if prefix is None:
         raise UserError(f"{file}: no tensor embed_tokens.weight, under any known prefix; this is not a Qwen2")
-    stored = dict(_flatten(stored_params(config, dtype)))
+    stored = flatten_dict(stored_params(config, dtype))
     names = {path: [prefix + name for name in _published(path, config)] for path in stored}
     _check_names(tensors, {name for group in names.values() for name in group}, str(file))
 
-    params: dict[str, Any] = {}
-    for path, abstract in stored.items():
-        *parents, leaf = path
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = put(path, _read(tensors, names[path], path, abstract, str(file)))
-    return params
+    read = {path: put(path, _read(tensors, names[path], path, stored[path], str(file))) for path in stored}
+    return unflatten_dict(read)
 
 
 def stored_params(config: Qwen2Config, dtype: np.dtype) -> Any:
@@ -80,14 +75,6 @@ def stored_params(config: Qwen2Config, dtype: np.dtype) -> Any:
     if dtype == np.int8:
         return jax.eval_shape(quantize, abstract)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
-
-
-def _flatten(tree: Mapping[str, Any], path: ParameterPath = ()) -> Iterator[tuple[ParameterPath, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, (*path, key))
-        else:
-            yield (*path, key), value
 
 
 def _published(path: ParameterPath, config: Qwen2Config) -> list[str]:

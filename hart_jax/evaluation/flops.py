@@ -41,7 +41,7 @@ from hart_jax.evaluation.work import (
 )
 from hart_jax.experiment import HartExperiment
 from hart_jax.parallel.chips import CHIPS, Chip
-from hart_jax.text.qwen2 import Qwen2Config
+from hart_jax.text.qwen2 import QWEN2_1P5B
 
 # px: scales (SPEC.md section 1) and MACs of the paper's table of text-to-image models.
 PUBLISHED = {
@@ -50,8 +50,6 @@ PUBLISHED = {
 }
 
 
-# The release's text encoder, and what it computes anew for every prompt.
-QWEN2_1P5B = Qwen2Config(151936, 1536, 8960, 28, 12, 2, 1e-6, 1e6)
 SYSTEM_PROMPT = "system prompt"
 
 

@@ -32,6 +32,7 @@ from hart_jax.errors import UserError, run_cli
 from hart_jax.evaluation.work import SYSTEM_PROMPT_TOKENS, read_text_size
 from hart_jax.experiment import HartExperiment
 from hart_jax.generate import make_sampler, narrowed
+from hart_jax.memory import MOST_PICTURES
 from hart_jax.model_folder import abstract_tokenizer, boxed_transformer
 from hart_jax.parallel.chips import Chip, GiB
 from hart_jax.parallel.hlo import Collective, count_work
@@ -39,7 +40,7 @@ from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.parallel.topology import topology_devices
 from hart_jax.quantized import quantize
-from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params
+from hart_jax.text.qwen2 import QWEN2_1P5B, KeyValues, Qwen2, Qwen2Config, abstract_params
 from hart_jax.text.qwen2_encoder import ROWS_PER_DEVICE
 from hart_jax.training.flops import flops_of
 from hart_jax.training.hart_program import HartProgram, hart_program
@@ -55,21 +56,8 @@ _TEXT_ENCODER = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object instead of a table.")
 
-# Pictures that `sample.py` draws at a time on one device.
-PICTURES_EACH = 8
 # Of one device in the search for the largest batch.
 MOST_EACH = 64
-# The published text encoder, for where its folder is not.
-QWEN2 = Qwen2Config(
-    vocab_size=151936,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +136,7 @@ def sampling_job(experiment: HartExperiment, devices: list[Any], batch_size: int
     """Drawing a batch of pictures as `sample.py` does, on its mesh."""
     placement = _sampling_placement(experiment, devices)
     parts = placement.batch_parts
-    batch_size = batch_size or PICTURES_EACH * parts
+    batch_size = batch_size or MOST_PICTURES * parts
     if batch_size < 1 or batch_size % parts:
         raise UserError(f"--batch_size={batch_size}: must be a multiple of the {parts} copies of the model")
     program: HartProgram = hart_program(experiment, placement)
@@ -201,7 +189,7 @@ def read_text_config(experiment: HartExperiment, file: str | None = None) -> Qwe
         if file:
             raise UserError(f"--text_encoder_config={file}: not the config.json of a qwen2 or qwen2_vl")
         return None
-    return QWEN2 if experiment.transformer.context_dim == QWEN2.hidden_size else None
+    return QWEN2_1P5B if experiment.transformer.context_dim == QWEN2_1P5B.hidden_size else None
 
 
 def _text_memory(experiment: HartExperiment, text: Qwen2Config | None, job: Job) -> tuple[int, int]:
@@ -312,7 +300,7 @@ def largest_batch(plan_of: Callable[[int], Plan], parts: int) -> Plan:
     Compiles few: each plan's memory tells which to try next. Where not one picture fits, its plan is returned.
     """
     known: dict[int, Plan] = {}
-    fitting, too_many, each = 0, MOST_EACH + 1, PICTURES_EACH
+    fitting, too_many, each = 0, MOST_EACH + 1, MOST_PICTURES
     while too_many - fitting > 1:
         tried = known[each] = plan_of(each * parts)
         fitting, too_many = (each, too_many) if tried.fits else (fitting, each)

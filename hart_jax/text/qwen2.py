@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from hart_jax.errors import UserError
 from hart_jax.layers import RMSNorm, dense, lookup, split_rows
-from hart_jax.transformer.rotary import rotate
+from hart_jax.transformer.rotary import turn, turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,19 @@ def _check_computation(values: Mapping[str, Any], config: Qwen2Config, where: st
         raise UserError(f"{where}: layer_types has {min(others)!r}; only 'full_attention' is supported")
 
 
+# The published text encoder of HART.
+QWEN2_1P5B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+)
+
+
 class KeyValues(NamedTuple):
     """Rotated keys and values of a prefix in every layer, (L, B or 1, P, G, K) each."""
 
@@ -148,7 +161,7 @@ class Qwen2(nn.Module):
         start, length = prefix.keys.shape[2], input_ids_BT.shape[1]
         causal_TT = np.tri(length, dtype=bool)
         visible_BTM = jnp.pad(causal_TT & (mask_BT[:, None] > 0), ((0, 0), (0, 0), (start, 0)), constant_values=True)
-        angle_1TK = _angles(np.arange(start, start + length), config)[None]
+        turns_1T2K = turns(jnp.asarray(_angles(np.arange(start, start + length), config)[None]))
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -157,7 +170,7 @@ class Qwen2(nn.Module):
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.dtype, name="layers")
-        x_BTW, own = layers(x_BTW, visible_BTM, angle_1TK, prefix)
+        x_BTW, own = layers(x_BTW, visible_BTM, turns_1T2K, prefix)
         return RMSNorm(config.rms_norm_eps, "norm", name="norm")(x_BTW).astype(jnp.float32), own
 
 
@@ -174,7 +187,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTW: jax.Array, visible_BTM: jax.Array, angle_1TK: jax.Array, prefix: KeyValues
+        self, x_BTW: jax.Array, visible_BTM: jax.Array, turns_1T2K: jax.Array, prefix: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
         config = self.config
         linear = functools.partial(dense, dtype=self.dtype)
@@ -190,12 +203,12 @@ class _Layer(nn.Module):
                 ("value", config.num_key_value_heads, "key_value_heads"),
             )
         )
-        own = KeyValues(rotate(k_BTGK, angle_1TK), v_BTGK)
+        own = KeyValues(turn(k_BTGK, turns_1T2K), v_BTGK)
         k_BMGK, v_BMGK = (
             jnp.concatenate([jnp.broadcast_to(before, (rows, *before.shape[1:])), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
-        q_BTGRK = rotate(q_BTHK, angle_1TK).reshape(rows, length, config.num_key_value_heads, -1, channels)
+        q_BTGRK = turn(q_BTHK, turns_1T2K).reshape(rows, length, config.num_key_value_heads, -1, channels)
         logits_BGRTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGRK, k_BMGK, preferred_element_type=jnp.float32)
         logits_BGRTM *= channels**-0.5
         logits_BGRTM = jnp.where(visible_BTM[:, None, None], logits_BGRTM, jnp.finfo(jnp.float32).min)

@@ -130,10 +130,7 @@ class Qwen2Encoder(TextEncoder):
 
     @property
     def _batch_parts(self) -> int:
-        if self._placement is None:
-            return 1
-        mesh, rules = self._placement.mesh, self._placement.rules
-        return int(np.prod([mesh.shape[axis] for axis in rules["batch"]]))
+        return self._placement.batch_parts if self._placement else 1
 
     def _run(self, function: Any, input_ids_BT: np.ndarray, mask_BT: np.ndarray, prefix: KeyValues) -> Any:
         """`function` of a batch, on a mesh with its last row repeated until the devices divide it."""

@@ -183,7 +183,7 @@ class Hart(nn.Module):
 
     def denoise(self, x_NC: jax.Array, t_N: jax.Array, z_NW: jax.Array) -> jax.Array:
         """One call of the diffusion head's network."""
-        return self.diffusion_head(x_NC, t_N, self.diffusion_head.embed(z_NW))
+        return self.denoise_embedded(x_NC, t_N, self.embed_residual_condition(z_NW))
 
     def embed_residual_condition(self, z_NW: jax.Array) -> jax.Array:
         """What of the head's network depends on z alone, the same in all its steps."""

@@ -44,8 +44,3 @@ def turn(x_BLHK: jax.Array, turns_BL2K: jax.Array) -> jax.Array:
     swapped = jnp.concatenate([-second, first], axis=-1)
     cos, sin = (turns_BL2K[:, :, None, part] for part in range(2))
     return (x * cos + swapped * sin).astype(x_BLHK.dtype)
-
-
-def rotate(x_BLHK: jax.Array, angle_BLK: jax.Array) -> jax.Array:
-    """Applies angles to queries or keys."""
-    return turn(x_BLHK, turns(angle_BLK))

@@ -20,7 +20,6 @@ from hart_jax.evaluation import work
 from hart_jax.evaluation.flops import (
     HOOKED,
     PUBLISHED,
-    QWEN2_1P5B,
     Floor,
     explanations,
     floor,
@@ -252,13 +251,13 @@ def test_text_encoders():
 
 
 def test_qwen2():
-    counted, tokens, before = TextSize.of(QWEN2_1P5B), 20, 7
-    weights = qwen2.abstract_params(QWEN2_1P5B)
+    counted, tokens, before = TextSize.of(qwen2.QWEN2_1P5B), 20, 7
+    weights = qwen2.abstract_params(qwen2.QWEN2_1P5B)
     assert counted.params == size(weights) == 1_543_714_304
     cached = shape(28, 1, before, 2, 128)
     ids = shape(2, tokens, dtype=jnp.int32)
     prefix = qwen2.KeyValues(cached, cached)
-    whole = macs_of(qwen2.Qwen2(QWEN2_1P5B).apply, {"params": weights}, ids, ids, prefix)
+    whole = macs_of(qwen2.Qwen2(qwen2.QWEN2_1P5B).apply, {"params": weights}, ids, ids, prefix)
     # Traced with all pairs, also those of later tokens.
     unseen = 28 * 2 * tokens * (tokens - 1) // 2 * 1536
     assert 2 * (counted.macs(tokens, before) + unseen) == whole
@@ -270,9 +269,9 @@ def test_a_text_encoders_folder(tmp_path):
     path.write_text(json.dumps(TINY_BERT))
     counted = read_text_size(str(tmp_path))
     assert counted is not None and (counted.causal, counted.width, counted.layers) == (False, 24, 3)
-    text_sizes = {**dataclasses.asdict(QWEN2_1P5B), "model_type": "qwen2_vl"}
+    text_sizes = {**dataclasses.asdict(qwen2.QWEN2_1P5B), "model_type": "qwen2_vl"}
     path.write_text(json.dumps(text_sizes))
-    assert read_text_size(str(tmp_path)) == TextSize.of(QWEN2_1P5B)
+    assert read_text_size(str(tmp_path)) == TextSize.of(qwen2.QWEN2_1P5B)
     path.write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(UserError, match="'t5' cannot be counted"):
         read_text_size(str(tmp_path))

@@ -18,9 +18,8 @@ from hart_jax.experiment import read_experiment
 from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
 from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan, read_text_config, table
-from hart_jax.parallel.plan import QWEN2 as QWEN2_PUBLISHED
 from hart_jax.parallel.topology import topology_devices
-from hart_jax.text.qwen2 import abstract_params
+from hart_jax.text.qwen2 import QWEN2_1P5B, abstract_params
 from tests.sample_runs import QWEN2
 from tests.tiny import TOKENIZER, transformer_config
 from tests.tiny_qwen2 import model_tensors, write_folder
@@ -158,9 +157,9 @@ def test_the_search_for_what_a_chip_draws_at_a_time(weights, each, largest):
 
 def test_sizes_of_the_text_encoder_beside_a_sampler(tmp_path):
     published = read_experiment("configs/hart_0p7b_256.py")
-    assert read_text_config(published) == QWEN2_PUBLISHED
+    assert read_text_config(published) == QWEN2_1P5B
     # 1.5B parameters, of which the embedding has 0.23B.
-    abstract = nn.unbox(abstract_params(QWEN2_PUBLISHED))
+    abstract = nn.unbox(abstract_params(QWEN2_1P5B))
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 1_543_714_304
     folder = write_folder(tmp_path / "qwen2", QWEN2)
     assert read_text_config(published, str(folder / "config.json")).hidden_size == 24

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hart_jax.transformer.rotary import context_angles, image_angles, rotate
+from hart_jax.transformer.rotary import context_angles, image_angles, turn, turns
 
 K = 8
 
@@ -15,7 +15,7 @@ def vectors(seed: int, *shape: int) -> np.ndarray:
 
 def test_position_zero_rotates_nothing():
     x = vectors(0, 1, 1, 2, K)
-    np.testing.assert_array_equal(rotate(x, context_angles(jnp.zeros((1, 1), jnp.int32), K)), x)
+    np.testing.assert_array_equal(turn(x, turns(context_angles(jnp.zeros((1, 1), jnp.int32), K))), x)
 
 
 def test_context_products_depend_on_the_distance_alone():
@@ -23,7 +23,7 @@ def test_context_products_depend_on_the_distance_alone():
 
     def product(a: int, b: int) -> float:
         at = [context_angles(jnp.array([[position]]), K) for position in (a, b)]
-        return float(jnp.sum(rotate(q, at[0]) * rotate(k, at[1])))
+        return float(jnp.sum(turn(q, turns(at[0])) * turn(k, turns(at[1]))))
 
     assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
     assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-2)
@@ -38,7 +38,7 @@ def test_image_rotation_is_the_formula_of_the_release():
     row, col = (np.tile((n / side * last_side + offset) * frequencies, 2) for n in divmod(index, side))
     first, second = x[0, 0, 0, : K // 2], x[0, 0, 0, K // 2 :]
     expected = np.concatenate([first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)])
-    np.testing.assert_allclose(rotate(x, angle)[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(turn(x, turns(angle))[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scales_share_one_square():
@@ -52,4 +52,4 @@ def test_scales_share_one_square():
 
 def test_keeps_the_type():
     angle = context_angles(jnp.array([[3]]), K)
-    assert rotate(jnp.ones((1, 1, 1, K), jnp.bfloat16), angle).dtype == jnp.bfloat16
+    assert turn(jnp.ones((1, 1, 1, K), jnp.bfloat16), turns(angle)).dtype == jnp.bfloat16
