@@ -53,7 +53,8 @@ def test_class_conditional_training_export_and_sampling(folder, config):
     sample = ["sample.py", f"--config={config}", *CLASSES, f"--checkpoint={model}", f"--out={out}"]
     drawn = command(*sample, "--labels=1,0")
     assert drawn.returncode == 0, drawn.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["00000-1.png", "00000-grid.png", "00001-0.png"]
+    expected = ["00000-1.png", "00000-grid.png", "00000-pictures.jsonl", "00001-0.png"]
+    assert sorted(path.name for path in out.iterdir()) == expected
     about = read_png_metadata(out / "00001-0.png")
     assert about["label"] == "0" and "prompt" not in about
     for wrong in (["--labels=2"], ["--labels=cat"], ["--prompt=a dog"], []):
