@@ -9,6 +9,7 @@ where it ended.
 
 import argparse
 import functools
+import itertools
 import importlib.metadata
 import json
 import math
@@ -24,19 +25,29 @@ from hart_jax.parallel.plan import Plan
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
+MOST_FSDP = 16
 # Pictures of a chip to try, from more than fits anywhere.
 EACH = tuple(2**power for power in range(9, -1, -1))
 # So far above a chip's memory a batch is left out that was not compiled.
 CLEARLY = 1.25
 
 
+def sides(topology: str) -> list[int]:
+    return [int(side) for side in topology.partition(":")[2].split("x")]
+
+
 def chips(topology: str) -> int:
-    return math.prod(int(side) for side in topology.partition(":")[2].split("x"))
+    return math.prod(sides(topology))
+
+
+def fsdp_of(topology: str) -> int:
+    """Chips that share the state: the most, up to MOST_FSDP, that are whole sides of the pod's torus."""
+    some = [math.prod(group) for count in (1, 2) for group in itertools.combinations(sides(topology), count)]
+    return max(size for size in some if size <= MOST_FSDP)
 
 
 def compile_one(size: int, topology: str, batch: int) -> Plan:
     """One plan, in a process of its own."""
-    fsdp = min(16, chips(topology))
     command = [
         sys.executable,
         "-m",
@@ -44,7 +55,7 @@ def compile_one(size: int, topology: str, batch: int) -> Plan:
         f"--config=configs/hart_0p7b_{size}.py",
         f"--topology={topology}",
         f"--config.train.batch_size={batch}",
-        f"--config.mesh.fsdp={fsdp}",
+        f"--config.mesh.fsdp={fsdp_of(topology)}",
         "--json",
     ]
     print(" ".join(command[1:]), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hart_jax.config import MeshConfig
@@ -38,7 +38,13 @@ def make_mesh(
         needed = f"{'*'.join(factors)}={math.prod(factors.values())}"
         raise UserError(f"train.batch_size={batch_size}: must be a multiple of {needed} (mesh: {shown})")
     # Flax's logical constraints need Auto axes.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:
+        # No sides of the pod's torus multiply to one of the sizes: 16 on 8x8x4. It then has part of a side.
+        found = jax.devices() if devices is None else devices
+        return Mesh(mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=True), AXES, axis_types=kinds)
 
 
 def sampling_mesh(mesh: MeshConfig) -> MeshConfig:

@@ -12,11 +12,13 @@ import flax.linen as nn
 import jax
 import pytest
 
-from benchmarks.pod_plans import search
+from benchmarks.pod_plans import fsdp_of, search
+from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
 from hart_jax.experiment import read_experiment
 from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
+from hart_jax.parallel.mesh import make_mesh
 from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan, read_text_config, table
 from hart_jax.parallel.topology import topology_devices
 from hart_jax.text.qwen2 import QWEN2_1P5B, abstract_params
@@ -273,3 +275,17 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path):
 def test_the_function_refuses_what_the_command_does():
     with pytest.raises(UserError, match="unknown kind"):
         plan(None, "tpu")  # type: ignore[arg-type]
+
+
+@needs_libtpu
+def test_a_mesh_splits_the_sides_of_a_torus_where_none_multiply_to_its_size():
+    devices, _, _ = topology_devices("v5p:4x4x4")
+    for fsdp in (2, 8, 16):
+        mesh = make_mesh(MeshConfig(fsdp=fsdp), batch_size=64, devices=devices)
+        assert dict(mesh.shape) == {"data": 64 // fsdp, "fsdp": fsdp, "tensor": 1}
+        assert len(set(mesh.devices.flat)) == 64
+
+
+def test_the_state_is_shared_over_whole_sides_of_a_pod():
+    sizes = {"v5e:16x16": 16, "v6e:16x16": 16, "v5p:8x8x4": 8, "v5p:4x4x4": 16, "h200:8": 8}
+    assert {topology: fsdp_of(topology) for topology in sizes} == sizes
