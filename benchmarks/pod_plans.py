@@ -9,8 +9,8 @@ where it ended.
 
 import argparse
 import functools
-import itertools
 import importlib.metadata
+import itertools
 import json
 import math
 import subprocess

@@ -153,13 +153,21 @@ def _find(manifests: list[Path], asked: Sequence[Asked], about: Mapping[str, Any
     )
 
 
-def draw(painter: Painter, album: Album, asked: Sequence[Asked], kind: str, about: Mapping[str, str]) -> None:
+def draw(
+    painter: Painter,
+    album: Album,
+    asked: Sequence[Asked],
+    kind: str,
+    about: Mapping[str, str],
+    again: str = "the same command with --resume",
+) -> None:
     """Draws and writes the pictures that the album lacks, then its grid; shows its progress.
 
     A SIGINT or SIGTERM lets the batch at work end, a second one does not. What is written is whole in any case.
 
     Args:
       kind: of the wishes, "prompt" or "label", for the metadata of the files; `about` is more of it.
+      again: what goes on with an interrupted run, for the message.
 
     Raises:
       SystemExit: a signal ended the run early; the code is 128 plus its number.
@@ -191,9 +199,7 @@ def draw(painter: Painter, album: Album, asked: Sequence[Asked], kind: str, abou
     if done < count:
         assert stop.received is not None
         name = signal.Signals(stop.received).name
-        print(
-            f"{name}: stopped with {done} of {count} pictures; the same command with --resume goes on", file=sys.stderr
-        )
+        print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if album.grid is not None and not album.grid.exists():
         images = np.stack([np.asarray(Image.open(path)) for path in album.paths])

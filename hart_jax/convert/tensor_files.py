@@ -1,30 +1,31 @@
 """Tensors of a released checkpoint file, by name: safetensors, PyTorch pickles, and checkpoints in several files."""
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from hart_jax.config import read_json
+from hart_jax.convert.torch_files import read_torch
 from hart_jax.errors import UserError
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """The tensors of `path`: `.safetensors`, a `.bin`, `.pth` or `.pt` of torch.save, or an `.index.json` of several.
 
-    Safetensors are read one at a time as they are asked for, so that no second copy of a model lies in memory.
+    Tensors are read one at a time as they are asked for, so that no second copy of a model lies in memory. Floating
+    ones of torch.save come as float32.
 
     Raises:
-      UserError: a file is missing, damaged or of another kind, or it is of torch.save and PyTorch is not installed.
+      UserError: a file is missing, damaged or of another kind.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     if path.name.endswith(".index.json"):
         return _open_index(path)
-    return _open_pickle(path) if path.suffix in (".bin", ".pth", ".pt") else _SafetensorsFile(path)
+    return _TorchFile(path) if path.suffix in (".bin", ".pth", ".pt") else _SafetensorsFile(path)
 
 
 class _SafetensorsFile(Mapping[str, np.ndarray]):
@@ -54,23 +55,20 @@ class _SafetensorsFile(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def _open_pickle(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path}: reading it needs PyTorch, which is not installed; run `pip install torch` (the extra "
-            f"hart_jax[torch]), or use the safetensors file beside it if there is one (--weights=model)"
-        ) from None
-    try:
-        tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: damaged, or holds more than tensors ({reason})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path}: not a plain state dict, which has a tensor for every name")
-    # Shares memory with the float32 tensors; numpy has no half-precision types that torch hands out.
-    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors.items()}
+class _TorchFile(Mapping[str, np.ndarray]):
+    def __init__(self, path: Path):
+        self._tensors = read_torch(path)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        is_float = tensor.dtype == ml_dtypes.bfloat16 or tensor.dtype.kind == "f"
+        return tensor.astype(np.float32, copy=False) if is_float else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class _Shards(Mapping[str, np.ndarray]):

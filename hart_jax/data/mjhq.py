@@ -3,20 +3,23 @@
 The images may also be in zip files beside meta_data.json, as MJHQ-30K comes (mjhq30k_imgs.zip); they need no unpacking.
 """
 
+import dataclasses
 import functools
 import json
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from hart_jax.errors import UserError
 
 CAPTION_FILE = "meta_data.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What an entry says of every image.
+_NAMES = ("category", "prompt", "captions")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One captioned image file.
 
@@ -24,6 +27,7 @@ class Example:
       id: its key in meta_data.json and the stem of its file.
       category: its folder.
       captions: never empty; the first is the prompt.
+      attributes: what else the entry says in words, such as a style: other names with text values.
       path: the image file; in a zip file, that one's path and then the one in it.
       archive: the zip file, None where the image is a file of its own.
     """
@@ -33,6 +37,7 @@ class Example:
     captions: tuple[str, ...]
     path: Path
     archive: Path | None = None
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self) -> bytes:
         """The image file's bytes."""
@@ -48,7 +53,8 @@ class Example:
 def read_folder(folder: str | Path) -> list[Example]:
     """Reads the captions of a folder and finds its images (without opening them), in the order of their ids.
 
-    An entry of meta_data.json is `{"category": str, "prompt": str}`; `"captions": [str, ...]` may give alternatives.
+    An entry of meta_data.json is `{"category": str, "prompt": str}`; `"captions": [str, ...]` may give others; any
+    other text is an attribute.
 
     An image that is not in its category's folder is looked for in the zip files, under any path that ends so.
 
@@ -63,19 +69,21 @@ def read_folder(folder: str | Path) -> list[Example]:
     examples = []
     for name, entry in sorted(entries.items()):
         category, captions = _checked_entry(folder, name, entry)
+        attributes = {key: text for key, text in entry.items() if key not in _NAMES and isinstance(text, str)}
         if category not in files:
             paths = sorted((folder / category).glob("*"))
             files[category] = {path.stem: path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
         if name in files[category]:
-            examples.append(Example(name, category, captions, files[category][name]))
+            path, archive = files[category][name], None
         elif (category, name) in zipped():
             archive, member = zipped()[category, name]
-            examples.append(Example(name, category, captions, archive / member, archive))
+            path = archive / member
         else:
             raise UserError(
                 f"{folder / category} has no image {name} ({', '.join(IMAGE_SUFFIXES)}), nor has a zip file in "
                 f"{folder}, although {CAPTION_FILE} lists it; add the file or remove the entry"
             )
+        examples.append(Example(name, category, captions, path, archive, attributes))
     return examples
 
 

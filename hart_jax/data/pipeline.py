@@ -45,7 +45,7 @@ def square_image(data: bytes, size: int) -> np.ndarray:
             image = _decode_png(data, file.size) if opaque and file.format == "PNG" else None
             if image is None:
                 file.load()
-                image = file if opaque else _on_white(file)
+                image = file if opaque else on_white(file)
     except Exception as error:  # Pillow's decoders raise all kinds
         raise UserError(f"image does not decode ({error})") from error
     scale = round(width / image.width)
@@ -65,7 +65,8 @@ def _decode_png(data: bytes, size: tuple[int, int]) -> Image.Image | None:
     return Image.fromarray(pixels) if plain else None
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB, on white where it is transparent."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -9,10 +9,10 @@ A shard folder holds
     SHA256SUMS                          as `sha256sum -c` reads it
     dataset.json                        format, number of records, categories, each shard's name, records and bytes
 
-A record is a msgpack map of `image` (the file's own bytes), `prompt`, `captions`, `category` and `id`, and after
-`hart_jax.data.precompute` also `tokens` and `texts`. dataset.json is written last: a folder without it is unfinished,
-and the same command carries on with it. A record's label is the place of its category among the sorted ones of
-dataset.json.
+A record is a msgpack map of `image` (the file's own bytes), `prompt`, `captions`, `category` and `id`, of `attributes`
+where the source has some, and after `hart_jax.data.precompute` also of `tokens` and `texts`. dataset.json is written
+last: a folder without it is unfinished, and the same command carries on with it. A record's label is the place of its
+category among the sorted ones of dataset.json.
 """
 
 import argparse
@@ -275,10 +275,12 @@ def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int
 
 
 def _fingerprint(examples: list[Example]) -> str:
-    """Digest of all ids and captions: whether an unfinished folder belongs to this source."""
+    """Digest of all ids, captions and attributes: whether an unfinished folder belongs to this source."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.category, example.captions, example.path.name]).encode())
+        known = [example.id, example.category, example.captions, example.path.name]
+        attributes = [dict(example.attributes)] if example.attributes else []
+        digest.update(json.dumps([*known, *attributes]).encode())
     return digest.hexdigest()
 
 
@@ -333,6 +335,7 @@ def _write_shard(path: Path, examples: list[Example]) -> str:
             "captions": list(example.captions),
             "category": example.category,
             "id": example.id,
+            **({"attributes": dict(example.attributes)} if example.attributes else {}),
         }
         for example in examples
     )

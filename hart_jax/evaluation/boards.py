@@ -1,0 +1,50 @@
+"""Pictures beside their scores: drawn at random, never picked by hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hart_jax.evaluation.pictures import Pictures, decode
+from hart_jax.images import grid, save_png
+
+SHOWN, COLUMNS = 32, 8
+# Larger ones are shown so.
+_LARGEST = 256
+Cell = tuple[np.ndarray, str]
+
+
+def show_drawn(real: Pictures, fake: Pictures, own_N: np.ndarray | None, side: int, out: Path, seed: int = 0) -> None:
+    """Writes drawn pictures with their captions; below each, where `own_N` says which, the real one of that caption."""
+    places = np.random.default_rng(seed).permutation(len(fake.abouts))[:SHOWN].tolist()
+    rows: list[list[Cell]] = []
+    for start in range(0, len(places), COLUMNS):
+        row = places[start : start + COLUMNS]
+        rows.append([_cell(fake, place, side, fake.abouts[place].prompt) for place in row])
+        if own_N is not None:
+            rows.append([_cell(real, int(own_N[place]), side) for place in row])
+    _save(rows, out)
+
+
+def show_groups(fake: Pictures, by: str, side: int, out: Path, seed: int = 0) -> None:
+    """Writes a row of drawn pictures for each value of the attribute `by`; nothing where no picture has one."""
+    order = np.random.default_rng(seed).permutation(len(fake.abouts)).tolist()
+    values = [about.value(by) for about in fake.abouts]
+    rows = []
+    for value in sorted(set(values) - {""}):
+        first, *rest = [place for place in order if values[place] == value][:COLUMNS]
+        rows.append([_cell(fake, first, side, value), *(_cell(fake, place, side) for place in rest)])
+    if rows:
+        _save(rows, out)
+
+
+def _cell(pictures: Pictures, place: int, side: int, caption: str = "") -> Cell:
+    return decode(pictures.read(place), min(side or _LARGEST, _LARGEST), pictures.abouts[place].name), caption
+
+
+def _save(rows: Sequence[Sequence[Cell]], out: Path) -> None:
+    blank = (np.full_like(rows[0][0][0], 255), "")
+    columns = max(map(len, rows))
+    cells = [cell for row in rows for cell in [*row, *[blank] * (columns - len(row))]]
+    images, captions = zip(*cells, strict=True)
+    save_png(out, grid(np.stack(images), columns=columns, captions=captions), overwrite=True)

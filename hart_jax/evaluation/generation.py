@@ -1,0 +1,127 @@
+"""Draws a picture for each caption of a set and says how good they are: what `evaluate.py --what=generation` does."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hart_jax import drawing
+from hart_jax.errors import UserError
+from hart_jax.evaluation.alignment import alignment, attributes_of
+from hart_jax.evaluation.judge import Judges
+from hart_jax.evaluation.metrics.gather import gather_rows
+from hart_jax.evaluation.networks.clip import clip_score
+from hart_jax.evaluation.pictures import About, Files, Pictures
+from hart_jax.evaluation.scores import by_group, compare, distance_name, floor, warnings_of
+from hart_jax.experiment import HartExperiment
+from hart_jax.model_folder import Model
+from hart_jax.parallel.mesh import first_process_first
+from hart_jax.sampling import Asked, Painter
+
+
+def asked_of(abouts: Sequence[About], experiment: HartExperiment, categories: Sequence[str], seed: int) -> list[Asked]:
+    """What to draw for each: its prompt, or for a class-conditional model the place of its category among `categories`.
+
+    A wish that comes again is drawn again: as the next picture of the same seed.
+
+    Raises:
+      UserError: a picture has no prompt, or no category.
+    """
+    classes, seen, asked = experiment.transformer.num_classes, Counter[str | int](), []
+    for about in abouts:
+        if not (about.category if classes else about.prompt):
+            what = "category" if classes else "prompt"
+            raise UserError(
+                f"--reference: picture {about.name!r} has no {what} to draw from; give shards or a folder "
+                "with meta_data.json"
+            )
+        wish = categories.index(about.category) if classes else about.prompt
+        asked.append(Asked(wish, seed, seen[wish]))
+        seen[wish] += 1
+    return asked
+
+
+def draw_pictures(
+    model: Model,
+    experiment: HartExperiment,
+    text: tuple[str | Path | None, str | Path | None],
+    asked: Sequence[Asked],
+    abouts: Sequence[About],
+    out: Path,
+    batch_size: int,
+    about: Mapping[str, Any],
+    source: str,
+) -> Files:
+    """A picture for each of what is asked, in `out`; those that are there are kept, and processes share the rest.
+
+    Args:
+      abouts: what is known of each, for the scores.
+      about: what the pictures depend on, from `drawing.identity`; `source` is the model's name in their metadata.
+
+    Raises:
+      UserError: `out` holds pictures of another model, other settings or prompts; or what `Painter` says.
+    """
+    painter = Painter(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
+    painter.check([one.wish for one in asked])
+
+    def size_of(wanted: int) -> int:
+        return painter.batch_size(len(asked), wanted)
+
+    album = first_process_first(lambda: drawing.open_album(out, asked, about, batch_size, size_of, resume=True))
+    index, count = jax.process_index(), jax.process_count()
+    share = drawing.Album(album.paths[index::count], album.batch_size, None)
+    kind = "label" if experiment.transformer.num_classes else "prompt"
+    common = {"software": "hart_jax", "model": source, "settings": json.dumps(experiment.sample.to_dict())}
+    if share.paths:
+        drawing.draw(painter, share, asked[index::count], kind, common, "the same command")
+    multihost_utils.sync_global_devices("all pictures are drawn")
+    return Files(album.paths, out, abouts)
+
+
+def judge(
+    real: Pictures,
+    fake: Pictures,
+    own_N: np.ndarray | None,
+    judges: Judges,
+    *,
+    by: str = "",
+    keep: Path,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All scores of the pictures `fake` against `real`, as `results.json` has them.
+
+    Args:
+      own_N: places in `real` of the pictures whose captions those of `fake` are; None where they are not known.
+      by: an attribute, or "category", for whose values there are scores of their own.
+      keep: folder for what the networks see of `fake`.
+    """
+    scores: dict[str, Any] = {}
+    for number, one in enumerate(judges.features):
+        ours, theirs = one.see(fake, "drawn pictures", keep), one.see(real, "real pictures")
+        found: dict[str, Any] = {"distance": distance_name(one.network), "weights": one.network.digest}
+        found |= compare(theirs, ours, seed)
+        found["floor"] = floor(theirs, len(ours.features_NF), seed)
+        if by:
+            found[f"by {by}"] = by_group(theirs, ours, by)
+        names = attributes_of(theirs) if own_N is not None and number == 0 else []
+        if names and own_N is not None:
+            found["alignment"] = alignment(theirs, ours, own_N, names, by, seed)
+        scores[one.network.name] = found
+    if judges.clip is not None:
+        clip, judge_of_clip = judges.clip
+        rows = judge_of_clip.rows(fake, "drawn pictures", keep)
+        embedded = gather_rows(rows.columns["features"], rows.places_N)
+        values = clip_score(embedded, clip.embed([about.prompt for about in fake.abouts]))
+        scores[clip.images.name] = {"clip_score": float(np.mean(values)), "weights": clip.images.digest}
+    return {
+        "pictures": len(fake.abouts),
+        "reference_pictures": len(real.abouts),
+        "reference_digest": real.digest,
+        "scores": scores,
+        "warnings": warnings_of({"drawn": len(fake.abouts), "real": len(real.abouts)}) if judges.features else [],
+    }

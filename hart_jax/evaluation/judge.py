@@ -1,0 +1,74 @@
+"""Networks that judge pictures, and the features that they have seen, kept on disk."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from hart_jax.caches import cache_folder
+from hart_jax.errors import UserError
+from hart_jax.evaluation.networks.base import FeatureNetwork
+from hart_jax.evaluation.networks.clip import Clip, load_clip
+from hart_jax.evaluation.networks.efficientnet import load_efficientnet
+from hart_jax.evaluation.networks.inception import load_inception
+from hart_jax.evaluation.parts import Compiled, Rows, rows_of
+from hart_jax.evaluation.pictures import Pictures
+from hart_jax.evaluation.scores import Seen, columns_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A network, compiled, that sees sets of pictures at `size` px (0: as they are stored).
+
+    What it saw is kept in `keep`, or for the next time in the user's cache, under a digest of the pictures, the size
+    and the network's weights.
+    """
+
+    network: FeatureNetwork
+    size: int
+    batch_size: int
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled(functools.partial(columns_of, self.network), self.network.params)
+
+    def see(self, pictures: Pictures, title: str, keep: Path | None = None) -> Seen:
+        """The features of all pictures, in every process."""
+        return Seen.of(self.rows(pictures, title, keep), pictures.abouts)
+
+    def rows(self, pictures: Pictures, title: str, keep: Path | None = None) -> Rows:
+        folder = (keep or cache_folder() / "features") / self._key(pictures)
+        name = f"{title}, {self.network.name}"
+        return rows_of(pictures, self.size, self._compiled, folder, batch_size=self.batch_size, title=name)
+
+    def _key(self, pictures: Pictures) -> str:
+        known = [pictures.digest, self.size, self.network.name, self.network.digest]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The networks of an evaluation: those whose features are compared, and CLIP with its part that sees pictures."""
+
+    features: tuple[Judge, ...]
+    clip: tuple[Clip, Judge] | None = None
+
+
+def load_judges(
+    inception: str | None, efficientnet: str | None, clip: str | None, *, size: int, batch_size: int
+) -> Judges:
+    """The networks in these files, each as its loader takes them; None or empty for none.
+
+    Raises:
+      UserError: no network at all, or a file that is not of its network.
+    """
+    if not (inception or efficientnet or clip):
+        raise UserError("no network to judge with: give --inception=FILE, --efficientnet=FILE or --clip=FOLDER")
+    networks = [load_inception(inception)] if inception else []
+    networks += [load_efficientnet(efficientnet)] if efficientnet else []
+    found = load_clip(clip) if clip else None
+    return Judges(
+        tuple(Judge(network, size, batch_size) for network in networks),
+        (found, Judge(found.images, size, batch_size)) if found else None,
+    )

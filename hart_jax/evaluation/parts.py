@@ -1,0 +1,136 @@
+"""Rows computed of many pictures: over all devices, shared between processes, kept in parts so that a run goes on.
+
+A part is the rows of `PART` consecutive pictures, one file; a run that was interrupted, or another that asks for the
+same of the same pictures, computes only what is missing.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from hart_jax.errors import UserError
+from hart_jax.evaluation.pictures import Pictures, decode
+
+PART = 500
+Columns = dict[str, np.ndarray]
+
+
+class Rows(NamedTuple):
+    """This process's rows: their places among all pictures, ascending, and of each column one row for a picture."""
+
+    places_N: np.ndarray
+    columns: Columns
+
+
+class Compiled:
+    """A function of parameters and pictures (uint8 BHWC), on all devices of this process; gives columns (B, ...)."""
+
+    def __init__(self, function: Callable[[Any, jax.Array], Mapping[str, jax.Array]], params: Any):
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+        self.parts = len(devices)
+        self._split = NamedSharding(mesh, PartitionSpec("batch"))
+        self._function = jax.jit(function, out_shardings=self._split)
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, images_BHWC: np.ndarray) -> Columns:
+        return jax.device_get(self._function(self._params, jax.device_put(images_BHWC, self._split)))
+
+
+def rows_of(
+    pictures: Pictures, size: int, compute: Compiled, folder: Path, *, batch_size: int = 32, title: str = "pictures"
+) -> Rows:
+    """What `compute` gives of the pictures at `size` px (0: as they are), in this process's share of the parts.
+
+    Args:
+      folder: keeps the parts; its name must say all that the rows depend on.
+      batch_size: of this process; made a multiple of its devices. No result depends on it.
+
+    Raises:
+      UserError: a picture does not decode, or pictures kept as they are differ in size.
+    """
+    count, processes = len(pictures.abouts), jax.process_count()
+    batch_size = -(-min(batch_size, count) // compute.parts) * compute.parts
+    starts = range(jax.process_index() * PART, count, processes * PART)
+    shares = [range(start, min(start + PART, count)) for start in starts]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"{share.start:08d}-{len(share)}.npz" for share in shares]
+    missing = [share for share, part in zip(shares, parts, strict=True) if not part.is_file()]
+    with tqdm(total=sum(map(len, missing)), unit="picture", desc=title, disable=not missing) as bar:
+        for share in missing:
+            _write(
+                folder / f"{share.start:08d}-{len(share)}.npz",
+                _compute(pictures, share, size, compute, batch_size, bar),
+            )
+    loaded = [_read(part) for part in parts]
+    places = np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.zeros(0, int)])
+    # A process without a share still says which columns there are.
+    examples = loaded or [{name: array[:0] for name, array in _example(pictures, size, compute).items()}]
+    return Rows(places, {name: np.concatenate([part[name] for part in examples]) for name in examples[0]})
+
+
+def _compute(pictures: Pictures, share: range, size: int, compute: Compiled, batch_size: int, bar: tqdm) -> Columns:
+    batches = [
+        range(start, min(start + batch_size, share.stop)) for start in range(share.start, share.stop, batch_size)
+    ]
+    found: list[Columns] = []
+    for batch, images in zip(batches, _decoded(pictures, batches, size), strict=True):
+        padded = np.concatenate([images, np.repeat(images[:1], batch_size - len(batch), axis=0)])
+        found.append({name: array[: len(batch)] for name, array in compute(padded).items()})
+        bar.update(len(batch))
+    return {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
+
+
+def _example(pictures: Pictures, size: int, compute: Compiled) -> Columns:
+    (images,) = _decoded(pictures, [range(1)], size)
+    return compute(np.repeat(images, compute.parts, axis=0))
+
+
+def _decoded(pictures: Pictures, batches: Sequence[range], size: int) -> Iterator[np.ndarray]:
+    """The pictures of each batch, the next one's on their way."""
+    first = decode(pictures.read(0), size, pictures.abouts[0].name)
+
+    def read(index: int) -> np.ndarray:
+        name = pictures.abouts[index].name
+        image = decode(pictures.read(index), size, name)
+        if image.shape != first.shape:
+            sizes = " and ".join(f"{width}x{height}" for height, width, _ in (image.shape, first.shape))
+            names = f"{name} and {pictures.abouts[0].name}"
+            raise UserError(f"pictures {names} differ in size ({sizes}); give --image_size to make squares of all")
+        return image
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: list[list[Future[np.ndarray]]] = []
+        try:
+            for batch in [*batches, None]:
+                if batch is not None:
+                    waiting.append([pool.submit(read, index) for index in batch])
+                if len(waiting) > 1 or (batch is None and waiting):
+                    yield np.stack([future.result() for future in waiting.pop(0)])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write(path: Path, columns: Columns) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **columns)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Columns:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # numpy and zipfile raise all kinds
+        raise UserError(f"{path}: damaged ({error}); remove it, and it is computed again") from error

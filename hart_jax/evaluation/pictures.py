@@ -1,0 +1,188 @@
+"""Pictures to be judged: shards, a captioned folder or zip (MJHQ-30K's layout), or any folder of image files.
+
+A set knows its content by a digest, so that what was computed of it once is found again, wherever it lies.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
+from hart_jax.data.pipeline import on_white, square_image
+from hart_jax.data.shards import CHECKSUM_FILE, DATASET_FILE, RecordSource
+from hart_jax.errors import UserError
+
+# So many files are hashed without a progress bar.
+_FEW = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What is known of a picture beside its pixels: `prompt` and `category` are empty where they are not known.
+
+    `attributes` are what else its captions' file says in words, such as a style.
+    """
+
+    name: str
+    prompt: str = ""
+    category: str = ""
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def value(self, attribute: str) -> str:
+        """Of an attribute, or of "category"; empty where it has none."""
+        return self.category if attribute == "category" else self.attributes.get(attribute, "")
+
+
+class Pictures(Protocol):
+    """Encoded pictures in an order, what is known of each, and a digest of their content."""
+
+    abouts: Sequence[About]
+    digest: str
+
+    def read(self, index: int) -> bytes:
+        """The bytes of an image file."""
+        ...
+
+
+def open_pictures(path: str | Path) -> Pictures:
+    """The pictures of shards, of a folder with `meta_data.json`, or of all image files in a folder and below it.
+
+    Raises:
+      UserError: nothing there, no pictures in it, or what `RecordSource` and `read_folder` say.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of pictures")
+    if (path / DATASET_FILE).is_file():
+        return _Shards(path)
+    if (path / CAPTION_FILE).is_file():
+        return _Captioned(read_folder(path))
+    return Files(sorted(file for file in path.rglob("*") if _is_picture(file)), path)
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+class _Shards(Pictures):
+    def __init__(self, folder: Path):
+        self._records = RecordSource(folder)
+        self.abouts = [self._about(index) for index in range(len(self._records))]
+        self.digest = hashlib.sha256((folder / CHECKSUM_FILE).read_bytes()).hexdigest()[:16]
+
+    def _about(self, index: int) -> About:
+        record = self._records[index]
+        return About(record["id"], record["prompt"], record["category"], record.get("attributes", {}))
+
+    def read(self, index: int) -> bytes:
+        return self._records[index]["image"]
+
+
+class _Captioned(Pictures):
+    def __init__(self, examples: Sequence[Example]):
+        self._examples = examples
+        self.abouts = [About(one.id, one.prompt, one.category, one.attributes) for one in examples]
+        self.digest = _digest([one.archive is None and one.path for one in examples], _checksums(examples))
+
+    def read(self, index: int) -> bytes:
+        return self._examples[index].read()
+
+
+class Files(Pictures):
+    """Image files, in the order given; without `abouts` their category is the folder below `root` that they lie in."""
+
+    def __init__(self, files: Sequence[Path], root: Path, abouts: Sequence[About] | None = None):
+        if not files:
+            raise UserError(f"{root}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+        self._files = files
+        self.abouts = [_about_file(file.relative_to(root)) for file in files] if abouts is None else abouts
+        self.digest = _digest(files, [])
+
+    def read(self, index: int) -> bytes:
+        return self._files[index].read_bytes()
+
+
+def _about_file(file: Path) -> About:
+    folder = file.parent.as_posix()
+    return About(file.as_posix(), category="" if folder == "." else folder)
+
+
+def _checksums(examples: Sequence[Example]) -> list[str]:
+    """Of the images in zip files, as the files themselves keep them."""
+    infos: dict[Path, zipfile.ZipFile] = {}
+    found = []
+    for one in examples:
+        if one.archive is not None:
+            archive = infos.setdefault(one.archive, zipfile.ZipFile(one.archive))
+            info = archive.getinfo(one.path.relative_to(one.archive).as_posix())
+            found.append(f"{one.id} {info.CRC} {info.file_size}")
+    return found
+
+
+def _digest(files: Sequence[Path | bool], checksums: Sequence[str]) -> str:
+    """Of the files' bytes in their order, and of checksums."""
+    paths = [file for file in files if isinstance(file, Path)]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), paths)
+        shown = tqdm(hashes, total=len(paths), desc="hashing", unit="picture", disable=len(paths) < _FEW)
+        return hashlib.sha256(json.dumps([*shown, *checksums]).encode()).hexdigest()[:16]
+
+
+class Chosen(Pictures):
+    """Some pictures of a set, in the order given."""
+
+    def __init__(self, pictures: Pictures, indices: Sequence[int]):
+        self._pictures, self._indices = pictures, list(map(int, indices))
+        self.abouts = [pictures.abouts[index] for index in self._indices]
+        self.digest = hashlib.sha256(json.dumps([pictures.digest, self._indices]).encode()).hexdigest()[:16]
+
+    def read(self, index: int) -> bytes:
+        return self._pictures.read(self._indices[index])
+
+
+class Described(Pictures):
+    """The same pictures, of which something else is known."""
+
+    def __init__(self, pictures: Pictures, abouts: Sequence[About]):
+        self._pictures, self.abouts, self.digest = pictures, abouts, pictures.digest
+
+    def read(self, index: int) -> bytes:
+        return self._pictures.read(index)
+
+
+def choose(count: int, wanted: int, seed: int = 0) -> np.ndarray:
+    """Places of `wanted` of `count` pictures, drawn at random without repeating, ascending; all for 0.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    if wanted > count:
+        raise UserError(f"--count={wanted}: there are only {count} pictures")
+    if not wanted:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
+
+
+def decode(data: bytes, size: int, name: str) -> np.ndarray:
+    """uint8 (H, W, 3): the centre square at `size` px, or with 0 the whole picture as it is; transparency is white.
+
+    Raises:
+      UserError: it does not decode; the message names the picture.
+    """
+    try:
+        if size:
+            return square_image(data, size)
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(on_white(image), np.uint8)
+    except Exception as error:  # Pillow's decoders raise all kinds
+        raise UserError(f"picture {name}: does not decode ({error}); mend it, or take it out") from error

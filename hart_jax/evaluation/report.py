@@ -1,0 +1,110 @@
+"""What an evaluation leaves in its folder: `run.json` (of what), `results.json`, `results.md` (rows for a table)."""
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from hart_jax.errors import UserError
+
+RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
+
+
+def begin(out: Path, run: Mapping[str, Any]) -> None:
+    """Makes `out` the folder of this run, or goes on with it.
+
+    Raises:
+      UserError: it is of another run, or holds something else; the message names what differs.
+    """
+    run = json.loads(json.dumps(run))
+    path = out / RUN
+    if path.is_file():
+        known = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
+        ours = flatten_dict(run, sep=".")
+        changed = [name for name in {**known, **ours} if known.get(name) != ours.get(name)]
+        if changed:
+            shown = "; ".join(f"{name} is {known.get(name)!r} there, {ours.get(name)!r} here" for name in changed[:4])
+            raise UserError(f"--out={out}: holds another evaluation ({shown}); give another folder")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out}: is there already and holds no evaluation; give another folder")
+    _write(path, json.dumps(run, indent=1) + "\n")
+
+
+def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
+    """Writes results.json and results.md; returns the table."""
+    software = {name: importlib.metadata.version(name) for name in ("hart_jax", "jax")}
+    device = jax.devices()[0].device_kind
+    report = {**run, **results, "software": software, "devices": f"{jax.device_count()} x {device}"}
+    table = markdown(rows)
+    _write(out / RESULTS, json.dumps(report, indent=1) + "\n")
+    _write(out / TABLE, table + "\n")
+    return table
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of these rows, whose keys are its columns; a row need not have all of them."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for the pictures, and one for the real pictures in their place."""
+    row = {"pictures of": model, "number": str(results["pictures"])}
+    floor = {"pictures of": "the reference itself", "number": ""}
+    for name, scores in results["scores"].items():
+        if "clip_score" in scores:
+            row[f"CLIP score, {name}"] = f"{scores['clip_score']:.2f}"
+            continue
+        distance = scores["distance"]
+        short = name if len(results["scores"]) > 1 else ""
+        suffix = f", {short}" if short else ""
+        row[distance] = f"{scores['frechet_distance']:.2f}"
+        row[f"KID x 1000{suffix}"] = f"{scores['kid_x1000']:.2f} ± {scores['kid_x1000_deviation']:.2f}"
+        row[f"precision{suffix}"] = f"{scores['precision']:.3f}"
+        row[f"recall{suffix}"] = f"{scores['recall']:.3f}"
+        if "inception_score" in scores:
+            title = "inception score" if distance == "FID" else "class score"
+            row[f"{title}{suffix}"] = f"{scores['inception_score']:.2f}"
+        floor["number"] = str(scores["floor"]["pictures"])
+        floor[distance] = f"{scores['floor']['frechet_distance']:.2f}"
+        floor[f"KID x 1000{suffix}"] = f"{scores['floor']['kid_x1000']:.2f}"
+        for attribute, recalls in scores.get("alignment", {}).items():
+            for k in (1, 5):
+                key = f"recall_at_{k}"
+                row[f"right {attribute} at {k}"] = f"{recalls['drawn'][key]:.3f}"
+                floor[f"right {attribute} at {k}"] = f"{recalls['real'][key]:.3f}"
+    return [row, floor]
+
+
+def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each mode."""
+    rows = []
+    for mode, scores in results["modes"].items():
+        row = {"reconstructions of": model, "mode": mode, "pictures": str(results["pictures"])}
+        row |= {"PSNR, dB": f"{scores['psnr']:.2f}", "SSIM": f"{scores['ssim']:.4f}"}
+        if "lpips" in scores:
+            row["LPIPS"] = f"{scores['lpips']:.4f}"
+        for found in scores.values():
+            if isinstance(found, dict):
+                row[found["distance"]] = f"{found['frechet_distance']:.2f}"
+                row["KID x 1000"] = f"{found['kid_x1000']:.2f}"
+        rows.append(row)
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

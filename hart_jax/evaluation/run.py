@@ -1,0 +1,207 @@
+"""One evaluation from beginning to end: what `evaluate.py` calls."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hart_jax import drawing
+from hart_jax.errors import UserError
+from hart_jax.evaluation import report
+from hart_jax.evaluation.boards import show_drawn, show_groups
+from hart_jax.evaluation.generation import asked_of, draw_pictures, judge
+from hart_jax.evaluation.judge import Judges, load_judges
+from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, choose, open_pictures
+from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
+from hart_jax.experiment import Experiment, HartExperiment
+from hart_jax.parallel.mesh import first_process_first
+from hart_jax.sampling import check_model, load_model, text_source
+from hart_jax.tokenizer.perceptual import load_lpips
+from hart_jax.training.workdir import load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `evaluate.py` was asked for, flag by flag; `networks` are files of InceptionV3, EfficientNet-Lite0, CLIP."""
+
+    what: str
+    experiment: Experiment | None
+    checkpoint: str
+    text_encoder: str | None
+    system_prompt: str | None
+    reference: str
+    pictures: str | None
+    networks: tuple[str | None, str | None, str | None]
+    lpips: str | None
+    count: int
+    seed: int
+    image_size: int | None
+    by: str
+    batch_size: int
+    draw_batch_size: int
+    out: Path
+
+    def judges(self, size: int) -> Judges:
+        return load_judges(*self.networks, size=size, batch_size=self.batch_size)
+
+
+def evaluate(request: Request) -> tuple[str, list[str]]:
+    """Carries it out; returns the Markdown table and what to be careful with.
+
+    Raises:
+      UserError: bad input, before anything is drawn or written; or `out` holds something else.
+    """
+    reference = open_pictures(request.reference)
+    kinds = {"reconstruction": _reconstruction, "generation": _generation, "pictures": _pictures}
+    table, results = kinds[request.what](request, reference)
+    return table, results["warnings"]
+
+
+def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+    experiment = request.experiment
+    assert experiment is not None
+    config = experiment.tokenizer
+    if request.image_size not in (None, config.image_size):
+        raise UserError(f"--image_size={request.image_size}: the config's tokenizer takes {config.image_size} px")
+    if not request.checkpoint:
+        raise UserError("--checkpoint is missing: give a tokenizer's workdir, a model folder or a release")
+    params = load_tokenizer(request.checkpoint, config)
+    chosen = Chosen(reference, choose(len(reference.abouts), request.count, request.seed).tolist())
+    judges = request.judges(config.image_size).features if any(request.networks) else ()
+    lpips = load_lpips(request.lpips) if request.lpips else None
+    run = {
+        "what": request.what,
+        "checkpoint": request.checkpoint,
+        "model": digest(params),
+        "image_size": config.image_size,
+        "reference": {"path": request.reference, "digest": chosen.digest},
+        "networks": {one.network.name: one.network.digest for one in judges},
+        "lpips": bool(lpips),
+    }
+    _begin(request, run)
+    results = judge_reconstructions(
+        config, params, chosen, judges, lpips, keep=request.out / "kept", batch_size=request.batch_size
+    )
+    if jax.process_index() == 0:
+        show_reconstructions(config, params, chosen, request.out / "reconstructions.png")
+    return _finish(
+        request, run, results, report.reconstruction_rows(f"{request.checkpoint}, {config.image_size} px", results)
+    )
+
+
+def _generation(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+    experiment = request.experiment
+    assert isinstance(experiment, HartExperiment)
+    places = choose(len(reference.abouts), request.count, request.seed)
+    abouts = [reference.abouts[place] for place in places]
+    categories = sorted({about.category for about in reference.abouts})
+    asked = asked_of(abouts, experiment, categories, request.seed)
+    size = experiment.tokenizer.image_size if request.image_size is None else request.image_size
+    judges = request.judges(size)
+    model = load_model(request.checkpoint)
+    check_model(model, experiment, request.checkpoint)
+    text = text_source(model, experiment, request.text_encoder, request.system_prompt)
+    about = drawing.identity(model, experiment.sample, text)
+    run = {
+        "what": request.what,
+        "checkpoint": request.checkpoint,
+        "smooth": experiment.sample.smooth,
+        "discrete_only": experiment.sample.discrete_only,
+        **about,
+        "seed": request.seed,
+        "count": len(places),
+        "image_size": size,
+        "by": request.by,
+        **_of(request, reference, judges),
+    }
+    _begin(request, run)
+    drawn = draw_pictures(
+        model,
+        experiment,
+        text,
+        asked,
+        abouts,
+        request.out / "pictures",
+        request.draw_batch_size,
+        about,
+        request.checkpoint,
+    )
+    name = request.checkpoint
+    name += ", smooth" if experiment.sample.smooth else ""
+    name += ", discrete only" if experiment.sample.discrete_only else ""
+    return _judged(request, run, reference, drawn, places, judges, size, name)
+
+
+def _pictures(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+    assert request.pictures is not None
+    pictures = open_pictures(request.pictures)
+    size = request.image_size or 0
+    judges = request.judges(size)
+    places = _same_names(reference.abouts, pictures.abouts)
+    if places is not None:
+        pictures = Described(pictures, [reference.abouts[place] for place in places])
+    chosen = choose(len(pictures.abouts), request.count, request.seed)
+    pictures, places = Chosen(pictures, chosen.tolist()), None if places is None else places[chosen]
+    run = {
+        "what": request.what,
+        "pictures": {"path": request.pictures, "digest": pictures.digest},
+        "seed": request.seed,
+        "image_size": size,
+        "by": request.by,
+        **_of(request, reference, judges),
+    }
+    _begin(request, run)
+    return _judged(request, run, reference, pictures, places, judges, size, request.pictures)
+
+
+def _same_names(real: list[About] | Any, fake: list[About] | Any) -> np.ndarray | None:
+    """Where each picture's namesake is among the real ones; None unless all have one. Folders and suffixes are no part
+    of a name."""
+    of_name = {Path(about.name).stem: place for place, about in enumerate(real)}
+    places = [of_name.get(Path(about.name).stem, -1) for about in fake]
+    return np.array(places) if len(of_name) == len(real) and min(places) >= 0 else None
+
+
+def _of(request: Request, reference: Pictures, judges: Judges) -> dict[str, Any]:
+    networks = [one.network for one in judges.features] + ([judges.clip[0].images] if judges.clip else [])
+    return {
+        "reference": {"path": request.reference, "digest": reference.digest},
+        "networks": {network.name: network.digest for network in networks},
+    }
+
+
+def _begin(request: Request, run: dict[str, Any]) -> None:
+    first_process_first(lambda: report.begin(request.out, run))
+
+
+def _judged(
+    request: Request,
+    run: dict[str, Any],
+    real: Pictures,
+    fake: Pictures,
+    places: np.ndarray | None,
+    judges: Judges,
+    size: int,
+    name: str,
+) -> tuple[str, dict[str, Any]]:
+    if judges.clip is not None and not all(about.prompt for about in fake.abouts):
+        raise UserError(
+            "--clip: a CLIP score needs a prompt for every picture; give captioned pictures, or leave it out"
+        )
+    results = judge(real, fake, places, judges, by=request.by, keep=request.out / "kept", seed=request.seed)
+    if jax.process_index() == 0:
+        show_drawn(real, fake, places, size, request.out / "drawn.png", request.seed)
+        if request.by:
+            show_groups(fake, request.by, size, request.out / f"by_{request.by}.png", request.seed)
+    return _finish(request, run, results, report.generation_rows(name, results))
+
+
+def _finish(
+    request: Request, run: dict[str, Any], results: dict[str, Any], rows: list[dict[str, str]]
+) -> tuple[str, dict[str, Any]]:
+    table = report.markdown(rows)
+    if jax.process_index() == 0:
+        table = report.finish(request.out, run, results, rows)
+    return table, results

@@ -1,0 +1,125 @@
+"""How far drawn pictures are from real ones, from a network's features of both: distances, precision, recall.
+
+A Frechet distance is called FID only on the features of the standard InceptionV3; on others it is named after them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hart_jax.evaluation.metrics.frechet import frechet_distance
+from hart_jax.evaluation.metrics.gather import gather_rows, merge_over_processes
+from hart_jax.evaluation.metrics.inception_score import inception_score
+from hart_jax.evaluation.metrics.kid import kid
+from hart_jax.evaluation.metrics.moments import Moments
+from hart_jax.evaluation.metrics.precision_recall import precision_recall
+from hart_jax.evaluation.networks.base import FeatureNetwork
+from hart_jax.evaluation.parts import Rows
+from hart_jax.evaluation.pictures import About
+
+# With fewer pictures a Frechet distance is far above that of many; the field asks for so many.
+STABLE = 10_000
+# Groups are compared by their distances from so many pictures on.
+LEAST = 10
+SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
+_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A set of pictures as a network sees it, whole in every process, in the set's order."""
+
+    abouts: Sequence[About]
+    features_NF: np.ndarray
+    logits_NK: np.ndarray | None
+    moments: Moments
+
+    @classmethod
+    def of(cls, rows: Rows, abouts: Sequence[About]) -> "Seen":
+        """Joins what the processes computed; the moments are summed where the rows are, and merged."""
+        local = moments_of(rows.columns["features"])
+        gathered = {name: gather_rows(column, rows.places_N) for name, column in rows.columns.items()}
+        return cls(abouts, gathered["features"], gathered.get("logits"), merge_over_processes(local))
+
+
+def columns_of(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    """A network's features, and its logits if it has any, as `hart_jax.evaluation.parts` keeps them."""
+    features = network.apply(params, images_BHWC)
+    logits = {} if features.logits_BK is None else {"logits": features.logits_BK}
+    return {"features": features.features_BF, **logits}
+
+
+def moments_of(features_NF: np.ndarray) -> Moments:
+    """Mean and covariance, in blocks, so that no second copy in float64 is held."""
+    moments = Moments.empty(features_NF.shape[1])
+    for start in range(0, len(features_NF), _BLOCK):
+        moments = moments.add(features_NF[start : start + _BLOCK])
+    return moments
+
+
+def distance_name(network: FeatureNetwork) -> str:
+    return "FID" if network.standard else f"Frechet distance, {network.name}"
+
+
+def compare(real: Seen, fake: Seen, seed: int = 0) -> dict[str, Any]:
+    """Distances of the two sets, precision, recall, and the inception score of `fake` if the network has classes.
+
+    `kid` is the mean over random subsets, of `kid_subset` pictures each, times 1000 like its deviation.
+    """
+    mean, deviation = kid(real.features_NF, fake.features_NF, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
+    precision, recall = precision_recall(real.features_NF, fake.features_NF, k=NEIGHBOURS)
+    scores = {
+        "frechet_distance": frechet_distance(real.moments, fake.moments),
+        "kid_x1000": 1000 * mean,
+        "kid_x1000_deviation": 1000 * deviation,
+        "kid_subset": min(SUBSET_SIZE, len(real.features_NF), len(fake.features_NF)),
+        "precision": precision,
+        "recall": recall,
+    }
+    if fake.logits_NK is not None:
+        scores["inception_score"], scores["inception_score_deviation"] = inception_score(fake.logits_NK)
+    return scores
+
+
+def floor(real: Seen, count: int, seed: int = 0) -> dict[str, Any]:
+    """Real against real: `count` of the pictures drawn at random, at most half, against the others.
+
+    What perfect pictures would score, as far as so few can tell.
+    """
+    order = np.random.default_rng(seed).permutation(len(real.features_NF))
+    part = min(count, len(order) // 2)
+    one, other = real.features_NF[np.sort(order[:part])], real.features_NF[np.sort(order[part:])]
+    mean, _ = kid(other, one, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
+    return {
+        "pictures": part,
+        "frechet_distance": frechet_distance(moments_of(other), moments_of(one)),
+        "kid_x1000": 1000 * mean,
+    }
+
+
+def by_group(real: Seen, fake: Seen, attribute: str) -> dict[str, dict[str, Any]]:
+    """Frechet distance and number of drawn pictures for each value of an attribute, of groups that are large enough."""
+    groups: dict[str, dict[str, Any]] = {}
+    real_values, fake_values = ([about.value(attribute) for about in seen.abouts] for seen in (real, fake))
+    for value in sorted(set(fake_values) - {""}):
+        ours, theirs = (
+            features[[index for index, other in enumerate(values) if other == value]]
+            for features, values in ((fake.features_NF, fake_values), (real.features_NF, real_values))
+        )
+        if min(len(ours), len(theirs)) >= LEAST:
+            distance = frechet_distance(moments_of(theirs), moments_of(ours))
+            groups[value] = {"pictures": len(ours), "frechet_distance": distance}
+    return groups
+
+
+def warnings_of(counts: Mapping[str, int]) -> list[str]:
+    """What to be careful with, of numbers of pictures by what they are."""
+    return [
+        f"only {count} {what} pictures: a Frechet distance needs about {STABLE} to be stable, is larger with fewer, "
+        "and compares only with those of as many"
+        for what, count in counts.items()
+        if count < STABLE
+    ]

@@ -1,0 +1,141 @@
+"""Sets of pictures: what each kind of folder gives, digests of content, parts that are kept."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from hart_jax.data.shards import write_shards
+from hart_jax.errors import UserError
+from hart_jax.evaluation.parts import Compiled, rows_of
+from hart_jax.evaluation.pictures import Chosen, Described, choose, decode, open_pictures
+
+EMOJI = Path(__file__).parents[1] / "emoji"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "emoji"
+    write_shards(EMOJI, folder)
+    return folder
+
+
+def image_files(folder: Path, count: int, side: int = 6) -> Path:
+    random = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("cats" if number % 2 else "dogs") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+    return folder
+
+
+def test_shards_folders_and_zips_give_the_same_pictures(tmp_path, shards):
+    for category in (path for path in EMOJI.iterdir() if path.is_dir()):
+        with zipfile.ZipFile(tmp_path / "images.zip", "a") as archive:
+            for file in category.iterdir():
+                archive.write(file, f"all/{category.name}/{file.name}")
+    shutil.copy(EMOJI / "meta_data.json", tmp_path)
+    sets = [open_pictures(path) for path in (shards, EMOJI, tmp_path)]
+    entries = json.loads((EMOJI / "meta_data.json").read_text())
+    for pictures in sets:
+        assert [about.name for about in pictures.abouts] == sorted(entries)
+        for index, about in enumerate(pictures.abouts):
+            entry = entries[about.name]
+            assert (about.prompt, about.category) == (entry["prompt"], entry["category"])
+            assert about.value("style") == entry["style"] and about.value("category") == entry["category"]
+            assert about.value("colour") == ""
+            assert pictures.read(index) == (EMOJI / about.category / f"{about.name}.png").read_bytes()
+
+
+def test_any_folder_of_images_has_its_folders_as_categories(tmp_path):
+    pictures = open_pictures(image_files(tmp_path, 4))
+    assert [about.name for about in pictures.abouts] == ["cats/001.png", "cats/003.png", "dogs/000.png", "dogs/002.png"]
+    assert [about.category for about in pictures.abouts] == ["cats", "cats", "dogs", "dogs"]
+
+
+def test_a_digest_is_of_the_content_wherever_it_lies(tmp_path):
+    first = open_pictures(image_files(tmp_path / "a", 4))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert open_pictures(tmp_path / "b").digest == first.digest
+    pixels = np.asarray(Image.open(tmp_path / "b/dogs/002.png")).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(tmp_path / "b/dogs/002.png")
+    digests = {open_pictures(tmp_path / "b").digest, Chosen(first, [0, 1]).digest, Chosen(first, [1, 0]).digest}
+    assert len(digests | {first.digest}) == 4
+
+
+def test_choice_depends_on_the_seed_alone():
+    assert choose(10, 0).tolist() == list(range(10))
+    chosen = choose(10, 4, seed=3)
+    assert chosen.tolist() == sorted(set(chosen.tolist())) == choose(10, 4, seed=3).tolist() != choose(10, 4).tolist()
+    with pytest.raises(UserError, match="--count=11: there are only 10"):
+        choose(10, 11)
+
+
+def test_pictures_are_squares_or_as_they_are(tmp_path):
+    tall = np.zeros((8, 4, 3), np.uint8)
+    tall[2:6] = 255
+    Image.fromarray(tall).save(tmp_path / "tall.png")
+    data = (tmp_path / "tall.png").read_bytes()
+    assert (decode(data, 4, "tall") == 255).all()
+    np.testing.assert_array_equal(decode(data, 0, "tall"), tall)
+    Image.new("RGBA", (3, 3), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (decode((tmp_path / "clear.png").read_bytes(), 0, "clear") == 255).all()
+    for size in (0, 4):
+        with pytest.raises(UserError, match="picture torn: does not decode"):
+            decode(data[:40], size, "torn")
+
+
+@pytest.mark.parametrize("content", [None, "empty", "file"])
+def test_what_holds_no_pictures_is_refused(tmp_path, content):
+    path = tmp_path / "x"
+    if content == "empty":
+        path.mkdir()
+    elif content == "file":
+        path.write_text("")
+    with pytest.raises(UserError, match="holds no pictures" if content == "empty" else "no such folder"):
+        open_pictures(path)
+
+
+def mean_colour() -> Compiled:
+    return Compiled(lambda params, images: {"mean": params * jnp.mean(images, axis=(1, 2))}, np.float32(1))
+
+
+def test_rows_do_not_depend_on_batches_parts_or_interruptions(tmp_path, monkeypatch):
+    monkeypatch.setattr("hart_jax.evaluation.parts.PART", 4)
+    pictures = open_pictures(image_files(tmp_path / "images", 11))
+    expected = np.stack([decode(pictures.read(index), 0, "").mean(axis=(0, 1)) for index in range(11)])
+    for batch_size in (1, 3, 32):
+        rows = rows_of(pictures, 0, mean_colour(), tmp_path / f"kept{batch_size}", batch_size=batch_size)
+        np.testing.assert_array_equal(rows.places_N, np.arange(11))
+        np.testing.assert_allclose(rows.columns["mean"], expected, rtol=1e-6)
+    # What is kept is not computed again, what is missing is.
+    kept = tmp_path / "kept3"
+    os.remove(kept / "00000004-4.npz")
+    reads: list[int] = []
+    watched = Described(pictures, pictures.abouts)
+    monkeypatch.setattr(watched, "read", lambda index: reads.append(index) or pictures.read(index))
+    again = rows_of(watched, 0, mean_colour(), kept, batch_size=3)
+    assert set(reads) == {0, 4, 5, 6, 7}
+    np.testing.assert_array_equal(again.columns["mean"], rows_of(pictures, 0, mean_colour(), kept).columns["mean"])
+
+
+def test_sizes_that_differ_and_damaged_parts_are_named(tmp_path):
+    folder = image_files(tmp_path / "images", 3)
+    Image.new("RGB", (7, 5)).save(folder / "other.png")
+    pictures = open_pictures(folder)
+    with pytest.raises(UserError, match=r"other\.png and .* differ in size \(7x5 and 6x6\); give --image_size"):
+        rows_of(pictures, 0, mean_colour(), tmp_path / "kept")
+    assert not list((tmp_path / "kept").iterdir())
+    rows = rows_of(pictures, 4, mean_colour(), tmp_path / "kept")
+    assert rows.columns["mean"].shape == (4, 3)
+    (part,) = (tmp_path / "kept").iterdir()
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(UserError, match="damaged .* remove it"):
+        rows_of(pictures, 4, mean_colour(), tmp_path / "kept")
