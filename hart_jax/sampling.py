@@ -127,9 +127,10 @@ def sampling_placement(
     """Where it is drawn: `sampling_mesh` over these devices, all of this process if not given.
 
     Raises:
-      UserError: `mesh.tensor` does not divide the devices or the model, or several processes draw together.
+      UserError: `mesh.tensor` does not divide the devices or the model, or there are several processes, which draw
+        each for itself: they must name their devices.
     """
-    if jax.process_count() > 1:
+    if devices is None and jax.process_count() > 1:
         raise UserError(f"drawing in {jax.process_count()} processes: one draws alone; start each by itself")
     devices = jax.local_devices() if devices is None else devices
     if mesh.tensor > 1 and len(devices) % mesh.tensor:

@@ -11,7 +11,7 @@ from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.networks.clip import Clip, load_clip
 from hart_jax.evaluation.networks.efficientnet import load_efficientnet
-from hart_jax.evaluation.networks.inception import load_inception
+from hart_jax.evaluation.networks.inception import Resize, load_inception
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures
 from hart_jax.evaluation.scores import Seen, columns_of
@@ -56,16 +56,22 @@ class Judges:
 
 
 def load_judges(
-    inception: str | None, efficientnet: str | None, clip: str | None, *, size: int, batch_size: int
+    inception: str | None,
+    efficientnet: str | None,
+    clip: str | None,
+    *,
+    size: int,
+    batch_size: int,
+    resize: Resize = "pytorch-fid",
 ) -> Judges:
-    """The networks in these files, each as its loader takes them; None or empty for none.
+    """The networks in these files, each as its loader takes them; None or empty for none. `resize` is InceptionV3's.
 
     Raises:
       UserError: no network at all, or a file that is not of its network.
     """
     if not (inception or efficientnet or clip):
         raise UserError("no network to judge with: give --inception=FILE, --efficientnet=FILE or --clip=FOLDER")
-    networks = [load_inception(inception)] if inception else []
+    networks = [load_inception(inception, resize=resize)] if inception else []
     networks += [load_efficientnet(efficientnet)] if efficientnet else []
     found = load_clip(clip) if clip else None
     return Judges(

@@ -15,7 +15,7 @@ from hart_jax.config import TokenizerConfig
 from hart_jax.evaluation.judge import Judge
 from hart_jax.evaluation.metrics.codebook import Usage
 from hart_jax.evaluation.metrics.gather import gather_rows
-from hart_jax.evaluation.metrics.ssim import ssim
+from hart_jax.evaluation.metrics.ssim import SIDE, ssim
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures, decode
@@ -47,7 +47,8 @@ def columns_of(
     for mode, continuous in MODES.items():
         output = tokenizer.apply(variables, image, continuous=continuous, method="reconstruct")
         columns[f"{mode} psnr"] = psnr(output, image)
-        columns[f"{mode} ssim"] = ssim(output, image)
+        if image.shape[1] >= SIDE:
+            columns[f"{mode} ssim"] = ssim(output, image)
         if params["lpips"] is not None:
             columns[f"{mode} lpips"] = lpips(params["lpips"], output, image)
         stored = jnp.rint((output + 1) * 127.5).astype(jnp.uint8)
@@ -67,6 +68,8 @@ def judge_reconstructions(
     batch_size: int = 32,
 ) -> dict[str, Any]:
     """PSNR (dB, of [0, 1] images), SSIM, LPIPS and distances of both modes, and the use of the codebook per scale.
+
+    SSIM is left out of pictures that are smaller than its window.
 
     Args:
       judges: compare the sets of originals and reconstructions; at `config.image_size`.

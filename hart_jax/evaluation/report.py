@@ -88,9 +88,9 @@ def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str
     rows = []
     for mode, scores in results["modes"].items():
         row = {"reconstructions of": model, "mode": mode, "pictures": str(results["pictures"])}
-        row |= {"PSNR, dB": f"{scores['psnr']:.2f}", "SSIM": f"{scores['ssim']:.4f}"}
-        if "lpips" in scores:
-            row["LPIPS"] = f"{scores['lpips']:.4f}"
+        titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+        digits = {"psnr": 2, "ssim": 4, "lpips": 4}
+        row |= {titles[name]: f"{scores[name]:.{digits[name]}f}" for name in titles if name in scores}
         for found in scores.values():
             if isinstance(found, dict):
                 row[found["distance"]] = f"{found['frechet_distance']:.2f}"

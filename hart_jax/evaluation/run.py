@@ -13,6 +13,7 @@ from hart_jax.evaluation import report
 from hart_jax.evaluation.boards import show_drawn, show_groups
 from hart_jax.evaluation.generation import asked_of, draw_pictures, judge
 from hart_jax.evaluation.judge import Judges, load_judges
+from hart_jax.evaluation.networks.inception import Resize
 from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, choose, open_pictures
 from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
 from hart_jax.experiment import Experiment, HartExperiment
@@ -34,6 +35,7 @@ class Request:
     reference: str
     pictures: str | None
     networks: tuple[str | None, str | None, str | None]
+    resize: Resize
     lpips: str | None
     count: int
     seed: int
@@ -44,7 +46,7 @@ class Request:
     out: Path
 
     def judges(self, size: int) -> Judges:
-        return load_judges(*self.networks, size=size, batch_size=self.batch_size)
+        return load_judges(*self.networks, size=size, batch_size=self.batch_size, resize=self.resize)
 
 
 def evaluate(request: Request) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ from hart_jax.evaluation.pictures import About
 STABLE = 10_000
 # Groups are compared by their distances from so many pictures on.
 LEAST = 10
-SUBSETS, SUBSET_SIZE, NEIGHBOURS = 100, 1000, 3
+SUBSETS, SUBSET_SIZE, NEIGHBOURS, SPLITS = 100, 1000, 3, 10
 _BLOCK = 1024
 
 
@@ -80,7 +80,9 @@ def compare(real: Seen, fake: Seen, seed: int = 0) -> dict[str, Any]:
         "recall": recall,
     }
     if fake.logits_NK is not None:
-        scores["inception_score"], scores["inception_score_deviation"] = inception_score(fake.logits_NK)
+        scores["inception_score"], scores["inception_score_deviation"] = inception_score(
+            fake.logits_NK, splits=min(SPLITS, len(fake.logits_NK))
+        )
     return scores
 
 

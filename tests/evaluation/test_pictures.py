@@ -137,5 +137,5 @@ def test_sizes_that_differ_and_damaged_parts_are_named(tmp_path):
     assert rows.columns["mean"].shape == (4, 3)
     (part,) = (tmp_path / "kept").iterdir()
     part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(UserError, match="damaged .* remove it"):
+    with pytest.raises(UserError, match=r"damaged .* remove it"):
         rows_of(pictures, 4, mean_colour(), tmp_path / "kept")

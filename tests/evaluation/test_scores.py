@@ -59,7 +59,9 @@ def test_groups_are_compared_with_their_own():
     assert set(groups) == set(STYLES) and all(group["pictures"] == 50 for group in groups.values())
     assert max(group["frechet_distance"] for group in groups.values()) < 3
     moved = [About(about.name, attributes={"style": STYLES[index // 50]}) for index, about in enumerate(abouts)]
-    assert min(group["frechet_distance"] for group in by_group(real, seen(fake.features_NF, moved), "style").values()) > 5
+    assert (
+        min(group["frechet_distance"] for group in by_group(real, seen(fake.features_NF, moved), "style").values()) > 5
+    )
     few = seen(fake.features_NF[: 2 * LEAST - 1], abouts[: 2 * LEAST - 1])
     assert set(by_group(real, few, "style")) == {"flat"}
     assert by_group(real, fake, "colour") == {}

@@ -41,5 +41,5 @@ def _blur(maps_XBHWC: jax.Array) -> jax.Array:
         size = maps_XBHWC.shape[axis] - SIDE + 1
         # A sum of shifts, not a convolution, which GPUs and TPUs would round to fewer digits.
         shifts = [jax.lax.slice_in_dim(maps_XBHWC, start, start + size, axis=axis) for start in range(SIDE)]
-        maps_XBHWC = sum(tap * shift for tap, shift in zip(WINDOW, shifts, strict=True))
+        maps_XBHWC = sum((tap * shift for tap, shift in zip(WINDOW, shifts, strict=True)), start=jnp.float32(0))
     return maps_XBHWC

@@ -60,7 +60,10 @@ def load_inception(path: str | os.PathLike[str], *, resize: Resize = "pytorch-fi
     """
     if resize not in get_args(Resize):
         raise UserError(f"resize is {resize!r}; choose one of {', '.join(get_args(Resize))}")
-    tensors = _read(Path(path))
+    try:
+        tensors = _read(Path(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_FIX}") from error
     network = InceptionV3()
 
     def apply(params: Any, pictures_BHWC: jax.Array) -> Features:
@@ -257,21 +260,23 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             tensor = state.take_any(key)
             if tensor is None or tensor.shape != expected:
                 found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
-                raise UserError(f"{path}: not FID's InceptionV3, where tensor {key!r} {found}; {_FIX}")
+                raise UserError(f"{path}: not FID's InceptionV3, where tensor {key!r} {found}")
             tensors[key] = tensor
         state.explain(f"{name}.bn.num_batches_tracked")
     # The classifier that helped training, and the bias that the inception score leaves out.
     state.explain("fc.bias", *(key for key in stored if key.startswith("AuxLogits.")))
     left = list(state.unexplained())
     if left:
-        raise UserError(f"{path}: not FID's InceptionV3, which has no tensor {left[0]!r}; {_FIX}")
+        raise UserError(f"{path}: not FID's InceptionV3, which has no tensor {left[0]!r}")
     return tensors
 
 
 def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `InceptionV3`; each batch norm is multiplied into its convolution, in float64."""
     params: dict[str, np.ndarray] = {"fc.kernel": tensors["fc.weight"].T}
-    for name in _layers().keys() - {"fc"}:
+    for name in _layers():
+        if name == "fc":
+            continue
         gain_C, shift_C, mean_C, variance_C = (tensors[f"{name}.bn.{part}"].astype(np.float64) for part in _NORM)
         scale_C = gain_C / np.sqrt(variance_C + _NORM_EPSILON)
         params[f"{name}.kernel"] = (transpose_conv(tensors[f"{name}.conv.weight"]) * scale_C).astype(np.float32)
@@ -281,9 +286,9 @@ def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _open_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file; {_FIX}")
+        raise UserError(f"{path}: no such weight file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged, or no .npz of arrays ({error}); {_FIX}") from error
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged, or no .npz of arrays ({error})") from error

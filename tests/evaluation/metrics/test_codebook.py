@@ -17,7 +17,7 @@ def test_counts_do_not_depend_on_batches_or_hosts(cut, count, seed):
     pictures = tokens(count, seed)
     whole, one, other = (
         Usage.empty(3, VOCAB).add(part, PATCH_NUMS) for part in (pictures, pictures[:cut], pictures[cut:])
-    )  # fmt: skip
+    )
     expected = np.zeros((3, VOCAB), np.int64)
     for row in pictures:
         for place, code in enumerate(row):

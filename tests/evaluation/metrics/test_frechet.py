@@ -12,9 +12,8 @@ from hart_jax.evaluation.metrics.moments import Moments
 def features(count: int, width: int, seed: int) -> np.ndarray:
     """Correlated, with deviations over three orders of magnitude."""
     rng = np.random.default_rng(seed)
-    return rng.normal(size=width) + rng.normal(size=(count, width)) * np.logspace(0, -3, width) @ rng.normal(
-        size=(width, width)
-    )  # fmt: skip
+    mixed = rng.normal(size=(count, width)) * np.logspace(0, -3, width) @ rng.normal(size=(width, width))
+    return mixed + rng.normal(size=width)
 
 
 def moments(pictures: np.ndarray) -> Moments:

@@ -35,9 +35,7 @@ def test_the_covariance_is_that_of_numpy(offset):
 
 
 @settings(max_examples=40)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 99), st.lists(st.booleans(), min_size=8)
-)  # fmt: skip
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 99), st.lists(st.booleans(), min_size=8))
 def test_order_batches_and_hosts_do_not_matter(sizes, seed, hosts):
     pictures = features(sum(sizes), offset=3.0)
     shuffled = np.random.default_rng(seed).permutation(pictures)

@@ -14,9 +14,7 @@ def naive(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float]:
         return sum((int(p) - int(q)) ** 2 for p, q in zip(x, y, strict=True))
 
     def share(points, centres) -> float:
-        radii = [
-            sorted(distance(x, y) for j, y in enumerate(centres) if j != i)[k - 1] for i, x in enumerate(centres)
-        ]  # fmt: skip
+        radii = [sorted(distance(x, y) for j, y in enumerate(centres) if j != i)[k - 1] for i, x in enumerate(centres)]
         inside = [any(distance(x, c) <= radius for c, radius in zip(centres, radii, strict=True)) for x in points]
         return sum(inside) / len(inside)
 
