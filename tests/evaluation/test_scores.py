@@ -86,6 +86,9 @@ def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
     assert concept["real"]["recall_at_1"] > 0.9 and style["real"]["recall_at_1"] < 0.2
     assert concept["shuffled"]["recall_at_1"] < 0.3 and 0.2 < style["shuffled"]["recall_at_1"] < 0.8
     assert set(concept["drawn, by style"]) == set(STYLES)
+    assert scores["style, other concept"]["drawn"]["recall_at_1"] < 0.9
+    # No other style has more pictures of a concept than one.
+    assert scores["concept, other style"]["drawn"]["recall_at_1"] > 0.9
     wrong = seen(places[own[::-1]], [abouts[place] for place in own])
     assert alignment(real, wrong, own, ["concept"])["concept"]["drawn"]["recall_at_1"] < 0.3
 

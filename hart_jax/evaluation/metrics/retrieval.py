@@ -45,6 +45,7 @@ def nearest(
     count: int = 5,
     *,
     exclude: np.ndarray | None = None,
+    apart: tuple[np.ndarray, np.ndarray] | None = None,
     block: int = 1024,
 ) -> np.ndarray:
     """(Q, count) indices into the gallery, the nearest first.
@@ -55,9 +56,10 @@ def nearest(
     Args:
       space: `Standardized.of(gallery_GF)`, the same for all queries.
       exclude: (Q,) the gallery's picture that a query must not find, because it is the query itself, or -1.
+      apart: labels (Q,) and (G,); a query finds no picture of its own label.
 
     Raises:
-      UserError: the gallery has fewer than `count` pictures to find.
+      UserError: the gallery has fewer than `count` pictures to find, for a query with another label.
     """
     excluding = exclude is not None and bool(np.any(np.asarray(exclude) >= 0))
     available = len(gallery_GF) - excluding
@@ -71,6 +73,11 @@ def nearest(
         if exclude is not None:
             excluded = np.asarray(exclude)[rows]
             similarities[excluded >= 0, excluded[excluded >= 0]] = -np.inf
+        if apart is not None:
+            similarities[np.asarray(apart[0])[rows, None] == np.asarray(apart[1])] = -np.inf
+            most = int(np.isfinite(similarities).sum(axis=1).min())
+            if count > most:
+                raise UserError(f"count={count} nearest pictures of another label: a query has only {most}")
         found[rows] = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
     return found
 

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,8 +146,29 @@ def _conv(width: int, name: str, window: int = 1, stride: int = 1, groups: int =
         "SAME",
         feature_group_count=groups,
         precision=_PRECISION,
+        conv_general_dilated=None if groups == 1 else _by_channel,
         name=name,
     )
+
+
+def _by_channel(
+    x_BHWC: jax.Array, kernel_HW1C: jax.Array, strides: Sequence[int], padding: str, **others: Any
+) -> jax.Array:
+    """A convolution of every channel with its own window, as a sum of shifted pictures.
+
+    XLA fuses the sum; on CPUs its convolutions of so many groups take 5 to 30 times as long.
+    """
+    windows, (stride, _) = kernel_HW1C.shape[:2], strides
+    sides = x_BHWC.shape[1:3]
+    pads = jax.lax.padtype_to_pads(sides, windows, strides, padding)
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *pads, (0, 0)))
+    spans = [stride * (-(-side // stride) - 1) + 1 for side in sides]
+    shifted = (
+        x_BHWC[:, top : top + spans[0] : stride, left : left + spans[1] : stride] * kernel_HW1C[top, left, 0]
+        for top in range(windows[0])
+        for left in range(windows[1])
+    )
+    return functools.reduce(jnp.add, shifted)
 
 
 # A layer within a block: published names of its convolution and of its norm.
