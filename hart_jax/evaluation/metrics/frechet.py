@@ -7,6 +7,9 @@ import numpy as np
 
 from hart_jax.evaluation.metrics.moments import Moments
 
+# Random vectors more than the rank, so that none of its directions is missed.
+_MORE = 10
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr sqrt(A B) of the unbiased covariances A and B, in float64, never
@@ -24,14 +27,23 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.width != b.width:
         raise ValueError(f"Frechet distance of {a.width} and {b.width} features: both sets need the same network")
     covariances = a.covariance, b.covariance
-    root_a, root_b = (_root(covariance) for covariance in covariances)
+    root_a, root_b = (_root(each, moments.count - 1) for each, moments in zip(covariances, (a, b), strict=True))
     shared = np.linalg.svd(root_a.T @ root_b, compute_uv=False).sum()
     apart = np.sum((a.mean_F - b.mean_F) ** 2)
     return max(0.0, float(apart + sum(np.trace(covariance) for covariance in covariances) - 2 * shared))
 
 
-def _root(covariance_FF: np.ndarray) -> np.ndarray:
-    """(F, R) with root root^T the covariance of rank R; directions that only rounding gives a variance are left out."""
+def _root(covariance_FF: np.ndarray, rank: int) -> np.ndarray:
+    """(F, R) with root root^T the covariance; directions that only rounding gives a variance are left out.
+
+    Of few pictures the covariance has a low `rank`, at most. All it maps to is then spanned by what it makes of so many
+    random vectors (Halko et al., arXiv 0909.4061), and a small eigenvalue problem is left.
+    """
+    width = len(covariance_FF)
+    if rank + _MORE < width // 2:
+        random_FR = np.random.default_rng(0).normal(size=(width, rank + _MORE))
+        basis_FR, _ = np.linalg.qr(covariance_FF @ random_FR)
+        return basis_FR @ _root(basis_FR.T @ covariance_FF @ basis_FR, width)
     variances, directions = np.linalg.eigh(covariance_FF)
     kept = variances > variances[-1] * len(variances) * np.finfo(np.float64).eps
     return directions[:, kept] * np.sqrt(variances[kept])
