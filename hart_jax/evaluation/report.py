@@ -69,9 +69,8 @@ def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, st
         row[f"KID x 1000{suffix}"] = f"{scores['kid_x1000']:.2f} ± {scores['kid_x1000_deviation']:.2f}"
         row[f"precision{suffix}"] = f"{scores['precision']:.3f}"
         row[f"recall{suffix}"] = f"{scores['recall']:.3f}"
-        if "inception_score" in scores:
-            title = "inception score" if distance == "FID" else "class score"
-            row[f"{title}{suffix}"] = f"{scores['inception_score']:.2f}"
+        if "inception_score" in scores and distance == "FID":
+            row[f"inception score{suffix}"] = f"{scores['inception_score']:.2f}"
         floor["number"] = str(scores["floor"]["pictures"])
         floor[distance] = f"{scores['floor']['frechet_distance']:.2f}"
         floor[f"KID x 1000{suffix}"] = f"{scores['floor']['kid_x1000']:.2f}"
