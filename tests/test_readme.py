@@ -1,4 +1,4 @@
-"""The README's commands: those that draw are run, those that train are in the script that made the model."""
+"""The README's commands: those that draw are run, others are in the scripts that made and measured the model."""
 
 import os
 import re
@@ -10,28 +10,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "make_bundled_model.sh"
+SCRIPTS = ("make_bundled_model.sh", "evaluate_bundled_model.sh")
 
 
 def commands() -> list[str]:
-    """Every line of the README's shell blocks, without comments."""
+    """Every command of the README's shell blocks, without comments, on one line."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("    #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("    #")[0].strip() for block in blocks for line in on_one_line(block).splitlines()]
     return [line for line in lines if line]
+
+
+def on_one_line(text: str) -> str:
+    return re.sub(r"\\\n\s*", "", text)
 
 
 DRAWING = [command for command in commands() if command.startswith("python sample.py")]
 
 
 def test_every_command_is_of_a_kind_that_something_runs():
-    script = SCRIPT.read_text()
+    scripts = on_one_line("".join((ROOT / "scripts" / name).read_text() for name in SCRIPTS))
     # What CI runs itself, and what has a test of its own (tests/convert/test_command.py).
     elsewhere = ("make sample", "make test", "pip install -e", "python -m hart_jax.convert")
     for command in commands():
         if command in DRAWING or command.startswith(elsewhere):
             continue
-        start = command.replace("--out assets/emoji", "--out")
-        assert start in script, f"{command!r} is neither run by a test nor part of {SCRIPT.name}"
+        start = re.sub(r"(--out)[ =](assets/emoji|scores/\w+)$", r"\1", command)
+        assert start in scripts, f"{command!r} is neither run by a test nor part of {' or '.join(SCRIPTS)}"
 
 
 @pytest.mark.parametrize("command", DRAWING)
