@@ -53,6 +53,7 @@ class Checkpoints:
         well. Empty for none.
       save_every: steps between checkpoints.
       may_change: dotted config keys ("train.num_steps") that a resumed run may change.
+      defaults: a whole configuration, of whose settings a run has those that its own, of an older version, lacks.
 
     Raises:
       UserError: `workdir` holds checkpoints of another configuration, or a setting is out of range.
@@ -67,6 +68,7 @@ class Checkpoints:
         may_change: Collection[str] = (),
         keep_every: int = 0,
         keep_best: str = "",
+        defaults: Mapping[str, Any] | None = None,
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
             if value < 1:
@@ -74,7 +76,7 @@ class Checkpoints:
         self.save_every, self._keep_best = save_every, keep_best
         workdir = Path(workdir).absolute()
         directory = workdir / CHECKPOINT_DIR
-        check_workdir(workdir, config, may_change)
+        check_workdir(workdir, config, may_change, defaults)
         _write_config(workdir, config)
         self._orbax = ocp.training.Checkpointer(
             directory,
@@ -249,11 +251,20 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable JSON file: {_first_line(error)}") from None
 
 
-def check_workdir(workdir: str | os.PathLike, config: Mapping[str, Any], may_change: Collection[str] = ()) -> bool:
-    """Whether `workdir` holds checkpoints; `UserError` if they are of another configuration. Writes nothing."""
+def check_workdir(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    may_change: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> bool:
+    """Whether `workdir` holds checkpoints; `UserError` if they are of another configuration. Writes nothing.
+
+    Its arguments are those of `Checkpoints`.
+    """
     found = bool(_complete_steps(Path(workdir) / CHECKPOINT_DIR))
     if found:
-        differences = _differences(load_config(workdir), json.loads(json.dumps(config)), may_change)
+        stored = _flat(json.loads(json.dumps(defaults or {}))) | _flat(load_config(workdir))
+        differences = _differences(stored, _flat(json.loads(json.dumps(config))), may_change)
         if differences:
             shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
             raise UserError(
@@ -298,8 +309,7 @@ def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
 
 
-def _differences(stored: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    old, new = _flat(stored), _flat(config)
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
     keys = [key for key in {**old, **new} if key not in may_change]
     pairs = ((key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys)
     return [f"{key} is {after!r}, the run has {before!r}" for key, before, after in pairs if before != after]

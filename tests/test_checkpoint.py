@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact round trips, kills at any moment, damaged directories, other configs."""
 
+import json
 import math
 import os
 import shutil
@@ -279,6 +280,18 @@ def test_keys_that_may_change_are_updated(tmp_path):
     with Checkpoints(tmp_path, longer, may_change={"train.num_steps"}) as checkpoints:
         assert checkpoints.latest_step == 1
     assert load_config(tmp_path)["train"]["num_steps"] == 20
+
+
+def test_settings_that_a_run_of_an_older_version_lacks_are_the_defaults(tmp_path):
+    save_steps(tmp_path, range(1, 2))
+    defaults = {"model": {"width": 4, "depth": 2}}
+    newer = {**CONFIG, "model": {**CONFIG["model"], "depth": 2}}
+    with Checkpoints(tmp_path, newer, defaults=defaults) as checkpoints:
+        assert checkpoints.latest_step == 1
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    newer["model"]["depth"] = 3
+    with pytest.raises(UserError, match=r"model\.depth is 3, the run has 2"):
+        Checkpoints(tmp_path, newer, defaults=defaults)
 
 
 def test_load_params(tmp_path):

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from hart_jax.checkpoint import Checkpoints, check_workdir
 from hart_jax.config import TrainConfig
 from hart_jax.data.batches import Batches
+from hart_jax.experiment import experiment_from
 from hart_jax.parallel.mesh import Placement, on_host, to_global
 from hart_jax.training.manifest import append_manifest
 from hart_jax.training.metrics import MetricsWriter, Progress
@@ -76,7 +77,8 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
       config: the whole experiment as plain values; a workdir of another experiment is an error.
     """
     # Before `batches`, which may fill the workdir with text states.
-    if not check_workdir(workdir, config, MAY_CHANGE):
+    defaults = experiment_from({"transformer": {}} if "transformer" in config else {}).to_dict()
+    if not check_workdir(workdir, config, MAY_CHANGE, defaults):
         task.load_previous()
     batches = task.batches()
     with Checkpoints(
@@ -87,6 +89,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         MAY_CHANGE,
         train.keep_every,
         train.keep_best,
+        defaults,
     ) as checkpoints:
         restored = checkpoints.restore(_abstract(task), batches)
         first, state, log = restored if restored else (0, task.start(), None)
