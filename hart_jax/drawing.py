@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hart_jax.errors import UserError
+from hart_jax.files import whole_file
 from hart_jax.images import grid, save_png
 from hart_jax.model_folder import Model
 from hart_jax.sampling import Asked, Painter, Picture
@@ -217,14 +218,9 @@ def _remove_unfinished(album: Album) -> None:
 
 
 def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

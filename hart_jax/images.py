@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from hart_jax.errors import UserError
+from hart_jax.files import whole_file
 
 _CAPTION_SIZE = 12
 _CAPTION_MARGIN = 2
@@ -88,12 +89,8 @@ def save_png(
     chunks = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         chunks.add_text(key, value)  # text outside Latin-1 becomes an iTXt chunk
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         Image.fromarray(np.asarray(image)).save(temporary, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_png_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hart_jax.errors import UserError
 from hart_jax.evaluation.pictures import Pictures, decode
+from hart_jax.files import whole_file
 
 PART = 500
 Columns = dict[str, np.ndarray]
@@ -119,13 +120,8 @@ def _decoded(pictures: Pictures, batches: Sequence[range], size: int) -> Iterato
 
 
 def _write(path: Path, columns: Columns) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **columns)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **columns)  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Columns:

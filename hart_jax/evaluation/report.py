@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from hart_jax.errors import UserError
+from hart_jax.files import whole_file
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
 
@@ -99,11 +99,6 @@ def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from hart_jax.files import whole_file
 from hart_jax.images import save_png
 
 METRICS_FILE = "metrics.jsonl"
@@ -204,9 +205,8 @@ def _open_after(path: Path, resumed_step: int | None):
     kept = []
     if resumed_step is not None:
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed_step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
     return open(path, "ab", buffering=0)  # stays open for the whole run; unbuffered, a line is one write
 
 
