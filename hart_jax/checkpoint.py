@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from hart_jax.errors import UserError
-from hart_jax.files import whole_file
+from hart_jax.files import write_whole
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
@@ -303,9 +303,7 @@ def _context() -> ocp.Context:
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with whole_file(workdir / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(config, indent=2) + "\n")
+        write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hart_jax.errors import UserError
-from hart_jax.files import whole_file
+from hart_jax.files import write_whole
 from hart_jax.images import grid, save_png
 from hart_jax.model_folder import Model
 from hart_jax.sampling import Asked, Painter, Picture
@@ -123,7 +123,7 @@ def open_album(
     if len(asked) > 1 or resume:
         lines = [{"run": about, "batch_size": size}]
         lines += [{"file": name, **dataclasses.asdict(one)} for name, one in zip(names, asked, strict=True)]
-        _write(out / f"{first:05d}-{MANIFEST}", lines)
+        write_whole(out / f"{first:05d}-{MANIFEST}", "".join(json.dumps(line) + "\n" for line in lines))
     return _album(out, names, size)
 
 
@@ -143,15 +143,18 @@ def _find(manifests: list[Path], asked: Sequence[Asked], about: Mapping[str, Any
         if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
             return _album(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
-    old, new = flatten_dict(run["run"], sep="."), flatten_dict(wanted, sep=".")
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    differing = [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
-    if not differing:
-        differing = ["it has other prompts, seeds or numbers of pictures"]
+    differing = differences(run["run"], wanted) or ["it has other prompts, seeds or numbers of pictures"]
     raise UserError(
         f"--resume: {manifests[0].parent} holds no run of this command; of the latest, {manifests[0].name}: "
         f"{'; '.join(differing[:4])}. Leave --resume out to add a new run, or give another --out"
     )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What nested settings, of a run in a folder and of the one at hand, differ in; a phrase for each."""
+    old, new = flatten_dict(there, sep="."), flatten_dict(here, sep=".")
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
 
 
 def draw(
@@ -215,12 +218,6 @@ def _remove_unfinished(album: Album) -> None:
     for left in album.paths[0].parent.glob(".*.png.*"):
         if left.name[1:].rpartition(".")[0] in names:
             left.unlink(missing_ok=True)
-
-
-def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -19,7 +19,6 @@ from hart_jax.evaluation.networks.clip import clip_score
 from hart_jax.evaluation.pictures import About, Files, Pictures
 from hart_jax.evaluation.scores import by_group, compare, distance_name, floor, warnings_of
 from hart_jax.experiment import HartExperiment
-from hart_jax.model_folder import Model
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import Asked, Painter
 
@@ -47,9 +46,8 @@ def asked_of(abouts: Sequence[About], experiment: HartExperiment, categories: Se
 
 
 def draw_pictures(
-    model: Model,
+    painter: Painter,
     experiment: HartExperiment,
-    text: tuple[str | Path | None, str | Path | None],
     asked: Sequence[Asked],
     abouts: Sequence[About],
     out: Path,
@@ -66,7 +64,6 @@ def draw_pictures(
     Raises:
       UserError: `out` holds pictures of another model, other settings or prompts; or what `Painter` says.
     """
-    painter = Painter(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
     painter.check([one.wish for one in asked])
 
     def size_of(wanted: int) -> int:

@@ -63,13 +63,10 @@ def rows_of(
     shares = [range(start, min(start + PART, count)) for start in starts]
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"{share.start:08d}-{len(share)}.npz" for share in shares]
-    missing = [share for share, part in zip(shares, parts, strict=True) if not part.is_file()]
-    with tqdm(total=sum(map(len, missing)), unit="picture", desc=title, disable=not missing) as bar:
-        for share in missing:
-            _write(
-                folder / f"{share.start:08d}-{len(share)}.npz",
-                _compute(pictures, share, size, compute, batch_size, bar),
-            )
+    missing = {part: share for share, part in zip(shares, parts, strict=True) if not part.is_file()}
+    with tqdm(total=sum(map(len, missing.values())), unit="picture", desc=title, disable=not missing) as bar:
+        for part, share in missing.items():
+            _write(part, _compute(pictures, share, size, compute, batch_size, bar))
     loaded = [_read(part) for part in parts]
     places = np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.zeros(0, int)])
     # A process without a share still says which columns there are.

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.evaluation.judge import Judge
 from hart_jax.evaluation.metrics.codebook import Usage
 from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.metrics.ssim import SIDE, ssim
-from hart_jax.evaluation.networks.base import FeatureNetwork
+from hart_jax.evaluation.networks.base import FeatureNetwork, weights_digest
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures, decode
 from hart_jax.evaluation.scores import Seen, compare, distance_name, floor, warnings_of
@@ -115,10 +116,7 @@ def judge_reconstructions(
 
 def digest(params: Any) -> str:
     """Of a tree of parameters."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
-    return found.hexdigest()[:16]
+    return weights_digest(flatten_dict(params, sep="/"))
 
 
 def show_reconstructions(config: TokenizerConfig, params: Any, pictures: Pictures, out: Path) -> None:
@@ -128,11 +126,11 @@ def show_reconstructions(config: TokenizerConfig, params: Any, pictures: Picture
         [decode(pictures.read(index), config.image_size, pictures.abouts[index].name) for index in range(count)]
     )
     tokenizer = Tokenizer(config)
-    rebuild = jax.jit(
-        lambda params, image, continuous: tokenizer.apply(
-            {"params": params}, image, continuous=continuous, method="reconstruct"
-        ),
-        static_argnums=2,
-    )
-    rows = [to_uint8(rebuild(params, from_uint8(images), continuous)) for continuous in MODES.values()]
+
+    @jax.jit
+    def rebuild(params: Any, image: jax.Array) -> list[jax.Array]:
+        variables = {"params": params}
+        return [tokenizer.apply(variables, image, continuous=on, method="reconstruct") for on in MODES.values()]
+
+    rows = map(to_uint8, rebuild(params, from_uint8(images)))
     save_png(out, grid(np.concatenate([images, *rows]), columns=count), overwrite=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 
+from hart_jax.drawing import differences
 from hart_jax.errors import UserError
-from hart_jax.files import whole_file
+from hart_jax.files import write_whole
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
 
@@ -24,16 +24,13 @@ def begin(out: Path, run: Mapping[str, Any]) -> None:
     run = json.loads(json.dumps(run))
     path = out / RUN
     if path.is_file():
-        known = flatten_dict(json.loads(path.read_text(encoding="utf-8")), sep=".")
-        ours = flatten_dict(run, sep=".")
-        changed = [name for name in {**known, **ours} if known.get(name) != ours.get(name)]
-        if changed:
-            shown = "; ".join(f"{name} is {known.get(name)!r} there, {ours.get(name)!r} here" for name in changed[:4])
-            raise UserError(f"--out={out}: holds another evaluation ({shown}); give another folder")
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), run)
+        if differing:
+            raise UserError(f"--out={out}: holds another evaluation ({'; '.join(differing[:4])}); give another folder")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: is there already and holds no evaluation; give another folder")
-    _write(path, json.dumps(run, indent=1) + "\n")
+    write_whole(path, json.dumps(run, indent=1) + "\n")
 
 
 def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
@@ -42,8 +39,8 @@ def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: 
     device = jax.devices()[0].device_kind
     report = {**run, **results, "software": software, "devices": f"{jax.device_count()} x {device}"}
     table = markdown(rows)
-    _write(out / RESULTS, json.dumps(report, indent=1) + "\n")
-    _write(out / TABLE, table + "\n")
+    write_whole(out / RESULTS, json.dumps(report, indent=1) + "\n")
+    write_whole(out / TABLE, table + "\n")
     return table
 
 
@@ -96,9 +93,3 @@ def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str
                 row["KID x 1000"] = f"{found['kid_x1000']:.2f}"
         rows.append(row)
     return rows
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, cho
 from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
 from hart_jax.experiment import Experiment, HartExperiment
 from hart_jax.parallel.mesh import first_process_first
-from hart_jax.sampling import check_model, load_model, text_source
+from hart_jax.sampling import Painter, check_model, load_model, text_source
 from hart_jax.tokenizer.perceptual import load_lpips
 from hart_jax.training.workdir import load_tokenizer
 
@@ -119,10 +119,12 @@ def _generation(request: Request, reference: Pictures) -> tuple[str, dict[str, A
         **_of(request, reference, judges),
     }
     _begin(request, run)
+    painter = Painter(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
+    # The painter has its own copy.
+    del model
     drawn = draw_pictures(
-        model,
+        painter,
         experiment,
-        text,
         asked,
         abouts,
         request.out / "pictures",

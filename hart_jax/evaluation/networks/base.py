@@ -5,11 +5,13 @@ Letters: B pictures of H by W pixels, F features, K classes.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from hart_jax.convert.state_dict import transpose_conv
 
 
 class Features(NamedTuple):
@@ -39,6 +41,17 @@ class FeatureNetwork:
     width: int
     params: Any
     apply: Callable[[Any, jax.Array], Features]
+
+
+def folded(weight_OIHW: np.ndarray, norm: Sequence[np.ndarray], epsilon: float) -> dict[str, np.ndarray]:
+    """A convolution and the batch norm behind it as one convolution of Flax, multiplied in float64.
+
+    `norm` are its weight, bias, running mean and variance.
+    """
+    gain_C, shift_C, mean_C, variance_C = (part.astype(np.float64) for part in norm)
+    scale_C = gain_C / np.sqrt(variance_C + epsilon)
+    kernel_HWIO = transpose_conv(weight_OIHW) * scale_C
+    return {"kernel": kernel_HWIO.astype(np.float32), "bias": (shift_C - mean_C * scale_C).astype(np.float32)}
 
 
 def weights_digest(tensors: Mapping[str, np.ndarray]) -> str:

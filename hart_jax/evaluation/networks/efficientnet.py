@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hart_jax.convert.state_dict import StateDict, transpose_conv
+from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features, folded, weights_digest
 
 # Side of the pictures the network was trained on.
 SIDE = 224
@@ -226,14 +226,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `EfficientNetLite0`; each batch norm is multiplied into its convolution, in float64."""
-    params = {"classifier.kernel": tensors["_fc.weight"].T.copy(), "classifier.bias": tensors["_fc.bias"].copy()}
+    params: dict[str, Any] = {
+        "classifier": {"kernel": tensors["_fc.weight"].T.copy(), "bias": tensors["_fc.bias"].copy()}
+    }
     for layer in _convolutions():
         convolution, norm = _published(layer)
-        gain_C, shift_C, mean_C, variance_C = (tensors[f"{norm}.{part}"].astype(np.float64) for part in _NORM)
-        scale_C = gain_C / np.sqrt(variance_C + _NORM_EPSILON)
-        kernel_HWIO = transpose_conv(tensors[f"{convolution}.weight"]) * scale_C
-        params[f"{layer}.kernel"] = kernel_HWIO.astype(np.float32)
-        params[f"{layer}.bias"] = (shift_C - mean_C * scale_C).astype(np.float32)
+        parts = [tensors[f"{norm}.{part}"] for part in _NORM]
+        params[layer] = folded(tensors[f"{convolution}.weight"], parts, _NORM_EPSILON)
     return unflatten_dict(params, sep=".")
 
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hart_jax.convert.state_dict import StateDict, transpose_conv
+from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features, folded, weights_digest
 
 Resize = Literal["pytorch-fid", "tensorflow", "clean-fid"]
 Window = tuple[int, int]
@@ -273,14 +273,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `InceptionV3`; each batch norm is multiplied into its convolution, in float64."""
-    params: dict[str, np.ndarray] = {"fc.kernel": tensors["fc.weight"].T}
-    for name in _layers():
-        if name == "fc":
-            continue
-        gain_C, shift_C, mean_C, variance_C = (tensors[f"{name}.bn.{part}"].astype(np.float64) for part in _NORM)
-        scale_C = gain_C / np.sqrt(variance_C + _NORM_EPSILON)
-        params[f"{name}.kernel"] = (transpose_conv(tensors[f"{name}.conv.weight"]) * scale_C).astype(np.float32)
-        params[f"{name}.bias"] = (shift_C - mean_C * scale_C).astype(np.float32)
+    params: dict[str, Any] = {"fc": {"kernel": tensors["fc.weight"].T}}
+    for name in set(_layers()) - {"fc"}:
+        norm = [tensors[f"{name}.bn.{part}"] for part in _NORM]
+        params[name] = folded(tensors[f"{name}.conv.weight"], norm, _NORM_EPSILON)
     return unflatten_dict(params, sep=".")
 
 
