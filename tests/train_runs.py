@@ -144,24 +144,33 @@ def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0, k
     return path
 
 
-def start(*arguments: str, devices: int = 1, **environment: str) -> subprocess.Popen:
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen:
     """Starts `train.py` on that many fake devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, **QUICKLY, "XLA_FLAGS": flags, **environment}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    [job] = start_job(*arguments, devices=devices)
+    return job
 
 
 def start_job(*arguments: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
     """Starts `train.py` in so many processes that meet over loopback, each on that many fake devices."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for environment in job_environments(processes, devices)
+    ]  # fmt: skip
+
+
+def job_environments(processes: int, devices: int = 1) -> list[dict[str, str]]:
+    """The environment of each of so many processes that meet over loopback, each on that many fake devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, **QUICKLY, "XLA_FLAGS": flags}
     if processes == 1:
-        return [start(*arguments, devices=devices)]
+        return [environment]
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [start(*arguments, devices=devices, **job, JAX_PROCESS_ID=str(index)) for index in range(processes)]
+    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [{**environment, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def outcome(job: list[subprocess.Popen]) -> tuple[int, str, str]:
