@@ -17,15 +17,25 @@ from hart_jax.generate import pictures_decoded_at_once
 MOST_PICTURES = 8
 # Of the free memory; the rest is for what the estimate does not see.
 SHARE = 0.9
+# A TPU fills the width of a head up to so many lanes.
+_LANES = 128
+# Copies of the cache while an accelerator's whole program runs: as docs/pods.md has it, compiled for TPUs.
+_CACHES = 2
 # Arrays of the last scale's width or logits, and of the decoder's widest layer, that live at a time.
 _WIDTHS, _LOGITS, _DECODED = 8, 6, 4
 
 
-def picture_bytes(config: TransformerConfig, settings: SampleConfig, itemsize: int = BFLOAT16) -> int:
-    """Of a picture while the transformer draws it; `itemsize` is that of the compute type."""
+def picture_bytes(
+    config: TransformerConfig, settings: SampleConfig, itemsize: int = BFLOAT16, platform: str = "cpu"
+) -> int:
+    """Of a picture while the transformer draws it; `itemsize` is that of the compute type, `platform` the device's."""
     rows, positions = 2, config.patch_nums[-1] ** 2
     last = passes(config, settings.masked_iterations)[-1]
     cache = cache_bytes(config, rows, last.cached) * itemsize // BFLOAT16
+    if platform != "cpu":
+        cache *= _CACHES
+    if platform == "tpu":
+        cache = cache * -(-config.head_dim // _LANES) * _LANES // config.head_dim
     layer = rows * positions * (_WIDTHS * config.width + 3 * config.mlp_width) * itemsize
     # A layer's keys and values in one piece.
     layer += rows * 2 * last.keys * config.width * itemsize
@@ -43,10 +53,11 @@ def pictures_that_fit(
     settings: SampleConfig,
     free: int,
     itemsize: int = BFLOAT16,
+    platform: str = "cpu",
 ) -> int:
     """The most pictures, at most MOST_PICTURES and at least 1, that the estimate fits into so many free bytes."""
     for pictures in range(MOST_PICTURES, 1, -1):
-        drawing = pictures * picture_bytes(transformer, settings, itemsize)
+        drawing = pictures * picture_bytes(transformer, settings, itemsize, platform)
         decoding = decoder_bytes(tokenizer, min(pictures, pictures_decoded_at_once(tokenizer, settings)))
         if max(drawing, decoding) <= SHARE * free:
             return pictures

@@ -162,8 +162,15 @@ class Painter:
         config, dtype = model.transformer_config, compute_dtype("auto")
         placement = sampling_placement(mesh or MeshConfig(), config, devices)
         tokenizer, self._may_be_drawn = model.tokenizer_config, prompt_filter
-        self._that_fit = functools.partial(pictures_that_fit, config, tokenizer, settings, itemsize=dtype.itemsize)
         self._devices = list(placement.mesh.devices.flat)
+        self._that_fit = functools.partial(
+            pictures_that_fit,
+            config,
+            tokenizer,
+            settings,
+            itemsize=dtype.itemsize,
+            platform=self._devices[0].platform,
+        )
         # One device needs no layout, and may be any.
         self._placement = placement if len(self._devices) > 1 else None
         self._layered = self._placement is None and draws_by_layers(model)

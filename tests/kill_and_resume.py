@@ -31,7 +31,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 # A step is a few milliseconds, a save some hundred: so often that a good part of the kills falls into one.
 SAVE_EVERY = 8
 # How long processes may take to notice that another one is gone.
-GRACE_SECONDS = 30
+GRACE_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
