@@ -172,8 +172,8 @@ def test_more_memory_never_takes_fewer_pictures(platform):
     tokenizer = TokenizerConfig(image_size=1024, patch_nums=sides)
     each = [pictures_that_fit(transformer, tokenizer, SampleConfig(), free * 2**30, 2, platform) for free in range(80)]
     if platform == "tpu":
-        # What compiled programs take beside weights and text encoder on v5e and v6e (docs/pods.md): a picture 7.1 GiB
-        # and two 13.2 of 11.4, three 21.0 of 27.4.
+        # As compiled (docs/pods.md): of the 11.4 GiB that weights and text encoder leave on v5e one picture takes 7.1
+        # and two 13.2, of 27.4 on v6e three take 21.0.
         assert (each[11], each[27]) == (1, 3)
         assert 6 * 2**30 < picture_bytes(transformer, SampleConfig(), platform="tpu") < 8 * 2**30
     assert each == sorted(each) and each[0] == 1 and each[-1] == MOST_PICTURES
