@@ -19,7 +19,7 @@ MOST_PICTURES = 8
 SHARE = 0.9
 # A TPU fills the width of a head up to so many lanes.
 _LANES = 128
-# Copies of the cache while an accelerator's whole program runs: as docs/pods.md has it, compiled for TPUs.
+# Copies of the cache while an accelerator's whole program runs: so compiled for TPUs (docs/pods.md), assumed of GPUs.
 _CACHES = 2
 # Arrays of the last scale's width or logits, and of the decoder's widest layer, that live at a time.
 _WIDTHS, _LOGITS, _DECODED = 8, 6, 4

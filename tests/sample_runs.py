@@ -1,7 +1,6 @@
 """Runs of `sample.py` in processes of their own, on tiny models; shared by tests."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests import tiny_qwen2
 from tests.parity.materialize import read_manifest, write_release
 from tests.tiny import TOKENIZER, tiny_model
 from tests.tiny_bert import write_published
-from tests.train_runs import QUICKLY
+from tests.train_runs import quick_environment
 
 ROOT = Path(__file__).parent.parent
 QWEN2 = tiny_qwen2.CASES["untied vision, pads left, system prompt"]
@@ -68,8 +67,7 @@ def write_config(path: Path, transformer: TransformerConfig, tokenizer: dict[str
 
 
 def environment(folder: Path, devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, **QUICKLY, "HART_CACHE_DIR": str(folder / "cache"), "XLA_FLAGS": flags}
+    return {**quick_environment(devices), "HART_CACHE_DIR": str(folder / "cache")}
 
 
 def start(folder: Path, *flags: str, devices: int = 1) -> subprocess.Popen:

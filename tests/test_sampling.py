@@ -24,6 +24,7 @@ from tests.tiny_qwen2 import SYSTEM_PROMPT
 pytestmark = pytest.mark.usefixtures("few_optimizations")
 
 SETTINGS = SampleConfig(top_k=8, top_k_late=8)
+SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 LABELS = tiny_model(num_classes=3, context_tokens=1)
 
 
@@ -167,16 +168,19 @@ def test_one_device_cannot_be_split_and_several_processes_draw_apart(monkeypatch
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_more_memory_never_takes_fewer_pictures(platform):
-    sides = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
-    transformer = TransformerConfig(patch_nums=sides)
-    tokenizer = TokenizerConfig(image_size=1024, patch_nums=sides)
+    transformer = TransformerConfig(patch_nums=SIDES_1024)
+    tokenizer = TokenizerConfig(image_size=1024, patch_nums=SIDES_1024)
     each = [pictures_that_fit(transformer, tokenizer, SampleConfig(), free * 2**30, 2, platform) for free in range(80)]
+    assert each == sorted(each) and each[0] == 1 and each[-1] == MOST_PICTURES
     if platform == "tpu":
         # As compiled (docs/pods.md): of the 11.4 GiB that weights and text encoder leave on v5e one picture takes 7.1
         # and two 13.2, of 27.4 on v6e three take 21.0.
         assert (each[11], each[27]) == (1, 3)
         assert 6 * 2**30 < picture_bytes(transformer, SampleConfig(), platform="tpu") < 8 * 2**30
-    assert each == sorted(each) and each[0] == 1 and each[-1] == MOST_PICTURES
+
+
+def test_what_a_picture_takes_on_a_cpu():
+    transformer = TransformerConfig(patch_nums=SIDES_1024)
     # The published model takes some GiB for a picture.
     assert 1.5 * 2**30 < picture_bytes(transformer, SampleConfig()) < 4 * 2**30
     assert 0 < free_bytes(jax.devices()[0]) < 2**45

@@ -155,22 +155,30 @@ def start_job(*arguments: str, processes: int = 1, devices: int = 1) -> list[sub
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return [
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env={**quick_environment(devices), **meeting},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for environment in job_environments(processes, devices)
-    ]  # fmt: skip
+        for meeting in loopback_job(processes)
+    ]
 
 
-def job_environments(processes: int, devices: int = 1) -> list[dict[str, str]]:
-    """The environment of each of so many processes that meet over loopback, each on that many fake devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, **QUICKLY, "XLA_FLAGS": flags}
+def quick_environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a process on that many fake devices."""
+    return {**os.environ, **QUICKLY, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def loopback_job(processes: int) -> list[dict[str, str]]:
+    """The variables by which so many processes meet over loopback, of each of them; one needs none."""
     if processes == 1:
-        return [environment]
+        return [{}]
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [{**environment, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [{**job, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def outcome(job: list[subprocess.Popen]) -> tuple[int, str, str]:

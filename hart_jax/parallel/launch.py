@@ -15,14 +15,16 @@ def join_processes() -> None:
     The job is described by $JAX_COORDINATOR_ADDRESS (host:port of process 0), $JAX_NUM_PROCESSES and $JAX_PROCESS_ID,
     or by a cluster that JAX knows (TPU pods, GKE, SLURM, Open MPI). Without either, this process is alone.
 
-    Processes on CPUs take no compiled program from JAX's cache on disk: see `_compile_anew`.
+    Several processes on CPUs take no compiled program from JAX's cache on disk.
 
     Raises:
       UserError: only some of the three variables are set, or their values are no numbers.
     """
     _initialize()
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        _compile_anew()
+        # A CPU program read from there has lost the order between collectives in a loop and those outside it (XLA
+        # restores the order of each sequence alone): processes that take them in different orders wait for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _initialize() -> None:
@@ -42,9 +44,3 @@ def _initialize() -> None:
         # No cluster was found.
         if "coordinator_address" not in str(error):
             raise
-
-
-def _compile_anew() -> None:
-    """A CPU program read from the cache has lost the order between collectives in a loop and those outside it (XLA
-    restores the order of each sequence alone), and processes that take them in different orders wait for ever."""
-    jax.config.update("jax_enable_compilation_cache", False)

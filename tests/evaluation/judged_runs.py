@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from hart_jax.evaluation.judge import Judge, Judges
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
 from tests.sample_runs import environment
+from tests.train_runs import loopback_job
 
 ROOT = Path(__file__).parents[2]
 WIDTH, CLASSES = 10, 4
@@ -70,13 +70,7 @@ def start(folder: Path, *flags: str, **more: str) -> subprocess.Popen:
 
 def run(folder: Path, *flags: str, processes: int = 1) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a whole run; of several processes, the first that failed."""
-    job: list[dict[str, str]] = [{}]
-    if processes > 1:
-        with socket.create_server(("localhost", 0)) as server:
-            address = f"localhost:{server.getsockname()[1]}"
-        common = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-        job = [{**common, "JAX_PROCESS_ID": str(index)} for index in range(processes)]
-    running = [start(folder, *flags, **more) for more in job]
+    running = [start(folder, *flags, **meeting) for meeting in loopback_job(processes)]
     ends = [(*process.communicate(timeout=LIMIT_SECONDS), process.returncode) for process in running]
     out, err, code = next((end for end in ends if end[2]), ends[0])
     return code, out, err

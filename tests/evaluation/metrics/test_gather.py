@@ -1,7 +1,5 @@
 """Arrays of one process and of two that meet over loopback; run as a program this file is one of the two."""
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from hart_jax.evaluation.metrics.frechet import frechet_distance
 from hart_jax.evaluation.metrics.gather import gather_rows, merge_over_processes
 from hart_jax.evaluation.metrics.moments import Moments
 from hart_jax.parallel.launch import join_processes
+from tests.train_runs import loopback_job, quick_environment
 
 ROOT = Path(__file__).parents[3]
 COUNT, WIDTH = 11, 4
@@ -70,15 +69,10 @@ def work(out: Path) -> None:
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory) -> list[dict[str, np.ndarray]]:
     out = tmp_path_factory.mktemp("gathered")
-    with socket.create_server(("localhost", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
-    job = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, "-m", "tests.evaluation.metrics.test_gather", str(out)]
     processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**job, "JAX_PROCESS_ID": str(index)}, stderr=subprocess.PIPE, text=True
-        )
-        for index in range(2)
+        subprocess.Popen(command, cwd=ROOT, env={**quick_environment(), **meeting}, stderr=subprocess.PIPE, text=True)
+        for meeting in loopback_job(2)
     ]
     try:
         errors = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in processes]
