@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.config import DTYPES
 from hart_jax.errors import UserError, run_cli
 from hart_jax.evaluation import work
 from hart_jax.experiment import HartExperiment, read_experiment
@@ -55,11 +56,11 @@ def random_model(experiment: HartExperiment) -> Model:
     return Model(experiment.tokenizer, next(parts), experiment.transformer, next(parts), text_encoder=None)
 
 
-def product_rates(torch: bool) -> dict[str, Callable[[], float]]:
-    """Functions that measure GFLOP/s of a matrix product once, by whose it is."""
-    matrix = jnp.ones((MATRIX, MATRIX), compute_dtype("auto"))
-    multiply = jax.jit(lambda a: a @ a)
-    calls: dict[str, Callable[[], object]] = {"JAX's": lambda: multiply(matrix)}
+def product_rates(dtype: jnp.dtype, torch: bool) -> dict[str, Callable[[], float]]:
+    """Functions that measure GFLOP/s of a matrix product once, by whose it is; PyTorch's is float32."""
+    matrix = jnp.ones((MATRIX, MATRIX), dtype)
+    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+    calls: dict[str, Callable[[], object]] = {"JAX's": lambda: multiply(matrix, matrix)}
     if torch:
         import torch as pytorch
 
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="Time by part and scale, of one picture.")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--torch", action="store_true", help="PyTorch's matrix product beside JAX's.")
     arguments = parser.parse_args()
     if bool(arguments.model) == bool(arguments.config):
@@ -131,7 +133,8 @@ def main() -> None:
     else:
         model = load_model(arguments.model)
         experiment = HartExperiment(tokenizer=model.tokenizer_config, transformer=model.transformer_config)
-    config, dtype, spent = model.transformer_config, compute_dtype("auto"), defaultdict[str, float](float)
+    config, spent = model.transformer_config, defaultdict[str, float](float)
+    dtype = compute_dtype(arguments.dtype)
 
     def watch(name: str, static: dict[str, Any], taken: float) -> None:
         spent[step_of(name, static, experiment)] += taken
@@ -145,7 +148,7 @@ def main() -> None:
         sampler = make_sampler(*parts)
     params = jax.device_put(split_layers(params) if layered else params)
     del model
-    rates = product_rates(arguments.torch)
+    rates = product_rates(dtype, arguments.torch)
     print(f"{jax.devices()[0].device_kind}, {experiment.tokenizer.image_size} px, {np.dtype(dtype)}")
 
     def drawing(batch: int) -> Callable[[], object]:

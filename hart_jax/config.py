@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 
 from hart_jax.errors import UserError
 
+# What is computed in: see `hart_jax.training.state.compute_dtype`.
+DTYPES = ("auto", "float32", "bfloat16")
 # How attention is computed: `pallas_kernels.attention.IMPLEMENTATIONS`.
 ATTENTION = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn")
 
@@ -380,6 +382,7 @@ class TrainConfig(Settings):
     `dtype` "auto": bfloat16 on TPU and GPU, float32 on CPU. `remat` trades memory for time in the transformer's blocks:
     "none", "dots" (keeps the results of products with weights) or "full" (keeps the blocks' inputs alone).
     `attention` is how it is computed, "auto" as the device does best (`pallas_kernels.attention`).
+    `unroll` compiles the transformer's blocks one by one, which on a CPU trains faster and takes longer to compile.
     `accumulate` splits every batch of `batch_size` into so many parts that are computed one after the other.
 
     The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
@@ -396,6 +399,7 @@ class TrainConfig(Settings):
     dtype: str = "auto"
     remat: str = "none"
     attention: str = "auto"
+    unroll: bool = False
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 5000
@@ -415,9 +419,7 @@ class TrainConfig(Settings):
             self.batch_size % self.accumulate == 0,
             f"train.accumulate={self.accumulate}: must divide train.batch_size={self.batch_size}",
         )
-        _require(
-            self.dtype in ("auto", "float32", "bfloat16"), f"train.dtype={self.dtype!r}: auto, float32 or bfloat16"
-        )
+        _require(self.dtype in DTYPES, f"train.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         _require(self.remat in ("none", "dots", "full"), f"train.remat={self.remat!r}: none, dots or full")
         known = ", ".join(ATTENTION)
         _require(self.attention in ATTENTION, f"train.attention={self.attention!r}: must be one of {known}")

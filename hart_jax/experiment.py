@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from hart_jax.config import (
     ATTENTION,
+    DTYPES,
     DataConfig,
     HartLossConfig,
     MeshConfig,
@@ -69,7 +70,8 @@ class TokenizerExperiment(Settings):
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Settings):
     """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
-    `attention` is how it is computed (see `TrainConfig`); `weights` "int8" quantizes the transformer's matrices.
+    `attention` and `dtype` are how it is computed (see `TrainConfig`); `weights` "int8" quantizes the transformer's
+    matrices.
 
     `decode_at_once` pictures of each device are decoded at a time, which changes memory, not pictures; 0: as many as
     have 2**20 pixels.
@@ -86,6 +88,7 @@ class SampleConfig(Settings):
     masked_iterations: int = 1
     attention: str = "auto"
     weights: str = "float"
+    dtype: str = "auto"
     decode_at_once: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class SampleConfig(Settings):
             f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
             f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
             f"weights={self.weights!r}: must be one of {', '.join(WEIGHTS)}": self.weights in WEIGHTS,
+            f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}": self.dtype in DTYPES,
             f"decode_at_once={self.decode_at_once}: must be 0 (by size) or more": self.decode_at_once >= 0,
         }
         for message, ok in checks.items():

@@ -28,7 +28,7 @@ def product(equation: str, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+    return _in_type_of(x, equation, x, kernel.astype(x.dtype))
 
 
 def _product_forward(equation: str, x: jax.Array, kernel: jax.Array):
@@ -38,12 +38,19 @@ def _product_forward(equation: str, x: jax.Array, kernel: jax.Array):
 def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
     (x, kernel), (inputs, out) = kept, equation.split("->")
     of_x, of_kernel = inputs.split(",")
-    x_gradient = jnp.einsum(f"{out},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
+    x_gradient = _in_type_of(x, f"{out},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
     kernel_gradient = jnp.einsum(f"{of_x},{out}->{of_kernel}", x, gradient, preferred_element_type=kernel.dtype)
     return x_gradient, kernel_gradient
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _in_type_of(x: jax.Array, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of a and b in the type of x. Of bfloat16, XLA uses a CPU's matrix unit only to sum into float32."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32 if on_cpu else None).astype(x.dtype)
 
 
 def lookup(table: jax.Array | Int8, index: jax.Array) -> jax.Array:

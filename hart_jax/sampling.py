@@ -159,7 +159,7 @@ class Painter:
         devices: Sequence[jax.Device] | None = None,
         prompt_filter: PromptFilter | None = None,
     ):
-        config, dtype = model.transformer_config, compute_dtype("auto")
+        config, dtype = model.transformer_config, compute_dtype(settings.dtype)
         placement = sampling_placement(mesh or MeshConfig(), config, devices)
         tokenizer, self._may_be_drawn = model.tokenizer_config, prompt_filter
         self._devices = list(placement.mesh.devices.flat)
@@ -174,7 +174,7 @@ class Painter:
         # One device needs no layout, and may be any.
         self._placement = placement if len(self._devices) > 1 else None
         self._layered = self._placement is None and draws_by_layers(model)
-        text_dtype = "int8" if settings.weights == "int8" else "auto"
+        text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
         make = make_layered_sampler if self._layered else make_sampler
         self._sample = make(Hart(config, dtype), Tokenizer(tokenizer, dtype), settings)
@@ -184,7 +184,7 @@ class Painter:
             self._params = self._put(model, settings)
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
-        narrow = functools.partial(narrowed, dtype=compute_dtype("auto"))
+        narrow = functools.partial(narrowed, dtype=compute_dtype(settings.dtype))
         transformer = (quantize if settings.weights == "int8" else narrow)(model.transformer)
         params = {"transformer": transformer, "tokenizer": model.tokenizer}
         if self._placement is None:

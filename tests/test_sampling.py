@@ -186,6 +186,17 @@ def test_what_a_picture_takes_on_a_cpu():
     assert 0 < free_bytes(jax.devices()[0]) < 2**45
 
 
+def test_pictures_in_bfloat16_are_near_those_in_float32():
+    one_code = dataclasses.replace(SETTINGS, top_k=1, top_k_late=1)
+    exact, near = (
+        Painter(LABELS, dataclasses.replace(one_code, dtype=dtype))([0, 1, 2]).astype(float)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < np.abs(near - exact).mean() < 0.2 * exact.std()
+    with pytest.raises(UserError, match="dtype='half': must be one of auto, float32, bfloat16"):
+        SampleConfig(dtype="half")
+
+
 def test_latents_are_decoded_in_parts():
     # Four at once, and two and two: three do not divide four.
     settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 3)]

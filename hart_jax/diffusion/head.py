@@ -43,13 +43,14 @@ class DiffusionHead(nn.Module):
     """(x_t (N, C), t (N,) or (1,) in 0..999, `embed` of z (N, W)) -> (N, 2C) float32: the noise, then the variance's
     interpolation.
 
-    `remat` keeps only the blocks' inputs for the backward pass.
+    `remat` keeps only the blocks' inputs for the backward pass; `unroll` compiles every block by itself.
     """
 
     config: DiffusionConfig
     channels: int
     dtype: jnp.dtype | None = None
     remat: bool = False
+    unroll: bool = False
 
     def setup(self):
         width, dtype = self.config.width, self.dtype
@@ -62,6 +63,7 @@ class DiffusionHead(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.config.depth,
+            unroll=self.config.depth if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.blocks = scanned(width, dtype)

@@ -13,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hart_jax.config import TokenizerConfig
+from hart_jax.evaluation.alignment import alignment, attributes_of
 from hart_jax.evaluation.judge import Judge
 from hart_jax.evaluation.metrics.codebook import Usage
 from hart_jax.evaluation.metrics.gather import gather_rows
@@ -65,6 +66,7 @@ def judge_reconstructions(
     judges: Sequence[Judge],
     lpips_params: Any = None,
     *,
+    gallery: tuple[Pictures, np.ndarray] | None = None,
     keep: Path,
     batch_size: int = 32,
 ) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def judge_reconstructions(
 
     Args:
       judges: compare the sets of originals and reconstructions; at `config.image_size`.
+      gallery: real pictures among which reconstructions are sought (`alignment`), and the places of `pictures` there:
+        what drawing with a transformer that makes no mistake would score.
       keep: folder for what was computed of the pictures.
     """
     networks = [one.network for one in judges]
@@ -93,6 +97,7 @@ def judge_reconstructions(
     usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
     result: dict[str, Any] = {"pictures": len(pictures.abouts), "reference_digest": pictures.digest, "modes": {}}
     originals = [one.see(pictures, "real pictures") for one in judges]
+    sought = judges[0].see(gallery[0], "real pictures") if judges and gallery is not None else None
     for mode in MODES:
         measured = [name for name in ("psnr", "ssim", "lpips") if f"{mode} {name}" in rows.columns]
         scores: dict[str, Any] = {
@@ -101,6 +106,8 @@ def judge_reconstructions(
         for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
             seen = Seen.of(Rows(rows.places_N, {"features": rows.columns[f"{mode} {number}"]}), pictures.abouts)
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
+            if number == 0 and gallery is not None and sought is not None and (names := attributes_of(sought)):
+                scores[network.name]["alignment"] = alignment(sought, seen, gallery[1], names)
         result["modes"][mode] = scores
     floors = zip(networks, originals, strict=True)
     result["floor"] = {network.name: floor(real, len(pictures.abouts)) for network, real in floors}

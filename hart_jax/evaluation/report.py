@@ -71,11 +71,8 @@ def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, st
         floor["number"] = str(scores["floor"]["pictures"])
         floor[distance] = f"{scores['floor']['frechet_distance']:.2f}"
         floor[f"KID x 1000{suffix}"] = f"{scores['floor']['kid_x1000']:.2f}"
-        for attribute, recalls in scores.get("alignment", {}).items():
-            for k in (1, 5):
-                key = f"recall_at_{k}"
-                row[f"right {attribute} at {k}"] = f"{recalls['drawn'][key]:.3f}"
-                floor[f"right {attribute} at {k}"] = f"{recalls['real'][key]:.3f}"
+        row |= _aligned(scores, "drawn")
+        floor |= _aligned(scores, "real")
     return [row, floor]
 
 
@@ -91,5 +88,15 @@ def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str
             if isinstance(found, dict):
                 row[found["distance"]] = f"{found['frechet_distance']:.2f}"
                 row["KID x 1000"] = f"{found['kid_x1000']:.2f}"
+                row |= _aligned(found, "drawn")
         rows.append(row)
     return rows
+
+
+def _aligned(scores: Mapping[str, Any], whose: str) -> dict[str, str]:
+    """Recall at 1 and 5 of every attribute, as `alignment` gives it: of "drawn" (or rebuilt) or "real" pictures."""
+    return {
+        f"right {attribute} at {k}": f"{recalls[whose][f'recall_at_{k}']:.3f}"
+        for attribute, recalls in scores.get("alignment", {}).items()
+        for k in (1, 5)
+    }

@@ -70,7 +70,8 @@ def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[st
     if not request.checkpoint:
         raise UserError("--checkpoint is missing: give a tokenizer's workdir, a model folder or a release")
     params = load_tokenizer(request.checkpoint, config)
-    chosen = Chosen(reference, choose(len(reference.abouts), request.count, request.seed).tolist())
+    places = choose(len(reference.abouts), request.count, request.seed)
+    chosen = Chosen(reference, places.tolist())
     judges = request.judges(config.image_size).features if any(request.networks) else ()
     lpips = load_lpips(request.lpips) if request.lpips else None
     run = {
@@ -84,7 +85,14 @@ def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[st
     }
     _begin(request, run)
     results = judge_reconstructions(
-        config, params, chosen, judges, lpips, keep=request.out / "kept", batch_size=request.batch_size
+        config,
+        params,
+        chosen,
+        judges,
+        lpips,
+        gallery=(reference, places),
+        keep=request.out / "kept",
+        batch_size=request.batch_size,
     )
     if jax.process_index() == 0:
         show_reconstructions(config, params, chosen, request.out / "reconstructions.png")

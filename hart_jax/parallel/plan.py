@@ -197,7 +197,7 @@ def _text_memory(experiment: HartExperiment, text: Qwen2Config | None, job: Job)
     if text is None:
         size = None if experiment.transformer.num_classes else read_text_size(experiment.text_encoder)
         return (4 * size.params, 0) if size else (0, 0)
-    dtype = "int8" if experiment.sample.weights == "int8" else "bfloat16"
+    dtype = "int8" if experiment.sample.weights == "int8" else experiment.train.dtype
     encoding = text_job(text, experiment.transformer.context_tokens, job.batch_size, job.placement, dtype)
     with job.placement.tracing():
         memory = encoding.traced.lower().compile().memory_analysis()
@@ -219,11 +219,11 @@ def plan(
     `kept` is a training step's (see `training_job`).
     """
     devices, chip, devices_per_host = topology_devices(topology)
-    if experiment.train.dtype == "auto":
-        train = dataclasses.replace(experiment.train, dtype="bfloat16")
-        experiment = dataclasses.replace(experiment, train=train)
-    started = time.monotonic()
     train_job = what == "train"
+    dtype = experiment.train.dtype if train_job else experiment.sample.dtype
+    train = dataclasses.replace(experiment.train, dtype="bfloat16" if dtype == "auto" else dtype)
+    experiment = dataclasses.replace(experiment, train=train)
+    started = time.monotonic()
     job = training_job(experiment, devices, kept) if train_job else sampling_job(experiment, devices, batch_size)
     text_weights, text_else = (0, 0) if train_job else _text_memory(experiment, text, job)
     common: dict[str, Any] = {

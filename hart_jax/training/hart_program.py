@@ -35,7 +35,8 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
     train, config = experiment.train, experiment.transformer
     placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
     dtype = compute_dtype(train.dtype)
-    hart, tokenizer = Hart(config, dtype, train.remat, train.attention), Tokenizer(experiment.tokenizer, dtype)
+    hart = Hart(config, dtype, train.remat, train.attention, train.unroll)
+    tokenizer = Tokenizer(experiment.tokenizer, dtype)
     optimizer = make_optimizer(experiment.optimizer, train.steps)
     key = jax.random.key(train.seed)
 

@@ -53,13 +53,15 @@ class Hart(nn.Module):
     """See `TransformerConfig`; `dtype` is the compute type, parameters are float32.
 
     `remat`, a key of `REMAT`, says what of each block is computed again in the backward pass to save memory;
-    `attention`, one of `pallas_kernels.attention.IMPLEMENTATIONS`, how attention is computed.
+    `attention`, one of `pallas_kernels.attention.IMPLEMENTATIONS`, how attention is computed; `unroll` compiles every
+    block by itself, where one program is otherwise repeated for all.
     """
 
     config: TransformerConfig
     dtype: jnp.dtype | None = None
     remat: str = "none"
     attention: str = "auto"
+    unroll: bool = False
 
     def setup(self):
         cfg = self.config
@@ -85,7 +87,9 @@ class Hart(nn.Module):
         head_init = width_init(cfg.width, 0.02)
         self.head = dense(cfg.vocab_size, ("embed", "vocab"), init=head_init, name="head")
         self.decoder_norm = RMSNorm(cfg.norm_eps)
-        self.diffusion_head = DiffusionHead(cfg.diffusion, cfg.latent_channels, self.dtype, self.remat != "none")
+        self.diffusion_head = DiffusionHead(
+            cfg.diffusion, cfg.latent_channels, self.dtype, self.remat != "none", self.unroll
+        )
 
     def embed_text(self, text_BTD: jax.Array, mask_BT: jax.Array) -> Context:
         """The context of text states; `mask` is 1 for real tokens. Padding is not masked in attention (SPEC.md)."""
@@ -164,6 +168,7 @@ class Hart(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.config.depth,
+            unroll=self.config.depth if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(self.config.depth)

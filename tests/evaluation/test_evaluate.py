@@ -141,6 +141,19 @@ def test_reconstructions_of_both_modes(folder):
     codebook = found["codebook"]
     assert codebook["scales"] == [1, 2, 4] and all(0 < used <= 1 for used in codebook["used_of_codebook"])
     assert "| hybrid |" in out and (folder / "rebuilt" / "reconstructions.png").is_file()
+    # Reconstructions of some are sought among all real pictures.
+    code, out_of_some, err = run(folder, *flags, "--count=9", "--out=some")
+    assert code == 0 and "right style at 1" in out_of_some, err
+    few = results(folder / "some")
+    assert few["pictures"] == 9
+    assert few["modes"]["hybrid"]["One"]["alignment"] != hybrid["One"]["alignment"]
+    judged = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=8")
+    code, _, err = run(folder, *judged, "--out=themselves")
+    assert code == 0, err
+    ceiling = results(folder / "themselves")["scores"]["One"]["alignment"]
+    for attribute, recalls in hybrid["One"]["alignment"].items():
+        assert recalls["real"] == ceiling[attribute]["real"]
+        assert recalls["drawn"] != recalls["real"]
     code, again, err = run(folder, *flags, "--batch_size=5", "--out=rebuilt")
     assert code == 0, err
     assert again == out

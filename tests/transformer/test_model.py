@@ -166,8 +166,8 @@ def test_bfloat16_stays_near():
     assert np.abs(out.logits - exact).mean() < 0.1 * np.abs(exact).mean()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_memory_only(remat):
+@pytest.mark.parametrize("how", [{"remat": "dots"}, {"remat": "full"}, {"unroll": True}], ids=str)
+def test_how_blocks_are_compiled_changes_no_gradient(how):
     built = build("release")
     inputs = built.condition, built.ar_input, all_kept()
 
@@ -175,7 +175,7 @@ def test_remat_changes_memory_only(remat):
         return lambda params: jnp.sum(module.apply({"params": params}, *inputs).logits ** 2)
 
     plain, saved = (
-        jax.jit(jax.grad(loss(module)))(built.params) for module in (built.module, built.module.clone(remat=remat))
+        jax.jit(jax.grad(loss(module)))(built.params) for module in (built.module, built.module.clone(**how))
     )
     # Most of the diffusion head takes no part, and has no gradient in either.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), plain, saved)
