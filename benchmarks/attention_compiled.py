@@ -91,12 +91,14 @@ def gpu_table(names: list[str], widths: list[int], dtypes: list[str]) -> None:
 
 
 def main() -> None:
+    from pallas_kernels.attention.shapes import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--tpu", nargs="*", metavar="TOPOLOGY", help=f"Default: {' '.join(KINDS)}.")
     where.add_argument("--gpu", action="store_true")
     where.add_argument("--one", nargs=3, metavar=("SHAPE", "TYPE", "WIDTH"), help=argparse.SUPPRESS)
-    parser.add_argument("--shapes", nargs="+", default=["1024", "1024 half", "512", "256", "1024 decode"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--widths", type=int, nargs="+", default=[64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     arguments = parser.parse_args()

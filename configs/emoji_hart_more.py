@@ -16,5 +16,5 @@ def get_config() -> ConfigDict:
     config.optimizer.muon_learning_rate = 4e-3
     config.train.dtype = "bfloat16"
     config.train.unroll = True
-    config.train.steps = 4600
+    config.train.steps = 3700
     return config
