@@ -19,6 +19,7 @@ import numpy as np
 from hart_jax.errors import UserError, run_cli
 from hart_jax.training.flops import peak_flops
 from pallas_kernels.attention import attention
+from pallas_kernels.attention.cudnn import by_groups
 from pallas_kernels.attention.mask import Layout, row_ends
 from pallas_kernels.attention.shapes import SHAPES, Shape
 from pallas_kernels.attention.tiles import by_keys, by_queries, tiles_of
@@ -42,6 +43,8 @@ def jax_runs(name: str, shape: Shape, batch: int, heads: int, dtype: Any) -> Run
     # "cudnn whole" computes all that is masked, and so is wrong: it shows what skipping can save.
     kv_end = None if name == "cudnn whole" else shape.segments
     run = functools.partial(attention, kv_end=kv_end, scale=SCALE, implementation=name.split()[0])
+    if name == "tokamax":
+        run = functools.partial(by_groups, tokamax_call, segments=shape.segments)
 
     def both(q, k, v, dout):
         out, pull = jax.vjp(run, q, k, v)
@@ -50,6 +53,18 @@ def jax_runs(name: str, shape: Shape, batch: int, heads: int, dtype: Any) -> Run
     forward = jax.jit(run).lower(*qkv).compile()
     gradient = jax.jit(both).lower(*qkv, dout).compile()
     return Runs(lambda: jax.block_until_ready(forward(*qkv)), lambda: jax.block_until_ready(gradient(*qkv, dout)))
+
+
+def tokamax_call(q: jax.Array, k: jax.Array, v: jax.Array, seen_QM: np.ndarray | None) -> jax.Array:
+    """The package tokamax, with what it takes for the fastest here: its functions know no end of keys per query."""
+    import tokamax
+    from absl import flags
+
+    # It has flags of its own, and would look for them among this command's.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["attention.py"])
+    mask = None if seen_QM is None else jnp.asarray(seen_QM)[None, None]
+    return tokamax.dot_product_attention(q, k, v, mask=mask, scale=SCALE)
 
 
 def torch_runs(shape: Shape, batch: int, heads: int) -> Runs:
@@ -102,7 +117,7 @@ def medians(runs: dict[str, Runs], repeats: int) -> tuple[dict[str, tuple[float,
     return {name: tuple(np.median(spent[1:], axis=0)) for name, spent in times.items()}, float(np.median(rates))
 
 
-def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: bool) -> None:
+def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: bool, with_tokamax: bool) -> None:
     device = jax.devices()[0]
     platform = device.platform
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
@@ -113,7 +128,8 @@ def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: 
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         shape = SHAPES[name]
-        runs = {which: jax_runs(which, shape, batch, heads, dtype) for which in IMPLEMENTATIONS[platform]}
+        ours = IMPLEMENTATIONS[platform] + ("tokamax",) * with_tokamax
+        runs = {which: jax_runs(which, shape, batch, heads, dtype) for which in ours}
         if with_torch:
             runs["PyTorch"] = torch_runs(shape, batch, heads)
         times, rate = medians(runs, repeats)
@@ -125,7 +141,7 @@ def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: 
             cells += [f"{1e3 * both:.2f}", *(f"{speeds[1] / 1e12:.3g}", f"{speeds[1] / peak:.0%}")]
             print(f"| {name} | {which} | {' | '.join(cells)} |", flush=True)
         if with_torch:
-            faster = [theirs / ours for theirs, ours in zip(times["PyTorch"], times["xla"], strict=True)]
+            faster = [theirs / xla for theirs, xla in zip(times["PyTorch"], times["xla"], strict=True)]
             print(f"{name}: {faster[0]:.2f} times as fast as PyTorch forward, {faster[1]:.2f} times with backward")
 
 
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch", action="store_true", help="Beside PyTorch, on a CPU.")
+    parser.add_argument("--tokamax", action="store_true", help="Beside the package tokamax, called for every scale.")
     parser.add_argument("--tiles", action="store_true", help="Only counts the tiles that kernels visit; runs nothing.")
     arguments = parser.parse_args()
     if arguments.torch and jax.default_backend() != "cpu":
@@ -160,7 +177,9 @@ def main() -> None:
     if arguments.tiles:
         count_tiles(arguments.shapes, [(128, 128), (256, 256), (256, 512), (512, 512), (512, 1024)])
     else:
-        measure(arguments.shapes, arguments.batch, arguments.heads, arguments.repeats, arguments.torch)
+        measure(
+            arguments.shapes, arguments.batch, arguments.heads, arguments.repeats, arguments.torch, arguments.tokamax
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ With static ends HART's attention is exactly one dense call per scale on a prefi
 which needs a mask and costs little.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,13 +31,21 @@ def attention(q_BQHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array, *, kv_end
         )
     if kv_end is not None and not isinstance(kv_end, tuple):
         raise NotImplementedError("cudnn: the ends of keys must be static segments; use implementation='xla'")
+    segments = kv_end or ((q_BQHK.shape[1], k_BMGK.shape[1]),)
+    return by_groups(functools.partial(_call, scale=scale), q_BQHK, k_BMGK, v_BMGK, segments)
+
+
+def by_groups(
+    call: Callable[..., jax.Array], q_BQHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array, segments: Segments
+) -> jax.Array:
+    """`call` (queries, keys, values, mask (queries, keys) or None) on each group's queries and the keys they see."""
     outs, start = [], 0
-    for group in groups(kv_end or ((q_BQHK.shape[1], k_BMGK.shape[1]),)):
+    for group in groups(segments):
         ends = segment_ends(group)
         queries, end = len(ends), int(ends.max())
         mask = None if ends.min() == end else np.arange(end) < ends[:, None]
         q = jax.lax.slice_in_dim(q_BQHK, start, start + queries, axis=1)
-        outs.append(_call(q, k_BMGK[:, :end], v_BMGK[:, :end], mask, scale))
+        outs.append(call(q, k_BMGK[:, :end], v_BMGK[:, :end], mask))
         start += queries
     return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
 
