@@ -48,9 +48,14 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _in_type_of(x: jax.Array, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The product of a and b in the type of x. Of bfloat16, XLA uses a CPU's matrix unit only to sum into float32."""
+    sums = jnp.float32 if platform() == "cpu" else None
+    return jnp.einsum(equation, a, b, preferred_element_type=sums).astype(x.dtype)
+
+
+def platform() -> str:
+    """ "cpu", "gpu", "cuda" or "tpu": of the mesh that is traced under, which may be of devices that are not here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    on_cpu = (device.platform if device else jax.default_backend()) == "cpu"
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32 if on_cpu else None).astype(x.dtype)
+    return device.platform if device else jax.default_backend()
 
 
 def lookup(table: jax.Array | Int8, index: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ _CALLED = re.compile(r"\b(body|condition|calls|to_apply|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TRACED = re.compile(r'op_name="([^"]*)"')
 _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_\-]+)")
 
 
@@ -60,6 +61,24 @@ class _Operation:
     operands: tuple[str, ...]
     line: str
     root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One operation that reads or writes main memory: the names of the traced operations in it, how often it runs, and
+    the bytes that each run moves. `products` of matrices in it, or a call of a library or a kernel of one's own."""
+
+    name: str
+    traced: tuple[str, ...]
+    runs: float
+    bytes: float
+    products: bool
+    call: bool
+
+
+def kernels_of(text: str) -> list[Kernel]:
+    """The kernels of a compiled program of one device, in the order of its text."""
+    return _Program(text).kernels()
 
 
 def count_work(text: str, mesh: Mapping[str, int], devices_per_host: int = 0) -> Work:
@@ -112,6 +131,25 @@ class _Program:
             if wire:
                 totals[collective] += wire
         return Work(flops, size, dict(totals))
+
+    def kernels(self) -> list[Kernel]:
+        found = []
+        for name, (times, within) in self._runs().items():
+            for op in self.computations[name]:
+                size = 0.0 if within else self._traffic(op, name)
+                if size:
+                    inner = [op, *self._inside(op)]
+                    traced = dict.fromkeys(match[1] for each in inner if (match := _TRACED.search(each.line)))
+                    products = any(each.kind in ("dot", "convolution") for each in inner)
+                    found.append(Kernel(op.name, tuple(traced), times, size, products, op.kind == "custom-call"))
+        return found
+
+    def _inside(self, op: _Operation) -> Iterator[_Operation]:
+        if op.kind == "fusion":
+            for _, called in _calls(op):
+                for each in self.computations.get(called, ()):
+                    yield each
+                    yield from self._inside(each)
 
     def _runs(self) -> dict[str, tuple[float, bool]]:
         """Computation -> how often it runs, and whether within one operation, whose values never reach memory."""

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.layers import platform
+from pallas_kernels.attention.counted import uncounted
+
 
 def _frequencies(count: int, stride: int, head_dim: int) -> np.ndarray:
     return (10000.0 ** (-np.arange(count) * stride / head_dim)).astype(np.float32)
@@ -39,8 +42,28 @@ def turns(angle_BLK: jax.Array) -> jax.Array:
 
 def turn(x_BLHK: jax.Array, turns_BL2K: jax.Array) -> jax.Array:
     """Rotates queries or keys by `turns`; float32 inside."""
-    x = x_BLHK.astype(jnp.float32)
-    first, second = jnp.split(x, 2, axis=-1)
-    swapped = jnp.concatenate([-second, first], axis=-1)
     cos, sin = (turns_BL2K[:, :, None, part] for part in range(2))
-    return (x * cos + swapped * sin).astype(x_BLHK.dtype)
+    # XLA writes halves of a TPU's lanes to memory before it joins them, and fuses the product with what follows.
+    swapped = swapped_by_product(x_BLHK) if platform() == "tpu" else swapped_by_halves(x_BLHK)
+    return (x_BLHK.astype(jnp.float32) * cos + swapped * sin).astype(x_BLHK.dtype)
+
+
+def swapped_by_halves(x_BLHK: jax.Array) -> jax.Array:
+    """float32: minus the second half of the last axis, then the first."""
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
+@uncounted
+def swapped_by_product(x_BLHK: jax.Array) -> jax.Array:
+    """`swapped_by_halves` as a product with a permutation with signs, which is exact."""
+    half = x_BLHK.shape[-1] // 2
+    signs = np.concatenate([np.ones(half), -np.ones(half)])
+    permutation_KJ = np.roll(np.diag(signs), half, axis=1)
+    return jnp.einsum(
+        "blhk,kj->blhj",
+        x_BLHK,
+        jnp.asarray(permutation_KJ, x_BLHK.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )

@@ -39,6 +39,11 @@ def _backward(run: Run, product: int, pull: Any, dout: jax.Array) -> tuple[jax.A
 _counted.defvjp(_forward, _backward)
 
 
+def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` jitted, with a name that says that its products are no work of the model."""
+    return _named(function, 0)
+
+
 def _named(function: Callable[..., Any], flops: int) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         return function(*arguments)

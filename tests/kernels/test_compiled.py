@@ -1,4 +1,4 @@
-"""The kernels for TPUs, compiled for every kind of them that there is, where libtpu is installed."""
+"""The kernels for TPUs, compiled for every kind of them that there is, and a block; where libtpu is installed."""
 
 import importlib.util
 import re
@@ -6,6 +6,9 @@ import re
 import pytest
 
 from benchmarks.attention_compiled import KINDS, compiled
+from benchmarks.block_compiled import block_programs, kind_of
+from hart_jax.config import TransformerConfig
+from hart_jax.parallel.hlo import kernels_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
@@ -20,3 +23,15 @@ def test_compiles(topology, traced):
     used = [int(size) for size in re.findall(r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', text)]
     # What every kind has, and the compiler's default limit.
     assert len(used) >= 2 and max(used) < 16 * 2**20
+
+
+def test_rotation_is_fused_into_the_block_around_it():
+    """Of what is moved beside products and attention, nothing is halves of queries or keys."""
+    config = TransformerConfig()
+    texts, _, flops = block_programs(config, "v5e:1x1", 16)
+    for text in texts.values():
+        kinds = [kind_of(kernel) for kernel in kernels_of(text)]
+        assert kinds.count("product") >= 5 and "attention" in kinds
+        assert not any("neg" in kind and "silu" not in kind for kind in kinds), kinds
+    length = config.context_tokens + sum(side**2 for side in config.patch_nums[1:])
+    assert flops["products"] == 2 * 16 * length * (4 * config.width**2 + 3 * config.width * config.mlp_width)

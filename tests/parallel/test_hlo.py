@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from hart_jax.parallel.hlo import count_work
+from hart_jax.parallel.hlo import count_work, kernels_of
 
 MESH = {"data": 2, "fsdp": 4}
 COLLECTIVES = """HloModule step
@@ -132,6 +132,19 @@ def test_convolutions_count_no_padding(strides):
     out = 8 // strides
     inside = sum(0 <= o * strides + k - (strides == 1) < 8 for o in range(out) for k in range(3))
     assert compiled(convolve, (2, 8, 8, 16), (3, 3, 16, 32)).flops == 2 * 2 * 16 * 32 * inside**2
+
+
+def test_kernels_are_what_moves_memory():
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    arrays = jnp.zeros((2, 64)), jnp.zeros((5, 64, 64))
+    text = jax.jit(lambda x, weights: lax.scan(layer, x, weights)[0]).lower(*arrays).compile().as_text()
+    kernels = kernels_of(text)
+    assert sum(kernel.runs * kernel.bytes for kernel in kernels) == count_work(text, {"data": 1}).bytes
+    [product] = [kernel for kernel in kernels if kernel.products]
+    assert product.runs == 5 and any("dot_general" in name for name in product.traced)
+    assert any("tanh" in " ".join(kernel.traced) for kernel in kernels)
 
 
 def test_flops_of_batched_products():

@@ -1,10 +1,20 @@
 """Rotary positions of context and image tokens."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from hart_jax.transformer.rotary import context_angles, image_angles, turn, turns
+from hart_jax.training.flops import flops_of
+from hart_jax.transformer.rotary import (
+    context_angles,
+    image_angles,
+    swapped_by_halves,
+    swapped_by_product,
+    turn,
+    turns,
+)
 
 K = 8
 
@@ -53,3 +63,18 @@ def test_scales_share_one_square():
 def test_keeps_the_type():
     angle = context_angles(jnp.array([[3]]), K)
     assert turn(jnp.ones((1, 1, 1, K), jnp.bfloat16), turns(angle)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_tpu_halves_are_swapped_by_a_product(dtype):
+    """The same to the last bit, in gradients too, and no work of the model."""
+    x, out_gradient = jnp.asarray(vectors(0, 2, 3, 2, K), dtype), vectors(1, 2, 3, 2, K)
+    (halves, pull), (product, pull_product) = (jax.vjp(swap, x) for swap in (swapped_by_halves, swapped_by_product))
+    np.testing.assert_array_equal(product, halves)
+    np.testing.assert_array_equal(pull_product(out_gradient)[0], pull(out_gradient)[0])
+    angles = turns(context_angles(jnp.zeros((2, 3), jnp.int32), K))
+    device = AbstractDevice("tpu", None, "tpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)):
+        traced = jax.make_jaxpr(turn)(x, angles)
+    assert "dot_general" in str(traced) and flops_of(traced.jaxpr) == 0
+    assert "dot_general" not in str(jax.make_jaxpr(turn)(x, angles))
