@@ -43,10 +43,8 @@ def block_programs(
     inputs = (x, turns, pooled)
 
     def init() -> Any:
-        return nn.unbox(block.init(jax.random.key(0), (x_of(x), None), 0, x_of(turns), x_of(pooled))["params"])
-
-    def x_of(shape: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        x, turns, pooled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
+        return nn.unbox(block.init(jax.random.key(0), (x, None), 0, turns, pooled)["params"])
 
     def forward(params: Any, x: Any, turns: Any, pooled: Any) -> Any:
         (out, _), _ = block.apply({"params": params}, (x, None), 0, turns, pooled)
