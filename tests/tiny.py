@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from hart_jax.config import TokenizerConfig, TransformerConfig
 from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer
@@ -51,3 +52,9 @@ def tiny_model(text_encoder: Path | None = None, **changes) -> Model:
         random_like(abstract_transformer(config), seed=1),
         text_encoder,
     )
+
+
+def mesh_of(platform: str) -> AbstractMesh:
+    """One device that need not be here, to trace for."""
+    device = AbstractDevice(platform, None, platform)
+    return AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)

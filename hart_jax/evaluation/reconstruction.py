@@ -66,7 +66,7 @@ def judge_reconstructions(
     judges: Sequence[Judge],
     lpips_params: Any = None,
     *,
-    gallery: tuple[Pictures, np.ndarray] | None = None,
+    gallery: tuple[Pictures, np.ndarray],
     keep: Path,
     batch_size: int = 32,
 ) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def judge_reconstructions(
     usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
     result: dict[str, Any] = {"pictures": len(pictures.abouts), "reference_digest": pictures.digest, "modes": {}}
     originals = [one.see(pictures, "real pictures") for one in judges]
-    sought = judges[0].see(gallery[0], "real pictures") if judges and gallery is not None else None
+    sought = judges[0].see(gallery[0], "real pictures") if judges else None
     for mode in MODES:
         measured = [name for name in ("psnr", "ssim", "lpips") if f"{mode} {name}" in rows.columns]
         scores: dict[str, Any] = {
@@ -106,7 +106,7 @@ def judge_reconstructions(
         for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
             seen = Seen.of(Rows(rows.places_N, {"features": rows.columns[f"{mode} {number}"]}), pictures.abouts)
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
-            if number == 0 and gallery is not None and sought is not None and (names := attributes_of(sought)):
+            if number == 0 and sought is not None and (names := attributes_of(sought)):
                 scores[network.name]["alignment"] = alignment(sought, seen, gallery[1], names)
         result["modes"][mode] = scores
     floors = zip(networks, originals, strict=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from hart_jax.config import HartLossConfig, OptimizerConfig, TokenizerLossConfig
 from hart_jax.layers import dense
@@ -14,7 +14,7 @@ from hart_jax.training.hart_step import make_hart_step, make_loss
 from hart_jax.training.state import make_optimizer, new_state
 from hart_jax.training.tokenizer_step import init_tokenizer_state, make_tokenizer_step
 from hart_jax.transformer.model import Hart
-from tests.tiny import TOKENIZER, tiny_model
+from tests.tiny import TOKENIZER, mesh_of, tiny_model
 
 LOSS = HartLossConfig(condition_top_k=16, min_kept=6, keep_counts=1)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 30)
@@ -53,8 +53,7 @@ def loss_and_gradients(adaln: str, platform: str):
     compute = make_loss(Hart(model.transformer_config, BFLOAT16), LOSS)
     kept, keys = jnp.zeros((4, 8), jnp.int32), jax.random.split(KEY, 4)
     arguments = (params, tokens, condition, tokenizer_params["quantizer"]["codebook"], kept, keys)
-    device = AbstractDevice(platform, None, platform)
-    with use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)):
+    with use_abstract_mesh(mesh_of(platform)):
         return jax.make_jaxpr(jax.value_and_grad(compute, has_aux=True), return_shape=True)(*arguments)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 from hart_jax.training.flops import flops_of
 from hart_jax.transformer.rotary import (
@@ -15,6 +15,7 @@ from hart_jax.transformer.rotary import (
     turn,
     turns,
 )
+from tests.tiny import mesh_of
 
 K = 8
 
@@ -73,8 +74,7 @@ def test_on_a_tpu_halves_are_swapped_by_a_product(dtype):
     np.testing.assert_array_equal(product, halves)
     np.testing.assert_array_equal(pull_product(out_gradient)[0], pull(out_gradient)[0])
     angles = turns(context_angles(jnp.zeros((2, 3), jnp.int32), K))
-    device = AbstractDevice("tpu", None, "tpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)):
+    with use_abstract_mesh(mesh_of("tpu")):
         traced = jax.make_jaxpr(turn)(x, angles)
     assert "dot_general" in str(traced) and flops_of(traced.jaxpr) == 0
     assert "dot_general" not in str(jax.make_jaxpr(turn)(x, angles))
