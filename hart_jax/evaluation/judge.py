@@ -14,7 +14,7 @@ from hart_jax.evaluation.networks.efficientnet import load_efficientnet
 from hart_jax.evaluation.networks.inception import Resize, load_inception
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures
-from hart_jax.evaluation.scores import Seen, columns_of
+from hart_jax.evaluation.scores import COLUMNS, Seen, seen_by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Judge:
 
     @functools.cached_property
     def _compiled(self) -> Compiled:
-        return Compiled(functools.partial(columns_of, self.network), self.network.params)
+        return Compiled(functools.partial(seen_by, self.network), self.network.params)
 
     def see(self, pictures: Pictures, title: str, keep: Path | None = None) -> Seen:
         """The features of all pictures, in every process."""
@@ -43,7 +43,7 @@ class Judge:
         return rows_of(pictures, self.size, self._compiled, folder, batch_size=self.batch_size, title=name)
 
     def _key(self, pictures: Pictures) -> str:
-        known = [pictures.digest, self.size, self.network.name, self.network.digest]
+        known = [pictures.digest, self.size, self.network.name, self.network.digest, COLUMNS]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from hart_jax.evaluation.metrics.ssim import SIDE, ssim
 from hart_jax.evaluation.networks.base import FeatureNetwork, weights_digest
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures, decode
-from hart_jax.evaluation.scores import Seen, compare, distance_name, floor, warnings_of
+from hart_jax.evaluation.scores import COLUMNS, Seen, compare, distance_name, floor, seen_by, warnings_of
 from hart_jax.images import from_uint8, grid, save_png, to_uint8
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
@@ -55,7 +55,8 @@ def columns_of(
             columns[f"{mode} lpips"] = lpips(params["lpips"], output, image)
         stored = jnp.rint((output + 1) * 127.5).astype(jnp.uint8)
         for number, network in enumerate(networks):
-            columns[f"{mode} {number}"] = network.apply(params["networks"][number], stored).features_BF
+            seen = seen_by(network, params["networks"][number], stored)
+            columns |= {f"{mode} {number} {name}": column for name, column in seen.items()}
     return columns
 
 
@@ -87,7 +88,8 @@ def judge_reconstructions(
         "networks": [network.params for network in networks],
     }
     compute = Compiled(functools.partial(columns_of, Tokenizer(config), networks), params)
-    known = [pictures.digest, digest(tokenizer_params), [network.digest for network in networks], lpips_params is None]
+    judged = [network.digest for network in networks]
+    known = [pictures.digest, digest(tokenizer_params), judged, lpips_params is None, COLUMNS]
     folder = keep / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     rows = rows_of(pictures, config.image_size, compute, folder, batch_size=batch_size, title="reconstructions")
 
@@ -104,7 +106,11 @@ def judge_reconstructions(
             name: float(np.mean(everywhere(f"{mode} {name}"), dtype=np.float64)) for name in measured
         }
         for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
-            seen = Seen.of(Rows(rows.places_N, {"features": rows.columns[f"{mode} {number}"]}), pictures.abouts)
+            prefix = f"{mode} {number} "
+            columns = {
+                name.removeprefix(prefix): rows.columns[name] for name in rows.columns if name.startswith(prefix)
+            }
+            seen = Seen.of(Rows(rows.places_N, columns), pictures.abouts)
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
             if number == 0 and sought is not None and (names := attributes_of(sought)):
                 scores[network.name]["alignment"] = alignment(sought, seen, gallery[1], names)

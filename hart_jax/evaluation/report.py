@@ -98,5 +98,6 @@ def _aligned(scores: Mapping[str, Any], whose: str) -> dict[str, str]:
     return {
         f"right {attribute} at {k}": f"{recalls[whose][f'recall_at_{k}']:.3f}"
         for attribute, recalls in scores.get("alignment", {}).items()
+        if whose in recalls
         for k in (1, 5)
     }

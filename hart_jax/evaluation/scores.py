@@ -24,6 +24,8 @@ from hart_jax.evaluation.pictures import About
 STABLE = 10_000
 # Groups are compared by their distances from so many pictures on.
 LEAST = 10
+# Changes with what `seen_by` gives, so that what an older version kept is not taken for it.
+COLUMNS = 2
 SUBSETS, SUBSET_SIZE, NEIGHBOURS, SPLITS = 100, 1000, 3, 10
 _BLOCK = 1024
 
@@ -35,6 +37,7 @@ class Seen:
     abouts: Sequence[About]
     features_NF: np.ndarray
     logits_NK: np.ndarray | None
+    textures_NT: np.ndarray | None
     moments: Moments
 
     @classmethod
@@ -42,14 +45,20 @@ class Seen:
         """Joins what the processes computed; the moments are summed where the rows are, and merged."""
         local = moments_of(rows.columns["features"])
         gathered = {name: gather_rows(column, rows.places_N) for name, column in rows.columns.items()}
-        return cls(abouts, gathered["features"], gathered.get("logits"), merge_over_processes(local))
+        logits, textures = gathered.get("logits"), gathered.get("textures")
+        return cls(abouts, gathered["features"], logits, textures, merge_over_processes(local))
+
+    @property
+    def look_NP(self) -> np.ndarray:
+        """Textures, or where the network has none, features."""
+        return self.features_NF if self.textures_NT is None else self.textures_NT
 
 
-def columns_of(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
-    """A network's features, and its logits if it has any, as `hart_jax.evaluation.parts` keeps them."""
-    features = network.apply(params, images_BHWC)
-    logits = {} if features.logits_BK is None else {"logits": features.logits_BK}
-    return {"features": features.features_BF, **logits}
+def seen_by(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    """A network's features, and its logits and textures if it has any, as `hart_jax.evaluation.parts` keeps them."""
+    features, logits, textures = network.apply(params, images_BHWC)
+    columns = {"features": features, "logits": logits, "textures": textures}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def moments_of(features_NF: np.ndarray) -> Moments:

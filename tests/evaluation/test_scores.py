@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from hart_jax.evaluation.alignment import alignment, attributes_of
+from hart_jax.evaluation.metrics.discriminant import Discriminant
+from hart_jax.evaluation.metrics.retrieval import nearest
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
 from hart_jax.evaluation.pictures import About
 from hart_jax.evaluation.scores import LEAST, Seen, by_group, compare, distance_name, floor, moments_of, warnings_of
@@ -12,9 +14,9 @@ WIDTH = 6
 STYLES = ("flat", "3d")
 
 
-def seen(features: np.ndarray, abouts=None, logits=None) -> Seen:
+def seen(features: np.ndarray, abouts=None, logits=None, textures=None) -> Seen:
     abouts = [About(str(index)) for index in range(len(features))] if abouts is None else abouts
-    return Seen(abouts, features.astype(np.float32), logits, moments_of(features))
+    return Seen(abouts, features.astype(np.float32), logits, textures, moments_of(features))
 
 
 def normal(count: int, seed: int = 0, mean: float = 0.0) -> np.ndarray:
@@ -67,30 +69,72 @@ def test_groups_are_compared_with_their_own():
     assert by_group(real, fake, "colour") == {}
 
 
-def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
-    concepts = np.arange(40) // 2
+def concepts_in_two_styles(count: int = 30) -> tuple[np.ndarray, list[About]]:
+    """Textures in which concepts lie far apart and styles a little, each in an axis of its own; three of each pair."""
+    random = np.random.default_rng(0)
+    concept_N, style_N = np.arange(6 * count) // 6, np.arange(6 * count) % 2
+    textures = np.zeros((6 * count, WIDTH))
+    textures[:, 1:] = 10 * random.normal(size=(count, WIDTH - 1))[concept_N]
+    textures[:, 0] = 0.5 * style_N
+    textures += 0.02 * random.normal(size=textures.shape)
     abouts = [
-        About(str(index), attributes={"concept": f"c{concepts[index]}", "style": STYLES[index % 2]})
-        for index in range(40)
+        About(str(index), attributes={"concept": f"c{concept}", "style": STYLES[style]})
+        for index, (concept, style) in enumerate(zip(concept_N, style_N, strict=True))
     ]
-    # A concept's two pictures lie together; styles differ a little.
-    places = 10 * np.random.default_rng(0).normal(size=(20, WIDTH))[concepts] + np.arange(40)[:, None] % 2
-    real = seen(places, abouts)
+    return textures, abouts
+
+
+def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
+    textures, abouts = concepts_in_two_styles()
+    real = seen(normal(len(textures)), abouts, textures=textures)
     assert attributes_of(real) == ["concept", "style"]
-    own = np.arange(0, 40, 3)
-    fake = seen(places[own] + 0.01 * normal(len(own)), [abouts[place] for place in own])
+    own = np.arange(0, len(textures), 7)
+    asked = [abouts[place] for place in own]
+    fake = seen(normal(len(own)), asked, textures=textures[own] + 0.01 * normal(len(own), seed=1))
     scores = alignment(real, fake, own, ["concept", "style"], by="style")
-    concept, style = scores["concept"], scores["style"]
-    assert concept["drawn"] == {"recall_at_1": 1.0, "recall_at_5": 1.0} == style["drawn"]
-    # Without itself a real picture finds the other of its concept, in the other style.
-    assert concept["real"]["recall_at_1"] > 0.9 and style["real"]["recall_at_1"] < 0.2
-    assert concept["shuffled"]["recall_at_1"] < 0.3 and 0.2 < style["shuffled"]["recall_at_1"] < 0.8
-    assert set(concept["drawn, by style"]) == set(STYLES)
-    assert scores["style, other concept"]["drawn"]["recall_at_1"] < 0.9
-    # No other style has more pictures of a concept than one.
-    assert scores["concept, other style"]["drawn"]["recall_at_1"] > 0.9
-    wrong = seen(places[own[::-1]], [abouts[place] for place in own])
-    assert alignment(real, wrong, own, ["concept"])["concept"]["drawn"]["recall_at_1"] < 0.3
+    for recalls in (scores["concept"], scores["style"]):
+        assert recalls["drawn"] == {"recall_at_1": 1.0, "recall_at_5": 1.0} == recalls["real"]
+        assert set(recalls["drawn, by style"]) == set(STYLES)
+    assert scores["concept"]["shuffled"]["recall_at_1"] < 0.3
+    assert 0.2 < scores["style"]["shuffled"]["recall_at_1"] < 0.8
+    # Each attribute has its own space: the right thing in the other style, and another thing in the right style.
+    other_style = seen(normal(len(own)), asked, textures=textures[own ^ 1])
+    scores = alignment(real, other_style, own, ["concept", "style"])
+    assert scores["concept"]["drawn"]["recall_at_1"] > 0.9 > 0.1 > scores["style"]["drawn"]["recall_at_1"]
+    other_concept = seen(normal(len(own)), asked, textures=textures[(own + 60) % len(textures)])
+    scores = alignment(real, other_concept, own, ["concept", "style"])
+    assert scores["style"]["drawn"]["recall_at_1"] > 0.9 > 0.1 > scores["concept"]["drawn"]["recall_at_1"]
+
+
+def test_no_picture_is_sought_in_a_space_learned_from_its_own_concept():
+    # Textures without meaning: a space learned from the very labels would find them.
+    random = np.random.default_rng(0)
+    abouts = [About(str(index), attributes={"concept": f"c{index // 4}"}) for index in range(80)]
+    real = seen(normal(80), abouts, textures=random.normal(size=(80, 70)))
+    recalls = alignment(real, real, np.arange(80), ["concept"])["concept"]
+    assert recalls["drawn"]["recall_at_1"] == 1 and recalls["real"]["recall_at_1"] < 0.15
+    space = Discriminant.of(real.look_NP, np.arange(80) // 4)
+    found = nearest(real.look_NP, real.look_NP, space, 1, exclude=np.arange(80))[:, 0]
+    assert np.mean(found // 4 == np.arange(80) // 4) > 0.9
+
+
+def test_only_pictures_that_share_their_value_are_the_ceiling():
+    textures, abouts = concepts_in_two_styles()
+    alone = [About("alone", attributes={"concept": f"alone {index}", "style": STYLES[0]}) for index in range(9)]
+    real = seen(normal(len(textures) + 9), [*abouts, *alone], textures=np.vstack([textures, 30 * normal(9, seed=2)]))
+    own = np.arange(170, len(textures) + 9)
+    fake = seen(real.features_NF[own], [real.abouts[place] for place in own], textures=real.look_NP[own])
+    recalls = alignment(real, fake, own, ["concept"])["concept"]
+    assert recalls["real"] == {"recall_at_1": 1.0, "recall_at_5": 1.0}
+    own, fake = own[-9:], seen(normal(9), alone, textures=real.look_NP[own[-9:]])
+    assert set(alignment(real, fake, own, ["concept"])["concept"]) == {"drawn", "shuffled"}
+
+
+def test_alignment_of_one_value_alone():
+    abouts = [About(str(index), category="cats") for index in range(12)]
+    real = seen(normal(12), abouts)
+    recalls = alignment(real, real, np.arange(12), ["category"])["category"]
+    assert recalls["drawn"]["recall_at_1"] == recalls["real"]["recall_at_1"] == 1
 
 
 def test_what_can_be_asked_of_pictures():

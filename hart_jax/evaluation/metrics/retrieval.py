@@ -6,6 +6,7 @@ gallery, F features, K neighbours.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -15,8 +16,16 @@ from hart_jax.errors import UserError
 DECIMALS = 10
 
 
+class Space(Protocol):
+    """Where nearness is measured."""
+
+    def directions(self, features_BF: np.ndarray) -> np.ndarray:
+        """(B, D) of features, of length 1, or 0."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Standardized:
+class Standardized(Space):
     """The space of a gallery: features less its mean, divided by its standard deviation, both float64.
 
     Queries are taken there by the gallery's numbers, never by their own.
@@ -34,32 +43,38 @@ class Standardized:
 
     def directions(self, features_BF: np.ndarray) -> np.ndarray:
         """(B, F) scaled features, of length 1, or 0 where a picture is the gallery's mean."""
-        scaled_BF = (np.asarray(features_BF, np.float64) - self.mean_F) / self.deviation_F
-        return scaled_BF / np.maximum(np.linalg.norm(scaled_BF, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        return unit(self.scaled(features_BF))
+
+    def scaled(self, features_BF: np.ndarray) -> np.ndarray:
+        """(B, F) features of mean 0 and deviation 1 in the gallery."""
+        return (np.asarray(features_BF, np.float64) - self.mean_F) / self.deviation_F
+
+
+def unit(vectors_BF: np.ndarray) -> np.ndarray:
+    """The vectors divided by their lengths; 0 stays 0."""
+    return vectors_BF / np.maximum(np.linalg.norm(vectors_BF, axis=1, keepdims=True), np.finfo(np.float64).tiny)
 
 
 def nearest(
     queries_QF: np.ndarray,
     gallery_GF: np.ndarray,
-    space: Standardized,
+    space: Space,
     count: int = 5,
     *,
     exclude: np.ndarray | None = None,
-    apart: tuple[np.ndarray, np.ndarray] | None = None,
     block: int = 1024,
 ) -> np.ndarray:
     """(Q, count) indices into the gallery, the nearest first.
 
-    Near is a high cosine similarity of features less `space.mean_F`, divided by `space.deviation_F`; of equal ones the
-    lowest index comes first. `block` by G similarities are held at a time.
+    Near is a high cosine similarity in `space`; of equal ones the lowest index comes first. `block` by G similarities
+    are held at a time.
 
     Args:
-      space: `Standardized.of(gallery_GF)`, the same for all queries.
+      space: `Standardized.of(gallery_GF)`, say; the same for all queries.
       exclude: (Q,) the gallery's picture that a query must not find, because it is the query itself, or -1.
-      apart: labels (Q,) and (G,); a query finds no picture of its own label.
 
     Raises:
-      UserError: the gallery has fewer than `count` pictures to find, for a query with another label.
+      UserError: the gallery has fewer than `count` pictures to find.
     """
     excluding = exclude is not None and bool(np.any(np.asarray(exclude) >= 0))
     available = len(gallery_GF) - excluding
@@ -73,11 +88,6 @@ def nearest(
         if exclude is not None:
             excluded = np.asarray(exclude)[rows]
             similarities[excluded >= 0, excluded[excluded >= 0]] = -np.inf
-        if apart is not None:
-            similarities[np.asarray(apart[0])[rows, None] == np.asarray(apart[1])] = -np.inf
-            most = int(np.isfinite(similarities).sum(axis=1).min())
-            if count > most:
-                raise UserError(f"count={count} nearest pictures of another label: a query has only {most}")
         found[rows] = np.argsort(-similarities, axis=1, kind="stable")[:, :count]
     return found
 

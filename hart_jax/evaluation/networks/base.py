@@ -1,6 +1,6 @@
 """What an evaluation asks of a frozen network: features of pictures, and a name that says which network it was.
 
-Letters: B pictures of H by W pixels, F features, K classes.
+Letters: B pictures of H by W pixels, F features, K classes, T textures.
 """
 
 import dataclasses
@@ -15,10 +15,15 @@ from hart_jax.convert.state_dict import transpose_conv
 
 
 class Features(NamedTuple):
-    """Of each picture, float32."""
+    """Of each picture, float32.
+
+    Textures are means and standard deviations, over the picture, of what the network's earlier layers see: strokes,
+    shading, colours. They tell styles apart, which the features of a classifier are trained to overlook.
+    """
 
     features_BF: jax.Array
     logits_BK: jax.Array | None = None
+    textures_BT: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,17 +106,23 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> Features:
-        """(B, 224, 224, 3) float32 in [-1, 1] to the average pool and the logits."""
+        """(B, 224, 224, 3) float32 in [-1, 1] to the average pool, the logits, and the textures of stem and stages."""
         x_BHWC = nn.relu6(_conv(32, "stem", window=3, stride=2)(x_BHWC))
-        number = 0
+        textures, number = _textures(x_BHWC), 0
         for stage in _STAGES:
             for block in range(stage.blocks):
                 stride = 1 if block else stage.stride
                 x_BHWC = _Block(stage.window, stride, stage.width, name=f"block_{number}")(x_BHWC)
                 number += 1
+            textures += _textures(x_BHWC)
         x_BHWC = nn.relu6(_conv(_WIDTH, "head")(x_BHWC))
         features_BF = jnp.mean(x_BHWC, axis=(1, 2))
-        return Features(features_BF, nn.Dense(_CLASSES, precision=_PRECISION, name="classifier")(features_BF))
+        logits_BK = nn.Dense(_CLASSES, precision=_PRECISION, name="classifier")(features_BF)
+        return Features(features_BF, logits_BK, jnp.concatenate(textures, axis=-1))
+
+
+def _textures(x_BHWC: jax.Array) -> list[jax.Array]:
+    return [jnp.mean(x_BHWC, axis=(1, 2)), jnp.std(x_BHWC, axis=(1, 2))]
 
 
 class _Block(nn.Module):

@@ -49,18 +49,6 @@ def test_a_picture_finds_itself_unless_that_is_left_out():
     np.testing.assert_array_equal(np.sort(np.c_[others, own], axis=1), np.tile(own, (6, 1)))
 
 
-def test_pictures_of_a_query_s_own_label_are_left_out():
-    gallery = np.random.default_rng(0).normal(size=(9, 4))
-    labels, space = np.array(list("aaabbbccc")), Standardized.of(gallery)
-    found = nearest(gallery, gallery, space, 3, apart=(labels, labels), block=2)
-    for query, label in enumerate(labels):
-        others = np.flatnonzero(labels != label)
-        expected = others[nearest(gallery[query : query + 1], gallery[others], space, 3)[0]]
-        np.testing.assert_array_equal(found[query], expected)
-    with pytest.raises(UserError, match="a query has only 6"):
-        nearest(gallery, gallery, space, 7, apart=(labels, labels))
-
-
 def test_a_query_is_scaled_as_the_gallery_is():
     gallery = np.array([[0.0, 0.0], [1.0, 100.0], [2.0, 0.0], [1.0, -100.0]])
     # Three deviations of the first feature, a fraction of one of the second.

@@ -42,6 +42,8 @@ BLOCKS = [
     (5, 1, 192, 192),
     (3, 1, 192, 320),
 ]
+# The last block of each width, and the first.
+STAGE_ENDS = (0, 2, 4, 7, 10, 14, 15)
 
 
 def layers():
@@ -83,7 +85,7 @@ def pictures():
 
 
 def torch_network(torch, tensors, x_BHWC):
-    """Features and logits by PyTorch, with batch norms as they are."""
+    """Features, logits and textures by PyTorch, with batch norms as they are."""
     functional = torch.nn.functional
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
 
@@ -100,6 +102,7 @@ def torch_network(torch, tensors, x_BHWC):
         x = torch.from_numpy(x_BHWC).permute(0, 3, 1, 2).float()
         x = functional.interpolate(x, (224, 224), mode="bilinear", antialias=True)
         x = conv((x - 127) / 128, "_conv_stem", "_bn0", 2)
+        textures = [x.mean((2, 3)), x.std((2, 3), correction=0)]
         for index, (_, stride, before, after) in enumerate(BLOCKS):
             name, y = f"_blocks.{index}.", x
             if index:
@@ -107,9 +110,11 @@ def torch_network(torch, tensors, x_BHWC):
             y = conv(y, name + "_depthwise_conv", name + "_bn1", stride)
             y = conv(y, name + "_project_conv", name + "_bn2", relu=False)
             x = x + y if stride == 1 and before == after else y
+            if index in STAGE_ENDS:
+                textures += [x.mean((2, 3)), x.std((2, 3), correction=0)]
         features = conv(x, "_conv_head", "_bn1").mean((2, 3))
         logits = functional.linear(features, tensors["_fc.weight"], tensors["_fc.bias"])
-    return features.numpy(), logits.numpy()
+    return features.numpy(), logits.numpy(), torch.cat(textures, 1).numpy()
 
 
 def relative(found, wanted):
@@ -150,8 +155,9 @@ def test_committed_numbers(seen):
 @pytest.mark.torch
 def test_against_pytorch(seen):
     torch = pytest.importorskip("torch")
-    features, logits = torch_network(torch, published_tensors(), pictures())
+    features, logits, textures = torch_network(torch, published_tensors(), pictures())
     assert relative(seen.features_BF, features) < 1e-4 and relative(seen.logits_BK, logits) < 1e-4
+    assert seen.textures_BT.shape == textures.shape and relative(seen.textures_BT, textures) < 1e-4
 
 
 def test_a_picture_is_seen_alike_in_any_place(network, seen):

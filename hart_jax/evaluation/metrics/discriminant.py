@@ -1,0 +1,48 @@
+"""A space in which pictures of one label lie close: Fisher's linear discriminant, learned from real pictures.
+
+What differs among pictures of the same label is scaled down (their scatter becomes the identity), what differs between
+the labels' means is scaled up (by their scatter). Letters: N pictures, F features, L labels.
+"""
+
+import dataclasses
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+
+from hart_jax.evaluation.metrics.retrieval import Standardized, unit
+
+# Added to the scatter within labels, in variances of a feature: few pictures leave it singular. Picked on real ones.
+SHRINKAGE = 0.1
+# Added to the scatter between labels, so that one label, which has none, still gives a space.
+_LEAST = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Discriminant:
+    """Features, standardised, times `matrix_FF`."""
+
+    scale: Standardized
+    matrix_FF: np.ndarray
+
+    @classmethod
+    def of(cls, features_NF: np.ndarray, labels_N: np.ndarray) -> "Discriminant":
+        """Learned from these pictures, all in float64."""
+        scale = Standardized.of(features_NF)
+        scaled_NF = scale.scaled(features_NF)
+        _, of_label_N, counts_L = np.unique(labels_N, return_inverse=True, return_counts=True)
+        means_LF = np.zeros((len(counts_L), scaled_NF.shape[1]))
+        np.add.at(means_LF, of_label_N, scaled_NF)
+        means_LF /= counts_L[:, None]
+        identity_FF = np.eye(scaled_NF.shape[1])
+        apart_NF = scaled_NF - means_LF[of_label_N]
+        within_FF = cholesky(apart_NF.T @ apart_NF / len(scaled_NF) + SHRINKAGE * identity_FF, lower=True)
+        # Means weigh as many pictures as they are of; that of all pictures is 0.
+        whitened_FL = solve_triangular(
+            within_FF, (means_LF * np.sqrt(counts_L / len(scaled_NF))[:, None]).T, lower=True
+        )
+        between_FF = cholesky(whitened_FL @ whitened_FL.T + _LEAST * identity_FF, lower=True)
+        return cls(scale, solve_triangular(within_FF, between_FF, lower=True, trans=1))
+
+    def directions(self, features_BF: np.ndarray) -> np.ndarray:
+        """(B, F) features in this space, of length 1, or 0 where a picture is the mean."""
+        return unit(self.scale.scaled(features_BF) @ self.matrix_FF)
