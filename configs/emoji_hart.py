@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 "attn_l2_norm": True,
                 "diffusion": {"width": 192, "depth": 3, "batch_mul": 2},
             },
-            "tokenizer_from": "runs/emoji_decoder",
+            "tokenizer_from": "runs/emoji_tokenizer",
             "text_encoder": "data/minilm",
             "precompute_tokens": True,
             "loss": {"keep_counts": 1, "condition_top_k": 1024, "condition_top_p": 1.0},
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 "save_every": 250,
                 "sample_every": 800,
             },
-            "sample": {"cfg": 3.0, "top_k": 5, "top_k_late": 5, "temperature": 0.5},
+            "sample": {"cfg": 1.5, "top_k": 5, "top_k_late": 5, "temperature": 0.5},
             "sample_prompts": (
                 "a 3D render of a red apple",
                 "a flat icon of a dog",
