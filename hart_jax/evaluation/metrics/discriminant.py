@@ -37,9 +37,8 @@ class Discriminant:
         apart_NF = scaled_NF - means_LF[of_label_N]
         within_FF = cholesky(apart_NF.T @ apart_NF / len(scaled_NF) + SHRINKAGE * identity_FF, lower=True)
         # Means weigh as many pictures as they are of; that of all pictures is 0.
-        whitened_FL = solve_triangular(
-            within_FF, (means_LF * np.sqrt(counts_L / len(scaled_NF))[:, None]).T, lower=True
-        )
+        weighted_LF = means_LF * np.sqrt(counts_L / len(scaled_NF))[:, None]
+        whitened_FL = solve_triangular(within_FF, weighted_LF.T, lower=True)
         between_FF = cholesky(whitened_FL @ whitened_FL.T + _LEAST * identity_FF, lower=True)
         return cls(scale, solve_triangular(within_FF, between_FF, lower=True, trans=1))
 
