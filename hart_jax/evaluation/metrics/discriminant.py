@@ -7,7 +7,6 @@ the labels' means is scaled up (by their scatter). Letters: N pictures, F featur
 import dataclasses
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
 
 from hart_jax.evaluation.metrics.retrieval import Standardized, unit
 
@@ -35,12 +34,12 @@ class Discriminant:
         means_LF /= counts_L[:, None]
         identity_FF = np.eye(scaled_NF.shape[1])
         apart_NF = scaled_NF - means_LF[of_label_N]
-        within_FF = cholesky(apart_NF.T @ apart_NF / len(scaled_NF) + SHRINKAGE * identity_FF, lower=True)
+        within_FF = np.linalg.cholesky(apart_NF.T @ apart_NF / len(scaled_NF) + SHRINKAGE * identity_FF)
         # Means weigh as many pictures as they are of; that of all pictures is 0.
         weighted_LF = means_LF * np.sqrt(counts_L / len(scaled_NF))[:, None]
-        whitened_FL = solve_triangular(within_FF, weighted_LF.T, lower=True)
-        between_FF = cholesky(whitened_FL @ whitened_FL.T + _LEAST * identity_FF, lower=True)
-        return cls(scale, solve_triangular(within_FF, between_FF, lower=True, trans=1))
+        whitened_FL = np.linalg.solve(within_FF, weighted_LF.T)
+        between_FF = np.linalg.cholesky(whitened_FL @ whitened_FL.T + _LEAST * identity_FF)
+        return cls(scale, np.linalg.solve(within_FF.T, between_FF))
 
     def directions(self, features_BF: np.ndarray) -> np.ndarray:
         """(B, F) features in this space, of length 1, or 0 where a picture is the mean."""
