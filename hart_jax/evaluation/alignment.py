@@ -2,7 +2,8 @@
 
 A drawn picture is right where the nearest of the real pictures, or one of the five nearest, has the concept (or style)
 of its caption. Near is near in a space of that attribute's own (`Discriminant`), learned from real pictures: to a
-classifier's features alone, the nearest picture of a dog is a dog in whichever style. No picture is sought in a space
+classifier's features alone, the nearest picture of a dog is a dog in whichever style. Softened copies of them are
+learned from as well, so that a space does not go by what little a blur takes away. No picture is sought in a space
 that was learned from its own concept: there are two spaces, each learned from half of the concepts and asked for the
 others. The real pictures themselves, each without itself, are the ceiling; captions shuffled among the drawn pictures
 are the floor.
@@ -29,14 +30,21 @@ def attributes_of(seen: Seen) -> list[str]:
 
 
 def alignment(
-    real: Seen, fake: Seen, own_N: np.ndarray, attributes: Sequence[str], by: str = "", seed: int = 0
-) -> dict[str, Any]:
-    """Recall at 1 and 5 of each attribute: of the drawn pictures, of real ones, of shuffled captions.
+    real: Seen,
+    soft: Seen,
+    fakes: Sequence[Seen],
+    own_N: np.ndarray,
+    attributes: Sequence[str],
+    by: str = "",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Recall at 1 and 5 of each attribute: of drawn pictures, of real ones, of shuffled captions.
 
     Args:
-      real: the pictures to be found.
-      fake: drawn pictures; `own_N` are the places in `real` of the pictures whose captions they were drawn from. These
-        are the real pictures that are asked, those of them that are not the only one with their value.
+      real: the pictures to be found; `soft` are their softened copies, to learn from (`softened`).
+      fakes: sets of drawn pictures, each of the same captions; there is a result for each.
+      own_N: the places in `real` of the pictures whose captions those are. These are the real pictures that are asked,
+        those of them that are not the only one with their value.
       attributes: names of what is asked for; see `About.value`.
       by: an attribute for whose values the recalls are given one by one, too.
       seed: of the shuffled captions, and of the halves that spaces are learned from.
@@ -45,33 +53,36 @@ def alignment(
     order = random.permutation(len(own_N))
     labels = {name: np.array([about.value(name) for about in real.abouts]) for name in attributes}
     half_G = _half(max(labels.values(), key=lambda values: len(set(values))), random)
-    wanted = {name: np.array([about.value(name) for about in fake.abouts]) for name in (*attributes, by)}
-    result = {}
+    wanted = {name: np.array([about.value(name) for about in fakes[0].abouts]) for name in (*attributes, by)}
+    results: list[dict[str, Any]] = [{} for _ in fakes]
     for name in attributes:
         label_G = labels[name]
-        drawn, again = (np.empty((len(own_N), max(RANKS)), np.int64) for _ in range(2))
+        again, *found = (np.empty((len(own_N), max(RANKS)), np.int64) for _ in (real, *fakes))
         for learned_G in (half_G, ~half_G):
             asked_N = ~learned_G[own_N]
             if asked_N.any():
-                own, look_GP = own_N[asked_N], real.look_NP
-                space = Discriminant.of(look_GP[learned_G], label_G[learned_G])
-                drawn[asked_N] = nearest(fake.look_NP[asked_N], look_GP, space, max(RANKS))
-                again[asked_N] = nearest(look_GP[own], look_GP, space, max(RANKS), exclude=own)
+                learned_from = np.concatenate([real.look_NP[learned_G], soft.look_NP[learned_G]])
+                space = Discriminant.of(learned_from, np.tile(label_G[learned_G], 2))
+                gallery_GP, own = space.directions(real.look_NP), own_N[asked_N]
+                again[asked_N] = nearest(gallery_GP[own], gallery_GP, max(RANKS), exclude=own)
+                for drawn, fake in zip(found, fakes, strict=True):
+                    drawn[asked_N] = nearest(space.directions(fake.look_NP[asked_N]), gallery_GP, max(RANKS))
         values, counts = np.unique(label_G, return_counts=True)
         shared_N = np.isin(label_G[own_N], values[counts > 1])
-        scores: dict[str, Any] = {
-            "drawn": _recalls(drawn, label_G, wanted[name]),
-            "shuffled": _recalls(drawn, label_G, wanted[name][order]),
-        }
-        if shared_N.any():
-            scores["real"] = _recalls(again[shared_N], label_G, label_G[own_N][shared_N])
-        if by:
-            scores[f"drawn, by {by}"] = {
-                str(value): _recalls(drawn[wanted[by] == value], label_G, wanted[name][wanted[by] == value])
-                for value in np.unique(wanted[by])
+        for drawn, result in zip(found, results, strict=True):
+            scores: dict[str, Any] = {
+                "drawn": _recalls(drawn, label_G, wanted[name]),
+                "shuffled": _recalls(drawn, label_G, wanted[name][order]),
             }
-        result[name] = scores
-    return result
+            if shared_N.any():
+                scores["real"] = _recalls(again[shared_N], label_G, label_G[own_N][shared_N])
+            if by:
+                scores[f"drawn, by {by}"] = {
+                    str(value): _recalls(drawn[wanted[by] == value], label_G, wanted[name][wanted[by] == value])
+                    for value in np.unique(wanted[by])
+                }
+            result[name] = scores
+    return results
 
 
 def _half(label_G: np.ndarray, random: np.random.Generator) -> np.ndarray:

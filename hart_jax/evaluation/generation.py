@@ -107,7 +107,8 @@ def judge(
             found[f"by {by}"] = by_group(theirs, ours, by)
         names = attributes_of(theirs) if own_N is not None and number == 0 else []
         if names and own_N is not None:
-            found["alignment"] = alignment(theirs, ours, own_N, names, by, seed)
+            soft = one.see_softly(real, "real pictures")
+            (found["alignment"],) = alignment(theirs, soft, [ours], own_N, names, by, seed)
         scores[one.network.name] = found
     if judges.clip is not None:
         clip, judge_of_clip = judges.clip

@@ -5,6 +5,9 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from hart_jax.caches import cache_folder
 from hart_jax.errors import UserError
@@ -15,6 +18,7 @@ from hart_jax.evaluation.networks.inception import Resize, load_inception
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures
 from hart_jax.evaluation.scores import COLUMNS, Seen, seen_by
+from hart_jax.evaluation.softened import softened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +37,32 @@ class Judge:
     def _compiled(self) -> Compiled:
         return Compiled(functools.partial(seen_by, self.network), self.network.params)
 
+    @functools.cached_property
+    def _compiled_softly(self) -> Compiled:
+        def seen(params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+            return seen_by(self.network, params, softened(images_BHWC))
+
+        return Compiled(seen, self.network.params)
+
     def see(self, pictures: Pictures, title: str, keep: Path | None = None) -> Seen:
         """The features of all pictures, in every process."""
         return Seen.of(self.rows(pictures, title, keep), pictures.abouts)
 
-    def rows(self, pictures: Pictures, title: str, keep: Path | None = None) -> Rows:
-        folder = (keep or cache_folder() / "features") / self._key(pictures)
-        name = f"{title}, {self.network.name}"
-        return rows_of(pictures, self.size, self._compiled, folder, batch_size=self.batch_size, title=name)
+    def see_softly(self, pictures: Pictures, title: str) -> Seen:
+        """Those of their softened copies."""
+        return Seen.of(self._rows(pictures, f"{title}, softened", None, self._compiled_softly), pictures.abouts)
 
-    def _key(self, pictures: Pictures) -> str:
+    def rows(self, pictures: Pictures, title: str, keep: Path | None = None) -> Rows:
+        return self._rows(pictures, title, keep, self._compiled)
+
+    def _rows(self, pictures: Pictures, title: str, keep: Path | None, compiled: Compiled) -> Rows:
         known = [pictures.digest, self.size, self.network.name, self.network.digest, COLUMNS]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        if compiled is not self._compiled:
+            known.append("softened")
+        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        folder = (keep or cache_folder() / "features") / key
+        name = f"{title}, {self.network.name}"
+        return rows_of(pictures, self.size, compiled, folder, batch_size=self.batch_size, title=name)
 
 
 @dataclasses.dataclass(frozen=True)

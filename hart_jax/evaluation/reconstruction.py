@@ -99,12 +99,13 @@ def judge_reconstructions(
     usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
     result: dict[str, Any] = {"pictures": len(pictures.abouts), "reference_digest": pictures.digest, "modes": {}}
     originals = [one.see(pictures, "real pictures") for one in judges]
-    sought = judges[0].see(gallery[0], "real pictures") if judges else None
+    rebuilt: dict[str, list[Seen]] = {}
     for mode in MODES:
         measured = [name for name in ("psnr", "ssim", "lpips") if f"{mode} {name}" in rows.columns]
         scores: dict[str, Any] = {
             name: float(np.mean(everywhere(f"{mode} {name}"), dtype=np.float64)) for name in measured
         }
+        rebuilt[mode] = []
         for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
             prefix = f"{mode} {number} "
             columns = {
@@ -112,9 +113,16 @@ def judge_reconstructions(
             }
             seen = Seen.of(Rows(rows.places_N, columns), pictures.abouts)
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
-            if number == 0 and sought is not None and (names := attributes_of(sought)):
-                scores[network.name]["alignment"] = alignment(sought, seen, gallery[1], names)
+            rebuilt[mode].append(seen)
         result["modes"][mode] = scores
+    if judges:
+        among, places_N = gallery
+        sought = judges[0].see(among, "real pictures")
+        if names := attributes_of(sought):
+            soft = judges[0].see_softly(among, "real pictures")
+            aligned = alignment(sought, soft, [rebuilt[mode][0] for mode in MODES], places_N, names)
+            for mode, recalls in zip(MODES, aligned, strict=True):
+                result["modes"][mode][networks[0].name]["alignment"] = recalls
     floors = zip(networks, originals, strict=True)
     result["floor"] = {network.name: floor(real, len(pictures.abouts)) for network, real in floors}
     result["codebook"] = {

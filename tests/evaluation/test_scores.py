@@ -1,5 +1,6 @@
 """Scores of sets of features: names, floors, groups, alignment with real pictures, warnings."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from hart_jax.evaluation.metrics.retrieval import nearest
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
 from hart_jax.evaluation.pictures import About
 from hart_jax.evaluation.scores import LEAST, Seen, by_group, compare, distance_name, floor, moments_of, warnings_of
+from hart_jax.evaluation.softened import softened
 
 WIDTH = 6
 STYLES = ("flat", "3d")
@@ -69,6 +71,12 @@ def test_groups_are_compared_with_their_own():
     assert by_group(real, fake, "colour") == {}
 
 
+def aligned(real: Seen, fake: Seen, *more, **named) -> dict:
+    """Recalls of one set, in spaces learned from the real pictures alone."""
+    (recalls,) = alignment(real, real, [fake], *more, **named)
+    return recalls
+
+
 def concepts_in_two_styles(count: int = 30) -> tuple[np.ndarray, list[About]]:
     """Textures in which concepts lie far apart and styles a little, each in an axis of its own; three of each pair."""
     random = np.random.default_rng(0)
@@ -91,7 +99,7 @@ def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
     own = np.arange(0, len(textures), 7)
     asked = [abouts[place] for place in own]
     fake = seen(normal(len(own)), asked, textures=textures[own] + 0.01 * normal(len(own), seed=1))
-    scores = alignment(real, fake, own, ["concept", "style"], by="style")
+    scores = aligned(real, fake, own, ["concept", "style"], by="style")
     for recalls in (scores["concept"], scores["style"]):
         assert recalls["drawn"] == {"recall_at_1": 1.0, "recall_at_5": 1.0} == recalls["real"]
         assert set(recalls["drawn, by style"]) == set(STYLES)
@@ -99,10 +107,10 @@ def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
     assert 0.2 < scores["style"]["shuffled"]["recall_at_1"] < 0.8
     # Each attribute has its own space: the right thing in the other style, and another thing in the right style.
     other_style = seen(normal(len(own)), asked, textures=textures[own ^ 1])
-    scores = alignment(real, other_style, own, ["concept", "style"])
+    scores = aligned(real, other_style, own, ["concept", "style"])
     assert scores["concept"]["drawn"]["recall_at_1"] > 0.9 > 0.1 > scores["style"]["drawn"]["recall_at_1"]
     other_concept = seen(normal(len(own)), asked, textures=textures[(own + 60) % len(textures)])
-    scores = alignment(real, other_concept, own, ["concept", "style"])
+    scores = aligned(real, other_concept, own, ["concept", "style"])
     assert scores["style"]["drawn"]["recall_at_1"] > 0.9 > 0.1 > scores["concept"]["drawn"]["recall_at_1"]
 
 
@@ -111,11 +119,35 @@ def test_no_picture_is_sought_in_a_space_learned_from_its_own_concept():
     random = np.random.default_rng(0)
     abouts = [About(str(index), attributes={"concept": f"c{index // 4}"}) for index in range(80)]
     real = seen(normal(80), abouts, textures=random.normal(size=(80, 70)))
-    recalls = alignment(real, real, np.arange(80), ["concept"])["concept"]
+    recalls = aligned(real, real, np.arange(80), ["concept"])["concept"]
     assert recalls["drawn"]["recall_at_1"] == 1 and recalls["real"]["recall_at_1"] < 0.15
-    space = Discriminant.of(real.look_NP, np.arange(80) // 4)
-    found = nearest(real.look_NP, real.look_NP, space, 1, exclude=np.arange(80))[:, 0]
+    directions = Discriminant.of(real.look_NP, np.arange(80) // 4).directions(real.look_NP)
+    found = nearest(directions, directions, 1, exclude=np.arange(80))[:, 0]
     assert np.mean(found // 4 == np.arange(80) // 4) > 0.9
+
+
+def test_spaces_overlook_what_softened_copies_have_lost():
+    textures, abouts = concepts_in_two_styles()
+    random = np.random.default_rng(1)
+    # Styles lie in the first texture and, farther apart, in the last, from which softening takes them away.
+    fine = 2 * np.array([[0.0], [1.0]])[np.arange(len(textures)) % 2] + 0.02 * random.normal(size=(len(textures), 1))
+    sharp, blurred = np.hstack([textures, fine]), np.hstack([textures, np.zeros_like(fine)])
+    features, own = normal(len(textures)), np.arange(len(textures))
+    real, soft = (seen(features, abouts, textures=look) for look in (sharp, blurred))
+    without, with_copies = (alignment(real, copies, [soft, real], own, ["concept", "style"]) for copies in (real, soft))
+    assert without[0]["style"]["drawn"]["recall_at_1"] < 0.7
+    for recalls in with_copies:
+        assert recalls["style"]["drawn"]["recall_at_1"] > 0.95 < recalls["style"]["real"]["recall_at_1"]
+
+
+def test_softened_copies_lose_the_finest_details_alone():
+    stripes = np.indices((2, 9, 12, 3))[2].astype(np.uint8) % 2 * 200
+    even = np.full((2, 9, 12, 3), 77, np.uint8)
+    slow = np.broadcast_to(np.linspace(0, 255, 12).astype(np.uint8)[:, None], (2, 9, 12, 3))
+    lost, same, like = (np.asarray(softened(jnp.asarray(image)), float) for image in (stripes, even, slow))
+    assert np.ptp(lost[:, :, 2:-2]) < 20 and abs(lost.mean() - 100) < 5
+    np.testing.assert_array_equal(same, even)
+    assert np.abs(like - slow)[:, :, 2:-2].max() <= 2
 
 
 def test_only_pictures_that_share_their_value_are_the_ceiling():
@@ -124,16 +156,16 @@ def test_only_pictures_that_share_their_value_are_the_ceiling():
     real = seen(normal(len(textures) + 9), [*abouts, *alone], textures=np.vstack([textures, 30 * normal(9, seed=2)]))
     own = np.arange(170, len(textures) + 9)
     fake = seen(real.features_NF[own], [real.abouts[place] for place in own], textures=real.look_NP[own])
-    recalls = alignment(real, fake, own, ["concept"])["concept"]
+    recalls = aligned(real, fake, own, ["concept"])["concept"]
     assert recalls["real"] == {"recall_at_1": 1.0, "recall_at_5": 1.0}
     own, fake = own[-9:], seen(normal(9), alone, textures=real.look_NP[own[-9:]])
-    assert set(alignment(real, fake, own, ["concept"])["concept"]) == {"drawn", "shuffled"}
+    assert set(aligned(real, fake, own, ["concept"])["concept"]) == {"drawn", "shuffled"}
 
 
 def test_alignment_of_one_value_alone():
     abouts = [About(str(index), category="cats") for index in range(12)]
     real = seen(normal(12), abouts)
-    recalls = alignment(real, real, np.arange(12), ["category"])["category"]
+    recalls = aligned(real, real, np.arange(12), ["category"])["category"]
     assert recalls["drawn"]["recall_at_1"] == recalls["real"]["recall_at_1"] == 1
 
 

@@ -6,7 +6,6 @@ gallery, F features, K neighbours.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -16,16 +15,8 @@ from hart_jax.errors import UserError
 DECIMALS = 10
 
 
-class Space(Protocol):
-    """Where nearness is measured."""
-
-    def directions(self, features_BF: np.ndarray) -> np.ndarray:
-        """(B, D) of features, of length 1, or 0."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Standardized(Space):
+class Standardized:
     """The space of a gallery: features less its mean, divided by its standard deviation, both float64.
 
     Queries are taken there by the gallery's numbers, never by their own.
@@ -56,35 +47,32 @@ def unit(vectors_BF: np.ndarray) -> np.ndarray:
 
 
 def nearest(
-    queries_QF: np.ndarray,
-    gallery_GF: np.ndarray,
-    space: Space,
+    queries_QD: np.ndarray,
+    gallery_GD: np.ndarray,
     count: int = 5,
     *,
     exclude: np.ndarray | None = None,
     block: int = 1024,
 ) -> np.ndarray:
-    """(Q, count) indices into the gallery, the nearest first.
+    """(Q, count) indices into the gallery, the nearest first: those of the highest cosine similarity.
 
-    Near is a high cosine similarity in `space`; of equal ones the lowest index comes first. `block` by G similarities
-    are held at a time.
+    Of equal ones the lowest index comes first. `block` by G similarities are held at a time.
 
     Args:
-      space: `Standardized.of(gallery_GF)`, say; the same for all queries.
+      queries_QD: directions in a space, `Discriminant.of(...).directions(features)` say; the gallery's in the same.
       exclude: (Q,) the gallery's picture that a query must not find, because it is the query itself, or -1.
 
     Raises:
       UserError: the gallery has fewer than `count` pictures to find.
     """
     excluding = exclude is not None and bool(np.any(np.asarray(exclude) >= 0))
-    available = len(gallery_GF) - excluding
+    available = len(gallery_GD) - excluding
     if not 1 <= count <= available:
         raise UserError(f"count={count} nearest pictures of a gallery of {available}: must be 1 to {available}")
-    gallery_GF = space.directions(gallery_GF)
-    found = np.zeros((len(queries_QF), count), np.int64)
-    for start in range(0, len(queries_QF), block):
+    found = np.zeros((len(queries_QD), count), np.int64)
+    for start in range(0, len(queries_QD), block):
         rows = slice(start, start + block)
-        similarities = np.round(space.directions(queries_QF[rows]) @ gallery_GF.T, DECIMALS)
+        similarities = np.round(queries_QD[rows] @ gallery_GD.T, DECIMALS)
         if exclude is not None:
             excluded = np.asarray(exclude)[rows]
             similarities[excluded >= 0, excluded[excluded >= 0]] = -np.inf

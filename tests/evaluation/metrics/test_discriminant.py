@@ -53,7 +53,8 @@ def test_labels_are_found_under_larger_differences():
     # Learned from other pictures than those that are asked.
     space, plain = Discriminant.of(features[:200], labels[:200]), Standardized.of(features)
     for where, least, most in ((space, 0.9, 1), (plain, 0, 0.6)):
-        found = nearest(features, features, where, 1, exclude=own)[:, 0]
+        directions = where.directions(features)
+        found = nearest(directions, directions, 1, exclude=own)[:, 0]
         assert least <= np.mean(labels[found[200:]] == labels[200:]) <= most
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hart_jax.errors import UserError
-from hart_jax.evaluation.metrics.retrieval import Standardized, nearest, recall_at
+from hart_jax.evaluation.metrics.retrieval import Standardized, nearest, recall_at, unit
 
 
 def features(count: int, seed: int) -> np.ndarray:
@@ -36,26 +36,28 @@ def test_it_is_the_definition_with_ties(gallery_count, query_count, count, block
     gallery, queries = features(gallery_count, seed), features(query_count, seed + 100)
     exclude = np.random.default_rng(seed).integers(-1, gallery_count, query_count)
     space = Standardized.of(gallery)
-    found = nearest(queries, gallery, space, count, exclude=exclude, block=block)
+    directions = space.directions(queries), space.directions(gallery)
+    found = nearest(*directions, count, exclude=exclude, block=block)
     assert found.tolist() == naive(queries, gallery, count, exclude)
-    assert nearest(queries, gallery, space, count).tolist() == naive(queries, gallery, count, np.full(query_count, -1))
+    assert nearest(*directions, count).tolist() == naive(queries, gallery, count, np.full(query_count, -1))
 
 
 def test_a_picture_finds_itself_unless_that_is_left_out():
-    gallery = np.random.default_rng(0).normal(size=(6, 4))
+    gallery = unit(np.random.default_rng(0).normal(size=(6, 4)))
     own = np.arange(6)
-    np.testing.assert_array_equal(nearest(gallery, gallery, Standardized.of(gallery), 1)[:, 0], own)
-    others = nearest(gallery, gallery, Standardized.of(gallery), 5, exclude=own)
+    np.testing.assert_array_equal(nearest(gallery, gallery, 1)[:, 0], own)
+    others = nearest(gallery, gallery, 5, exclude=own)
     np.testing.assert_array_equal(np.sort(np.c_[others, own], axis=1), np.tile(own, (6, 1)))
 
 
 def test_a_query_is_scaled_as_the_gallery_is():
     gallery = np.array([[0.0, 0.0], [1.0, 100.0], [2.0, 0.0], [1.0, -100.0]])
+    space = Standardized.of(gallery)
     # Three deviations of the first feature, a fraction of one of the second.
-    assert nearest(np.array([[4.0, 20.0]]), gallery, Standardized.of(gallery), 1).tolist() == [[2]]
-    mean, deviation = Standardized.of(gallery).mean_F, Standardized.of(gallery).deviation_F
-    np.testing.assert_allclose(mean, [1, 0])
-    np.testing.assert_allclose(deviation, [np.sqrt(0.5), np.sqrt(5000)])
+    query = space.directions(np.array([[4.0, 20.0]]))
+    assert nearest(query, space.directions(gallery), 1).tolist() == [[2]]
+    np.testing.assert_allclose(space.mean_F, [1, 0])
+    np.testing.assert_allclose(space.deviation_F, [np.sqrt(0.5), np.sqrt(5000)])
 
 
 def test_recall():
@@ -67,11 +69,11 @@ def test_recall():
 
 
 def test_more_neighbours_than_pictures():
-    gallery = features(4, 0)
+    gallery = unit(features(4, 0))
     with pytest.raises(UserError, match="count=5 nearest pictures of a gallery of 4"):
-        nearest(gallery, gallery, Standardized.of(gallery))
+        nearest(gallery, gallery)
     with pytest.raises(UserError, match="1 to 3"):
-        nearest(gallery, gallery, Standardized.of(gallery), 4, exclude=np.arange(4))
+        nearest(gallery, gallery, 4, exclude=np.arange(4))
     with pytest.raises(ValueError, match="k up to K"):
         recall_at(np.zeros((2, 3), int), np.zeros(4), np.zeros(2), ks=(1, 5))
     with pytest.raises(ValueError, match="needs queries"):
