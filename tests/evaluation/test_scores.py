@@ -146,8 +146,9 @@ def test_softened_copies_lose_the_finest_details_alone():
     # Of two copies the second has a pixel's sum more: another lot.
     for images in (stripes, wide, even):
         images[1, 0, 0, 0] += 1
-    soft = [np.asarray(softened(jnp.asarray(images, jnp.uint8)), float)[:, 2:, 4:-4] for images in (stripes, wide, even)]
-    assert np.ptp(soft[0]) < 5 and abs(soft[0].mean() - 100) < 1
+    soft = [np.asarray(softened(jnp.asarray(images, jnp.uint8)), float) for images in (stripes, wide, even)]
+    soft = [images[:, 2:, 4:-4] for images in soft]
+    assert np.ptp(soft[0]) < 10 and abs(soft[0].mean() - 100) < 1
     contrasts = sorted(np.ptp(soft[1], axis=(1, 2, 3)))
     assert contrasts[0] < 60 < 120 < contrasts[1]
     np.testing.assert_array_equal(soft[2], 77)
