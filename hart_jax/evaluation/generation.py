@@ -107,7 +107,7 @@ def judge(
             found[f"by {by}"] = by_group(theirs, ours, by)
         names = attributes_of(theirs) if own_N is not None and number == 0 else []
         if names and own_N is not None:
-            soft = one.see_softly(real, "real pictures")
+            soft = one.see(real, "real pictures", softly=True)
             (found["alignment"],) = alignment(theirs, soft, [ours], own_N, names, by, seed)
         scores[one.network.name] = found
     if judges.clip is not None:

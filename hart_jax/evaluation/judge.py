@@ -44,24 +44,18 @@ class Judge:
 
         return Compiled(seen, self.network.params)
 
-    def see(self, pictures: Pictures, title: str, keep: Path | None = None) -> Seen:
-        """The features of all pictures, in every process."""
-        return Seen.of(self.rows(pictures, title, keep), pictures.abouts)
+    def see(self, pictures: Pictures, title: str, keep: Path | None = None, *, softly: bool = False) -> Seen:
+        """The features of all pictures, or of their softened copies, in every process."""
+        return Seen.of(self.rows(pictures, title, keep, softly=softly), pictures.abouts)
 
-    def see_softly(self, pictures: Pictures, title: str) -> Seen:
-        """Those of their softened copies."""
-        return Seen.of(self._rows(pictures, f"{title}, softened", None, self._compiled_softly), pictures.abouts)
-
-    def rows(self, pictures: Pictures, title: str, keep: Path | None = None) -> Rows:
-        return self._rows(pictures, title, keep, self._compiled)
-
-    def _rows(self, pictures: Pictures, title: str, keep: Path | None, compiled: Compiled) -> Rows:
+    def rows(self, pictures: Pictures, title: str, keep: Path | None = None, *, softly: bool = False) -> Rows:
         known = [pictures.digest, self.size, self.network.name, self.network.digest, COLUMNS]
-        if compiled is not self._compiled:
+        compiled, name = self._compiled, f"{title}, {self.network.name}"
+        if softly:
             known.append("softened")
+            compiled, name = self._compiled_softly, f"{title}, softened, {self.network.name}"
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
         folder = (keep or cache_folder() / "features") / key
-        name = f"{title}, {self.network.name}"
         return rows_of(pictures, self.size, compiled, folder, batch_size=self.batch_size, title=name)
 
 

@@ -115,14 +115,9 @@ def judge_reconstructions(
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
             rebuilt[mode].append(seen)
         result["modes"][mode] = scores
-    if judges:
-        among, places_N = gallery
-        sought = judges[0].see(among, "real pictures")
-        if names := attributes_of(sought):
-            soft = judges[0].see_softly(among, "real pictures")
-            aligned = alignment(sought, soft, [rebuilt[mode][0] for mode in MODES], places_N, names)
-            for mode, recalls in zip(MODES, aligned, strict=True):
-                result["modes"][mode][networks[0].name]["alignment"] = recalls
+    if judges and (found := _sought(judges[0], gallery, [rebuilt[mode][0] for mode in MODES])):
+        for mode, recalls in zip(MODES, found, strict=True):
+            result["modes"][mode][networks[0].name]["alignment"] = recalls
     floors = zip(networks, originals, strict=True)
     result["floor"] = {network.name: floor(real, len(pictures.abouts)) for network, real in floors}
     result["codebook"] = {
@@ -133,6 +128,16 @@ def judge_reconstructions(
     }
     result["warnings"] = warnings_of({"real": len(pictures.abouts)}) if judges else []
     return result
+
+
+def _sought(judge: Judge, gallery: tuple[Pictures, np.ndarray], sets: Sequence[Seen]) -> list[dict[str, Any]] | None:
+    """The `alignment` of each set of reconstructions; None where nothing is known of the pictures to ask for."""
+    pictures, places_N = gallery
+    real = judge.see(pictures, "real pictures")
+    names = attributes_of(real)
+    if not names:
+        return None
+    return alignment(real, judge.see(pictures, "real pictures", softly=True), sets, places_N, names)
 
 
 def digest(params: Any) -> str:
