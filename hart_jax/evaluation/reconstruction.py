@@ -99,13 +99,12 @@ def judge_reconstructions(
     usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
     result: dict[str, Any] = {"pictures": len(pictures.abouts), "reference_digest": pictures.digest, "modes": {}}
     originals = [one.see(pictures, "real pictures") for one in judges]
-    rebuilt: dict[str, list[Seen]] = {}
+    rebuilt: list[Seen] = []  # of each mode, by the first network
     for mode in MODES:
         measured = [name for name in ("psnr", "ssim", "lpips") if f"{mode} {name}" in rows.columns]
         scores: dict[str, Any] = {
             name: float(np.mean(everywhere(f"{mode} {name}"), dtype=np.float64)) for name in measured
         }
-        rebuilt[mode] = []
         for number, (network, real) in enumerate(zip(networks, originals, strict=True)):
             prefix = f"{mode} {number} "
             columns = {
@@ -113,9 +112,10 @@ def judge_reconstructions(
             }
             seen = Seen.of(Rows(rows.places_N, columns), pictures.abouts)
             scores[network.name] = {"distance": f"r{distance_name(network)}", **compare(real, seen)}
-            rebuilt[mode].append(seen)
+            if number == 0:
+                rebuilt.append(seen)
         result["modes"][mode] = scores
-    if judges and (found := _sought(judges[0], gallery, [rebuilt[mode][0] for mode in MODES])):
+    if judges and (found := _sought(judges[0], gallery, rebuilt)):
         for mode, recalls in zip(MODES, found, strict=True):
             result["modes"][mode][networks[0].name]["alignment"] = recalls
     floors = zip(networks, originals, strict=True)
