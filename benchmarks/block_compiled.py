@@ -44,10 +44,10 @@ def block_programs(
 
     def init() -> Any:
         x, turns, pooled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
-        return nn.unbox(block.init(jax.random.key(0), (x, None), 0, turns, pooled)["params"])
+        return nn.unbox(block.init(jax.random.key(0), x, 0, turns, pooled, None)["params"])
 
     def forward(params: Any, x: Any, turns: Any, pooled: Any) -> Any:
-        (out, _), _ = block.apply({"params": params}, (x, None), 0, turns, pooled)
+        out, _ = block.apply({"params": params}, x, 0, turns, pooled, None)
         return out
 
     def both(params: Any, x: Any, turns: Any, pooled: Any, out_gradient: Any) -> Any:

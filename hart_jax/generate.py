@@ -252,9 +252,9 @@ class _Stages:
     def block(self, weights, x, turns, pooled, cache: KVCache, start: int, keep: bool = True):
         """One block of a layered run, whose cache is its own alone."""
         hart = self._hart
-        block = Block(self._config, None, start, keep, hart.dtype, hart.attention)
-        carry, _ = block.apply({"params": weights}, (x, cache), jnp.int32(0), turns, pooled)
-        return carry
+        block = Block(self._config, None, start, hart.dtype, hart.attention)
+        x, new = block.apply({"params": weights}, x, jnp.int32(0), turns, pooled, cache)
+        return x, cache.append(start, jax.tree.map(lambda own: own[None], new)) if keep else cache
 
     @_stage
     def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):

@@ -1,5 +1,7 @@
 """One transformer block, and the key-value cache that sampling keeps (SPEC.md section 2)."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -31,13 +33,10 @@ class KVCache:
         axes = (None, "batch", None, "heads", None)
         return KVCache(nn.with_logical_constraint(self.k, axes), nn.with_logical_constraint(self.v, axes))
 
-    def append(self, layer: jax.Array, start: int, k_BQHK: jax.Array, v_BQHK: jax.Array) -> "KVCache":
-        """With the keys and values of positions start.. of one layer written."""
-        at = (layer, 0, start, 0, 0)
-        write = jax.lax.dynamic_update_slice
-        return KVCache(
-            write(self.k, k_BQHK[None].astype(self.k.dtype), at), write(self.v, v_BQHK[None].astype(self.v.dtype), at)
-        )
+    def append(self, start: int, new: "KVCache") -> "KVCache":
+        """With `new` (layers, B, Q, H, K) written at positions start..."""
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        return KVCache(write(self.k, new.k.astype(self.k.dtype)), write(self.v, new.v.astype(self.v.dtype)))
 
     def read(self, layer: jax.Array, end: int) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer before position `end`, (B, end, H, K)."""
@@ -55,8 +54,8 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BQW: jax.Array, turns_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
-        """`cached` is None, or (cache, layer, start, keep): then the queries see the cache before them and each other,
-        and are written into it if `keep`."""
+        """`cached` is None, or (cache, layer, start): then the queries see the cache before `start` and each other, and
+        their own keys and values are the second result, a `KVCache` of one layer, (B, Q, H, K)."""
         cfg, zeros = self.config, nn.initializers.zeros
         kernel_init = nn.with_logical_partitioning(width_init(cfg.width), ("embed", None, "heads", "head_dim"))
         kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
@@ -72,20 +71,20 @@ class SelfAttention(nn.Module):
             k = _unit(k)
         q, k = turn(q, turns_BQ2K), turn(k, turns_BQ2K)
         q, k, v = (nn.with_logical_constraint(x, ("batch", None, "heads", None)) for x in (q, k, v))
-        cache = None
+        new = None
         if cached is not None:
-            cache, layer, begin, keep = cached
-            before = cache.read(layer, begin)
-            cache = cache.append(layer, begin, k, v) if keep else cache
+            cache, layer, start = cached
+            new = KVCache(k, v)
             k, v = (
-                jnp.concatenate([old.astype(q.dtype), new], axis=1) for old, new in zip(before, (k, v), strict=True)
+                jnp.concatenate([old.astype(q.dtype), own], axis=1)
+                for old, own in zip(cache.read(layer, start), (k, v), strict=True)
             )
         # Kept only where "intermediates" are asked for.
         self.sow("intermediates", "queries_keys", (q, k))
         out = attention(q, k, v, kv_end=segments, scale=cfg.attention_scale, implementation=self.attention)
         out = out.reshape(*x_BQW.shape[:2], cfg.width)
         init = width_init(cfg.width, (2 * cfg.depth) ** -0.5)
-        return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), cache
+        return dense(cfg.width, ("heads_out", "embed"), init=init, dtype=self.dtype, name="proj")(out), new
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -110,19 +109,25 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x += attn(norm(x)); x += mlp(norm(x)): one norm weight for both, modulated where the config has AdaLN.
 
-    A scan body: the carry is (x, cache), `layer` its index. `cache_start` and `keep`: see `Hart.blocks`.
+    A scan body: the carry is x, `layer` its index; the second result is `SelfAttention`'s. The cache is only read: were
+    it written here, in the loop, a TPU's program would copy that of all layers for every layer.
     """
 
     config: TransformerConfig
     segments: Segments | None = None
-    cache_start: int | None = None
-    keep: bool = True
+    cache_start: int = 0
     dtype: jnp.dtype | None = None
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, carry, layer: jax.Array, turns_BQ2K: jax.Array, pooled_BW: jax.Array | None):
-        x_BQW, cache = carry
+    def __call__(
+        self,
+        x_BQW: jax.Array,
+        layer: jax.Array,
+        turns_BQ2K: jax.Array,
+        pooled_BW: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
         cfg = self.config
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         weight = self.param("norm_scale", ones, (cfg.width,))
@@ -137,13 +142,13 @@ class Block(nn.Module):
         def gated(x, which):
             return x if modulation is None else (x * modulation["gamma"][which]).astype(x.dtype)
 
-        cached = None if self.cache_start is None else (cache, layer, self.cache_start, self.keep)
+        cached = None if cache is None else (cache, layer, self.cache_start)
         attend = SelfAttention(cfg, self.dtype, self.attention, name="attn")
-        out, new_cache = attend(normed(x_BQW, 0), turns_BQ2K, self.segments, cached)
+        out, new = attend(normed(x_BQW, 0), turns_BQ2K, self.segments, cached)
         x_BQW = x_BQW + gated(out, 0)
         x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)
         x_BQW = nn.with_logical_constraint(x_BQW, ("batch", None, "embed"))
-        return (x_BQW, cache if new_cache is None else new_cache), None
+        return x_BQW, new
 
     def _modulation(self, pooled_BW: jax.Array | None) -> dict[str, jax.Array] | None:
         """gamma, scale and shift, each (2, B, 1, W) float32: for attention and MLP."""

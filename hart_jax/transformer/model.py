@@ -151,7 +151,7 @@ class Hart(nn.Module):
         *,
         segments: Segments | None = None,
         cache: KVCache | None = None,
-        cache_start: int | None = None,
+        cache_start: int = 0,
         keep: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """All blocks; `pooled` is the context's.
@@ -166,15 +166,15 @@ class Hart(nn.Module):
             body,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.depth,
             unroll=self.config.depth if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(self.config.depth)
-        stack = scanned(self.config, segments, cache_start, keep, self.dtype, self.attention, name="layers")
-        (x_BQW, cache), _ = stack((x_BQW, cache), layers, turns_BQ2K, pooled_BW)
-        return x_BQW, cache
+        stack = scanned(self.config, segments, cache_start, self.dtype, self.attention, name="layers")
+        x_BQW, new = stack(x_BQW, layers, turns_BQ2K, pooled_BW, cache)
+        return x_BQW, cache.append(cache_start, new) if cache and keep else cache
 
     def logits(self, x_BQW: jax.Array, context: Context) -> jax.Array:
         """(B, Q, V) float32 from the last block's output."""

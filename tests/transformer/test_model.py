@@ -145,6 +145,23 @@ def test_with_the_cache_scale_by_scale(name):
     np.testing.assert_allclose(out, logits(built), rtol=1e-4, atol=1e-4)
 
 
+def test_the_loop_over_blocks_hands_on_activations_alone():
+    """A cache that it hands on too is copied by a TPU's compiler for every block."""
+    built = build("release")
+    config = built.module.config
+    cache = KVCache.empty(config, B, 8, jnp.float32)
+
+    def blocks(params, x, turns):
+        variables = {"params": params}
+        return built.module.apply(variables, x, turns, None, cache=cache, cache_start=4, method="blocks")
+
+    x, turns = jnp.zeros((B, 2, config.width)), jnp.zeros((B, 2, 2, config.head_dim))
+    traced = jax.make_jaxpr(blocks)(built.params, x, turns)
+    [loop] = [each for each in traced.eqns if each.primitive.name == "scan"]
+    carried = loop.outvars[: loop.params["num_carry"]]
+    assert [each.aval.shape for each in carried] == [x.shape]
+
+
 @every_variant
 def test_every_parameter_has_logical_axis_names(name):
     built = build(name)
