@@ -225,7 +225,7 @@ class _Stages:
         def both(a: jax.Array, b: jax.Array) -> jax.Array:
             layers, batch, _, *rest = a.shape
             rows = jnp.concatenate([a, jnp.broadcast_to(b, (layers, batch, context_tokens, *rest))], axis=1)
-            return jnp.pad(rows, ((0, 0), (0, 0), (0, length - context_tokens), (0, 0), (0, 0)))
+            return jnp.pad(rows, ((0, 0), (0, 0), (0, length - context_tokens), (0, 0)))
 
         return KVCache(both(cond.k, uncond.k), both(cond.v, uncond.v)).placed()
 

@@ -16,4 +16,5 @@ python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokeniz
 python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart "$@"
 python train.py --config=configs/emoji_hart_mend.py --workdir=runs/emoji_hart_mend "$@"
 python train.py --config=configs/emoji_hart_more.py --workdir=runs/emoji_hart_more "$@"
-python -m hart_jax.export --workdir runs/emoji_hart_more --out "${OUT:-assets/emoji}"
+python train.py --config=configs/emoji_hart_longer.py --workdir=runs/emoji_hart_longer "$@"
+python -m hart_jax.export --workdir runs/emoji_hart_longer --out "${OUT:-assets/emoji}"

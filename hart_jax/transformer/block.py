@@ -18,31 +18,34 @@ MAX_SCALE_MUL = float(np.log(100.0))
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of all layers, preallocated, (layers, B, M, H, K); rotary positions are applied already."""
+    """Keys and values of all layers, preallocated, (layers, B, M, H * K); rotary positions are applied already.
+
+    Heads lie side by side, as a TPU would fill each up to 128 lanes.
+    """
 
     k: jax.Array
     v: jax.Array
 
     @classmethod
     def empty(cls, config: TransformerConfig, batch: int, length: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (config.depth, batch, length, config.heads, config.head_dim)
+        shape = (config.depth, batch, length, config.width)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)).placed()
 
     def placed(self) -> "KVCache":
         """Split over the devices as the keys and values of a block are."""
-        axes = (None, "batch", None, "heads", None)
+        axes = (None, "batch", None, "heads")
         return KVCache(nn.with_logical_constraint(self.k, axes), nn.with_logical_constraint(self.v, axes))
 
     def append(self, start: int, new: "KVCache") -> "KVCache":
-        """With `new` (layers, B, Q, H, K) written at positions start..."""
+        """With `new` (layers, B, Q, H * K) written at positions start..."""
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
         return KVCache(write(self.k, new.k.astype(self.k.dtype)), write(self.v, new.v.astype(self.v.dtype)))
 
-    def read(self, layer: jax.Array, end: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of one layer before position `end`, (B, end, H, K)."""
-        _, batch, _, heads, width = self.k.shape
-        at, size = (layer, 0, 0, 0, 0), (1, batch, end, heads, width)
-        return jax.lax.dynamic_slice(self.k, at, size)[0], jax.lax.dynamic_slice(self.v, at, size)[0]
+    def read(self, layer: jax.Array, end: int) -> "KVCache":
+        """Those of one layer before position `end`, (B, end, H * K)."""
+        _, batch, _, width = self.k.shape
+        at, size = (layer, 0, 0, 0), (1, batch, end, width)
+        return KVCache(jax.lax.dynamic_slice(self.k, at, size)[0], jax.lax.dynamic_slice(self.v, at, size)[0])
 
 
 class SelfAttention(nn.Module):
@@ -55,7 +58,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BQW: jax.Array, turns_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
         """`cached` is None, or (cache, layer, start): then the queries see the cache before `start` and each other, and
-        their own keys and values are the second result, a `KVCache` of one layer, (B, Q, H, K)."""
+        their own keys and values are the second result, a `KVCache` of one layer, (B, Q, H * K)."""
         cfg, zeros = self.config, nn.initializers.zeros
         kernel_init = nn.with_logical_partitioning(width_init(cfg.width), ("embed", None, "heads", "head_dim"))
         kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
@@ -74,10 +77,11 @@ class SelfAttention(nn.Module):
         new = None
         if cached is not None:
             cache, layer, start = cached
-            new = KVCache(k, v)
+            before = cache.read(layer, start)
+            new = KVCache(*(x.reshape(*x.shape[:2], cfg.width) for x in (k, v)))
             k, v = (
-                jnp.concatenate([old.astype(q.dtype), own], axis=1)
-                for old, own in zip(cache.read(layer, start), (k, v), strict=True)
+                jnp.concatenate([old.reshape(len(x), start, *x.shape[2:]).astype(x.dtype), x], axis=1)
+                for old, x in ((before.k, k), (before.v, v))
             )
         # Kept only where "intermediates" are asked for.
         self.sow("intermediates", "queries_keys", (q, k))
