@@ -17,8 +17,6 @@ from hart_jax.generate import pictures_decoded_at_once
 MOST_PICTURES = 8
 # Of the free memory; the rest is for what the estimate does not see.
 SHARE = 0.9
-# A TPU fills the width of a head up to so many lanes.
-_LANES = 128
 # Copies of the cache while an accelerator's whole program runs: so compiled for TPUs (docs/pods.md), assumed of GPUs.
 _CACHES = 2
 # Arrays of the last scale's width or logits, and of the decoder's widest layer, that live at a time.
@@ -34,8 +32,6 @@ def picture_bytes(
     cache = cache_bytes(config, rows, last.cached) * itemsize // BFLOAT16
     if platform != "cpu":
         cache *= _CACHES
-    if platform == "tpu":
-        cache = cache * -(-config.head_dim // _LANES) * _LANES // config.head_dim
     layer = rows * positions * (_WIDTHS * config.width + 3 * config.mlp_width) * itemsize
     # A layer's keys and values in one piece.
     layer += rows * 2 * last.keys * config.width * itemsize
