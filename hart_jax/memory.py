@@ -17,7 +17,8 @@ from hart_jax.generate import pictures_decoded_at_once
 MOST_PICTURES = 8
 # Of the free memory; the rest is for what the estimate does not see.
 SHARE = 0.9
-# Copies of the cache while an accelerator's whole program runs: so compiled for TPUs (docs/pods.md), assumed of GPUs.
+# With what an accelerator's whole program adds to the cache and rearranges of it: about as compiled for TPUs
+# (docs/pods.md), assumed of GPUs.
 _CACHES = 2
 # Arrays of the last scale's width or logits, and of the decoder's widest layer, that live at a time.
 _WIDTHS, _LOGITS, _DECODED = 8, 6, 4
