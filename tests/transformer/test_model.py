@@ -146,7 +146,7 @@ def test_with_the_cache_scale_by_scale(name):
 
 
 def test_the_loop_over_blocks_hands_on_activations_alone():
-    """A cache that it hands on too is copied by a TPU's compiler for every block."""
+    """And collects new keys and values: a cache that it hands on too is copied by a TPU's compiler for every block."""
     built = build("release")
     config = built.module.config
     cache = KVCache.empty(config, B, 8, jnp.float32)
@@ -158,8 +158,8 @@ def test_the_loop_over_blocks_hands_on_activations_alone():
     x, turns = jnp.zeros((B, 2, config.width)), jnp.zeros((B, 2, 2, config.head_dim))
     traced = jax.make_jaxpr(blocks)(built.params, x, turns)
     [loop] = [each for each in traced.eqns if each.primitive.name == "scan"]
-    carried = loop.outvars[: loop.params["num_carry"]]
-    assert [each.aval.shape for each in carried] == [x.shape]
+    new = (config.depth, B, 2, config.width)
+    assert [each.aval.shape for each in loop.outvars] == [x.shape, new, new]
 
 
 @every_variant
