@@ -223,8 +223,8 @@ class _Stages:
         """The cache of both halves."""
 
         def both(a: jax.Array, b: jax.Array) -> jax.Array:
-            layers, batch, _, *rest = a.shape
-            rows = jnp.concatenate([a, jnp.broadcast_to(b, (layers, batch, context_tokens, *rest))], axis=1)
+            layers, batch, _, width = a.shape
+            rows = jnp.concatenate([a, jnp.broadcast_to(b, (layers, batch, context_tokens, width))], axis=1)
             return jnp.pad(rows, ((0, 0), (0, 0), (0, length - context_tokens), (0, 0)))
 
         return KVCache(both(cond.k, uncond.k), both(cond.v, uncond.v)).placed()
