@@ -5,13 +5,14 @@ Letters: B pictures of H by W pixels, F features, K classes, T textures.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from hart_jax.convert.state_dict import transpose_conv
+from hart_jax.convert.state_dict import StateDict, transpose_conv
+from hart_jax.errors import UserError
 
 
 class Features(NamedTuple):
@@ -46,6 +47,34 @@ class FeatureNetwork:
     width: int
     params: Any
     apply: Callable[[Any, jax.Array], Features]
+
+
+def checked_tensors(
+    stored: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    unused: Collection[str],
+    *,
+    source: str,
+    network: str,
+) -> dict[str, np.ndarray]:
+    """Those of a file's tensors that `shapes` names, float32.
+
+    Raises:
+      UserError: one is missing or of another shape, or `stored` has a tensor that is neither among them nor `unused`;
+        it begins with `source` and says that this is not `network`.
+    """
+    state, tensors = StateDict(stored, source), {}
+    for key, expected in shapes.items():
+        tensor = state.take_any(key)
+        if tensor is None or tensor.shape != expected:
+            found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
+            raise UserError(f"{source}: not {network}, where tensor {key!r} {found}")
+        tensors[key] = tensor
+    state.explain(*unused)
+    left = list(state.unexplained())
+    if left:
+        raise UserError(f"{source}: not {network}, which has no tensor {left[0]!r}")
+    return tensors
 
 
 def folded(weight_OIHW: np.ndarray, norm: Sequence[np.ndarray], epsilon: float) -> dict[str, np.ndarray]:

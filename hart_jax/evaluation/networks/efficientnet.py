@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, folded, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded, weights_digest
 
 # Side of the pictures the network was trained on.
 SIDE = 224
@@ -206,28 +205,17 @@ def _convolutions() -> dict[str, tuple[int, ...]]:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The tensors used, float32, by their published names."""
-    try:
-        stored = open_tensors(path)
-    except UserError as error:
-        raise UserError(f"{error}; {_DOWNLOAD}") from error
     shapes: dict[str, tuple[int, ...]] = {"_fc.weight": (_CLASSES, _WIDTH), "_fc.bias": (_CLASSES,)}
-    state = StateDict(stored, str(path))
+    unused = []
     for layer, shape in _convolutions().items():
         convolution, norm = _published(layer)
-        shapes |= {f"{convolution}.weight": (*shape[:1:-1], *shape[:2])}
+        shapes[f"{convolution}.weight"] = (*shape[:1:-1], *shape[:2])
         shapes |= {f"{norm}.{part}": shape[3:] for part in _NORM}
-        state.explain(f"{norm}.num_batches_tracked")
-    tensors = {}
-    for key, expected in shapes.items():
-        tensor = state.take_any(key)
-        if tensor is None or tensor.shape != expected:
-            found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
-            raise UserError(f"{path}: not EfficientNet-Lite0, where tensor {key!r} {found}; {_DOWNLOAD}")
-        tensors[key] = tensor
-    left = list(state.unexplained())
-    if left:
-        raise UserError(f"{path}: not EfficientNet-Lite0, which has no tensor {left[0]!r}; {_DOWNLOAD}")
-    return tensors
+        unused.append(f"{norm}.num_batches_tracked")
+    try:
+        return checked_tensors(open_tensors(path), shapes, unused, source=str(path), network="EfficientNet-Lite0")
+    except UserError as error:
+        raise UserError(f"{error}; {_DOWNLOAD}") from error
 
 
 def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, folded, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded, weights_digest
 
 Resize = Literal["pytorch-fid", "tensorflow", "clean-fid"]
 Window = tuple[int, int]
@@ -248,27 +247,17 @@ def _layers() -> dict[str, tuple[int, ...]]:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The tensors used, float32, by torchvision's names."""
     stored = _open_npz(path) if path.suffix == ".npz" else open_tensors(path)
-    state = StateDict(stored, str(path))
-    tensors = {}
+    # The classifier that helped training, and the bias that the inception score leaves out.
+    unused = ["fc.bias", *(key for key in stored if key.startswith("AuxLogits."))]
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in _layers().items():
         if name == "fc":
-            wanted: dict[str, tuple[int, ...]] = {"fc.weight": shape[::-1]}
-        else:
-            norm = {f"{name}.bn.{part}": shape[3:] for part in _NORM}
-            wanted = {f"{name}.conv.weight": (*shape[:1:-1], *shape[:2]), **norm}
-        for key, expected in wanted.items():
-            tensor = state.take_any(key)
-            if tensor is None or tensor.shape != expected:
-                found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
-                raise UserError(f"{path}: not FID's InceptionV3, where tensor {key!r} {found}")
-            tensors[key] = tensor
-        state.explain(f"{name}.bn.num_batches_tracked")
-    # The classifier that helped training, and the bias that the inception score leaves out.
-    state.explain("fc.bias", *(key for key in stored if key.startswith("AuxLogits.")))
-    left = list(state.unexplained())
-    if left:
-        raise UserError(f"{path}: not FID's InceptionV3, which has no tensor {left[0]!r}")
-    return tensors
+            shapes["fc.weight"] = shape[::-1]
+            continue
+        shapes[f"{name}.conv.weight"] = (*shape[:1:-1], *shape[:2])
+        shapes |= {f"{name}.bn.{part}": shape[3:] for part in _NORM}
+        unused.append(f"{name}.bn.num_batches_tracked")
+    return checked_tensors(stored, shapes, unused, source=str(path), network="FID's InceptionV3")
 
 
 def _folded(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
