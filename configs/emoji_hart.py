@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 "attn_l2_norm": True,
                 "diffusion": {"width": 192, "depth": 3, "batch_mul": 2},
             },
-            "tokenizer_from": "runs/emoji_tokenizer",
+            "tokenizer_from": "runs/emoji_tokenizer_longer",
             "text_encoder": "data/minilm",
             "precompute_tokens": True,
             "loss": {"keep_counts": 1, "condition_top_k": 1024, "condition_top_p": 1.0},
