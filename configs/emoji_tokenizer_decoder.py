@@ -1,4 +1,4 @@
-"""The bundled tokenizer's second stage: its decoding alone, without a discriminator, so that its tokens stay as they are.
+"""The bundled tokenizer's second stage: its decoding alone, without a discriminator; its tokens stay as they are.
 
 python train.py --config=configs/emoji_tokenizer_decoder.py --workdir=runs/emoji_tokenizer_decoder
 """
