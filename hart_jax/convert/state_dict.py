@@ -1,6 +1,6 @@
 """A released state dict, taken out key by key, so that none is missing and none stays unexplained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -56,12 +56,9 @@ class StateDict:
         """A norm's scale and bias."""
         return {"scale": self.take(f"{key}.weight"), "bias": self.take(f"{key}.bias")}
 
-    def unexplained(self) -> Iterator[str]:
-        return iter(sorted(set(self._tensors) - self._used))
-
     def finish(self) -> None:
         """Raises `UserError` if a key was not explained."""
-        left = list(self.unexplained())
+        left = sorted(set(self._tensors) - self._used)
         if left:
             names = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
             raise UserError(f"{self.source}: {len(left)} tensors that this model has no place for: {names}")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hart_jax.convert.state_dict import StateDict, transpose_conv
+from hart_jax.convert.state_dict import transpose_conv
 from hart_jax.errors import UserError
 
 
@@ -63,15 +63,13 @@ def checked_tensors(
       UserError: one is missing or of another shape, or `stored` has a tensor that is neither among them nor `unused`;
         it begins with `source` and says that this is not `network`.
     """
-    state, tensors = StateDict(stored, source), {}
+    tensors = {key: np.asarray(stored[key], np.float32) for key in shapes if key in stored}
     for key, expected in shapes.items():
-        tensor = state.take_any(key)
+        tensor = tensors.get(key)
         if tensor is None or tensor.shape != expected:
             found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
             raise UserError(f"{source}: not {network}, where tensor {key!r} {found}")
-        tensors[key] = tensor
-    state.explain(*unused)
-    left = list(state.unexplained())
+    left = sorted(set(stored) - set(shapes) - set(unused))
     if left:
         raise UserError(f"{source}: not {network}, which has no tensor {left[0]!r}")
     return tensors
