@@ -25,6 +25,7 @@ def main() -> None:
         if not folder:
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     # After the checks, so that a wrong setting is reported at once.
+    from hart_jax.ownership import owned
     from hart_jax.parallel.launch import join_processes
     from hart_jax.parallel.mesh import Placement
     from hart_jax.training.hart_task import HartTask
@@ -33,13 +34,14 @@ def main() -> None:
 
     workdir = Path(_WORKDIR.value)
     join_processes()
-    placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
-    task: Task
-    if isinstance(experiment, HartExperiment):
-        task = HartTask(experiment, workdir, placement)
-    else:
-        task = TokenizerTask(experiment, placement)
-    run(task, placement, experiment.train, experiment.to_dict(), workdir)
+    with owned(workdir, "a training run"):
+        placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
+        task: Task
+        if isinstance(experiment, HartExperiment):
+            task = HartTask(experiment, workdir, placement)
+        else:
+            task = TokenizerTask(experiment, placement)
+        run(task, placement, experiment.train, experiment.to_dict(), workdir)
 
 
 if __name__ == "__main__":
