@@ -25,12 +25,12 @@ def compiled(topology: str, name: str, width: int, dtype: str, traced: bool) -> 
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from hart_jax.parallel.topology import topology_devices
+    from hart_jax.parallel.topology import read_topology
     from pallas_kernels.attention import attention
     from pallas_kernels.attention.shapes import SHAPES
 
     jax.config.update("jax_platforms", "cpu")
-    devices, _, _ = topology_devices(topology)
+    devices = read_topology(topology).devices
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:1])
     place, shape = NamedSharding(mesh, PartitionSpec()), SHAPES[name]
 

@@ -28,11 +28,12 @@ def block_programs(
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from hart_jax.parallel.topology import topology_devices
+    from hart_jax.parallel.topology import read_topology
     from hart_jax.transformer.attention import scale_causal_segments
     from hart_jax.transformer.block import Block
 
-    devices, chip, _ = topology_devices(topology)
+    found = read_topology(topology)
+    devices, chip = found.devices, found.chip
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:1])
     segments = scale_causal_segments(config.context_tokens, tuple(side * side for side in config.patch_nums[1:]))
     length = segments[-1][1]

@@ -275,11 +275,16 @@ class OptimizerConfig(Settings):
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
     """Sizes of the mesh's axes, one of them possibly -1 (the remaining devices); `rules` change
-    `hart_jax.parallel.rules.RULES`, as "mlp=fsdp"."""
+    `hart_jax.parallel.rules.RULES`, as "mlp=fsdp".
+
+    `slices` are the groups of devices with slow links between them, which `data` alone crosses: TPU slices, or hosts
+    of GPUs. 0: as many as there are TPU slices.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 0
     rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -287,6 +292,7 @@ class MeshConfig(Settings):
         for name, size in sizes.items():
             _require(size >= 1 or size == -1, f"mesh.{name}={size}: must be 1 or more, or -1 for the remaining devices")
         _require(list(sizes.values()).count(-1) <= 1, f"mesh={sizes}: only one size can be -1")
+        _require(self.slices >= 0, f"mesh.slices={self.slices}: must be 1 or more, or 0 for those that TPUs say")
 
 
 @dataclasses.dataclass(frozen=True)

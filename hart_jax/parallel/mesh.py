@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -22,10 +23,14 @@ def make_mesh(
 ) -> Mesh:
     """The mesh (data, fsdp, tensor) over all devices of all processes, for batches in `accumulate` parts.
 
+    Where there are several slices (see `slices_of`), each holds a run of equal length of the axis `data`.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or do not divide a part of the batch.
+      UserError: the sizes do not multiply to the number of devices, do not divide a part of the batch, or do not lie
+        within slices.
     """
-    count = len(jax.devices() if devices is None else devices)
+    found = jax.devices() if devices is None else devices
+    count = len(found)
     sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes:
@@ -37,14 +42,50 @@ def make_mesh(
     if batch_size % math.prod(factors.values()):
         needed = f"{'*'.join(factors)}={math.prod(factors.values())}"
         raise UserError(f"train.batch_size={batch_size}: must be a multiple of {needed} (mesh: {shown})")
+    slices = slices_of(config, found)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh: {shown} over {slices} slices: data must be a multiple of them, so that fsdp*tensor lies within one"
+        )
     # Flax's logical constraints need Auto axes.
     kinds = (AxisType.Auto,) * len(AXES)
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, found), AXES, axis_types=kinds)
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
     except NotImplementedError:
         # No sides of the pod's torus multiply to one of the sizes: 16 on 8x8x4. It then has part of a side.
-        found = jax.devices() if devices is None else devices
         return Mesh(mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=True), AXES, axis_types=kinds)
+
+
+def slices_of(config: MeshConfig, devices: Sequence[jax.Device]) -> int:
+    """How many slices the mesh's axis `data` crosses: `mesh.slices`, or 0 there: those of TPUs, else 1."""
+    if config.slices:
+        return config.slices
+    tpu = getattr(devices[0], "platform", "") == "tpu"
+    return len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+
+
+def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices (data, fsdp, tensor), slice after slice along `data`. A slice is what the devices call one, or a
+    process; devices of one process that know no slices are taken in order."""
+    within, over = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    counts = {by: len({getattr(device, by, 0) for device in devices}) for by in ("slice_index", "process_index")}
+    if slices in counts.values():
+        by_process = counts["slice_index"] != slices
+        make = functools.partial(
+            mesh_utils.create_hybrid_device_mesh, within, over, devices, process_is_granule=by_process
+        )
+        try:
+            return make()
+        except NotImplementedError:
+            return make(allow_split_physical_axes=True)
+    if set(counts.values()) != {1}:
+        raise UserError(
+            f"mesh.slices={slices}: the devices are of {counts['slice_index']} slices and {counts['process_index']} "
+            "processes; give one of these numbers"
+        )
+    return np.array(devices, dtype=object).reshape(sizes)
 
 
 def sampling_mesh(mesh: MeshConfig) -> MeshConfig:

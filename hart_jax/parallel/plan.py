@@ -38,7 +38,7 @@ from hart_jax.parallel.chips import Chip, GiB
 from hart_jax.parallel.hlo import Collective, count_work
 from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
-from hart_jax.parallel.topology import topology_devices
+from hart_jax.parallel.topology import read_topology
 from hart_jax.quantized import quantize
 from hart_jax.text.qwen2 import QWEN2_1P5B, KeyValues, Qwen2, Qwen2Config, abstract_params
 from hart_jax.text.qwen2_encoder import ROWS_PER_DEVICE
@@ -218,7 +218,10 @@ def plan(
     `batch_size` is that of sampling (see `sampling_job`), with a text encoder beside it (see `read_text_config`);
     `kept` is a training step's (see `training_job`).
     """
-    devices, chip, devices_per_host = topology_devices(topology)
+    found = read_topology(topology)
+    devices, chip = found.devices, found.chip
+    if found.slices > 1 and not experiment.mesh.slices:
+        experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, slices=found.slices))
     train_job = what == "train"
     dtype = experiment.train.dtype if train_job else experiment.sample.dtype
     train = dataclasses.replace(experiment.train, dtype="bfloat16" if dtype == "auto" else dtype)
@@ -248,7 +251,7 @@ def plan(
         return _too_big(common, job, chip, str(error), time.monotonic() - started)
     seconds = time.monotonic() - started
     memory = compiled.memory_analysis()
-    work = count_work(compiled.as_text(), common["mesh"], devices_per_host)
+    work = count_work(compiled.as_text(), common["mesh"], found.devices_per_island)
     new_outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     # The sampler's weights are there while prompts are encoded.
     sampler = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(job.arguments[0]))
@@ -435,7 +438,7 @@ def main() -> None:
         return plan(experiment, topology, _WHAT.value, batch_size, text=text)
 
     if wanted == "fit":
-        parts = _sampling_placement(experiment, topology_devices(topology)[0]).batch_parts
+        parts = _sampling_placement(experiment, read_topology(topology).devices).batch_parts
         planned = largest_batch(plan_of, parts)
     else:
         planned = plan_of(int(wanted))

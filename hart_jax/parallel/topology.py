@@ -1,5 +1,6 @@
 """Devices to compile for that are not here: TPU slices through libtpu, GPUs through JAX's CUDA plug-in."""
 
+import dataclasses
 import os
 import re
 from typing import Any
@@ -9,18 +10,33 @@ from jax.experimental import topologies
 from hart_jax.errors import UserError
 from hart_jax.parallel.chips import CHIPS, Chip
 
-_FORMS = "v5e:16x16, v6e:16x16, v5p:8x8x4, h200:8 or h200:4x8 (four hosts of eight)"
+_FORMS = "v5e:16x16, 4*v5e:16x16 (four slices), v5p:8x8x4, h200:8 or h200:4x8 (four hosts of eight)"
 
 
-def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
-    """The devices of a topology such as "v5e:16x16" or "h200:8", what they can do, and how many share a host.
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The devices, in `slices` slices, what one of them can do, and how many together have no slower links between
+    them: those of a slice, or of a host of GPUs; 0: all."""
 
-    The last is 0 where one kind of link connects them all.
+    devices: list[Any]
+    chip: Chip
+    slices: int
+    devices_per_island: int
+
+
+def read_topology(name: str) -> Topology:
+    """The topology "v5e:16x16", "h200:8", or "4*v5e:16x16" of four slices that a data-centre network connects.
+
+    Hosts of GPUs are "h200:4x8" or "4*h200:8"; the second asks for a mesh with `data` over the hosts.
 
     Raises:
       UserError: an unknown kind or shape, or the compiler for it is not installed.
     """
-    kind, _, shape = name.partition(":")
+    count, times, one = name.rpartition("*")
+    kind, _, shape = one.partition(":")
+    if times and re.fullmatch(r"[1-9]\d*", count) is None:
+        raise UserError(f"--topology={name}: {count!r} is no number of slices; write {_FORMS}")
+    slices = int(count or 1)
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: unknown kind {kind!r}; kinds are {', '.join(CHIPS)}, written as {_FORMS}")
     gpu = kind.startswith("h")
@@ -33,7 +49,7 @@ def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
             found = topologies.get_topology_desc(
                 f"NVIDIA {kind.upper()}",
                 platform="cuda",
-                topology=f"1x{hosts or 1}x{each}",
+                topology=f"{slices}x{hosts or 1}x{each}",
                 target_config=_target(kind),
             )
         else:
@@ -43,16 +59,20 @@ def topology_devices(name: str) -> tuple[list[Any], Chip, int]:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
             # One chip is a host of its own.
-            bounds = {"chips_per_host_bounds": (1, 1, 1)} if set(shape.split("x")) == {"1"} else {}
-            found = topologies.get_topology_desc(name, platform="tpu", **bounds)
+            if set(shape.split("x")) == {"1"}:
+                options["chips_per_host_bounds"] = (1, 1, 1)
+            found = topologies.get_topology_desc(one, platform="tpu", **options)
     except Exception as error:  # each plug-in raises its own kinds
         package = "gpu" if gpu else "tpu"
         raise UserError(
             f"--topology={name}: cannot compile for it ({str(error).splitlines()[0]}); install its compiler with "
             f'pip install "hart_jax[{package}]" (no {package.upper()} is needed), and check the shape'
         ) from error
-    return list(found.devices), CHIPS[kind], int(each) if gpu and hosts else 0
+    devices = list(found.devices)
+    island = int(each) if gpu else len(devices) // slices
+    return Topology(devices, CHIPS[kind], slices, island if island < len(devices) else 0)
 
 
 def _target(kind: str) -> str:

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.slices",
     "mesh.rules",
 )
 

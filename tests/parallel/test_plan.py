@@ -20,7 +20,7 @@ from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
 from hart_jax.parallel.mesh import make_mesh
 from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan, read_text_config, table
-from hart_jax.parallel.topology import topology_devices
+from hart_jax.parallel.topology import read_topology
 from hart_jax.text.qwen2 import QWEN2_1P5B, abstract_params
 from tests.sample_runs import QWEN2
 from tests.tiny import TOKENIZER, transformer_config
@@ -107,11 +107,14 @@ def test_too_big_says_by_how_much_where_the_compiler_does():
         ("v5e:2xtwo", "'2xtwo' is no shape"),
         ("v5e:0x2", "'0x2' is no shape"),
         ("h200:2x4x8", "'2x4x8' is no shape of h200"),
+        ("two*v5e:2x2", "'two' is no number of slices"),
+        ("0*v5e:2x2", "'0' is no number of slices"),
+        ("*v5e:2x2", "'' is no number of slices"),
     ],
 )
 def test_topologies_that_are_written_wrongly(topology, message):
     with pytest.raises(UserError, match=message):
-        topology_devices(topology)
+        read_topology(topology)
 
 
 @pytest.mark.parametrize(("each", "largest"), [(1.5, 2048), (7.4, 512), (0.3, 8192), (17, None)])
@@ -195,7 +198,7 @@ def test_wrong_command_lines_end_before_compiling(arguments, message):
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is not None, reason="the plug-in is installed")
 def test_a_missing_compiler_is_named():
     with pytest.raises(UserError, match=r"h200:8: cannot compile for it .*hart_jax\[gpu\]"):
-        topology_devices("h200:8")
+        read_topology("h200:8")
 
 
 def write_config(folder: Path, **changes) -> Path:
@@ -279,7 +282,7 @@ def test_the_function_refuses_what_the_command_does():
 
 @needs_libtpu
 def test_a_mesh_splits_the_sides_of_a_torus_where_none_multiply_to_its_size():
-    devices, _, _ = topology_devices("v5p:4x4x4")
+    devices = read_topology("v5p:4x4x4").devices
     for fsdp in (2, 8, 16):
         mesh = make_mesh(MeshConfig(fsdp=fsdp), batch_size=64, devices=devices)
         assert dict(mesh.shape) == {"data": 64 // fsdp, "fsdp": fsdp, "tensor": 1}
