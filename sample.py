@@ -110,6 +110,7 @@ def main() -> None:
             raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax import drawing
+    from hart_jax.parallel.launch import check_devices
     from hart_jax.sampling import (
         Asked,
         Painter,
@@ -127,6 +128,7 @@ def main() -> None:
     refused = len(kept) < len(given)
     if not asked:
         sys.exit(3)
+    check_devices()
     use_compilation_cache()
     source = _CHECKPOINT.value or experiment.model
     model = load_model(source, cache=_CACHE.value)

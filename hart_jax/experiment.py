@@ -3,8 +3,10 @@
 
 import dataclasses
 import runpy
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -170,12 +172,31 @@ def read_experiment(path: str | Path) -> Experiment:
     """The experiment of a file in `configs/`, without overrides.
 
     Raises:
-      UserError: no such file, it has no `get_config`, or a value is wrong.
+      UserError: no such file, it raises something or has no `get_config`, or a value is wrong.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; see configs/")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    values = get_config() if callable(get_config) else None
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        values = get_config() if callable(get_config) else None
+    except Exception as error:
+        raise UserError(raised_in(path, error) or f"{path}: raises {_described(error)}") from error
     if not isinstance(values, ConfigDict):
         raise UserError(f"{path}: {CONFIG_FILE_HELP}")
     return experiment_from(values.to_dict())
+
+
+def raised_in(path: str | Path, error: BaseException) -> str | None:
+    """What a config file raised, and on which of its lines; None where it was not the file that did."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _same_file(frame, path)]
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).absolute() == Path(path).absolute():
+        lines.append(error.lineno or 0)
+    return f"{path}: line {lines[-1]} raises {_described(error)}" if lines else None
+
+
+def _same_file(frame: FrameType, path: str | Path) -> bool:
+    return Path(frame.f_code.co_filename).absolute() == Path(path).absolute()
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

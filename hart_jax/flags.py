@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from hart_jax.errors import UserError
-from hart_jax.experiment import CONFIG_FILE_HELP, Experiment, experiment_from
+from hart_jax.experiment import CONFIG_FILE_HELP, Experiment, experiment_from, raised_in
 
 # A setting that the file leaves at its default can be given too; `experiment_from` knows which settings there are.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,15 +27,20 @@ def parse(argv: Sequence[str] | None = None) -> None:
         own_flags = flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)
         print(sys.modules["__main__"].__doc__, *own_flags, sep="\n")
         sys.exit(0)
-    _check_config_file(argv)
+    files = _config_files(argv)
     try:
         rest = flags.FLAGS(argv)
-    except KeyError as error:
-        raise UserError(f"--config: the config file has no such section ({error.args[0]})") from None
-    except AttributeError as error:
-        raise UserError(f"--config: {CONFIG_FILE_HELP} ({error})") from None
-    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:
+        for path in files:
+            if (sentence := raised_in(path, error)) is not None:
+                raise UserError(f"--config={sentence}") from error
+        if isinstance(error, KeyError):
+            raise UserError(f"--config: the config file has no such section ({error.args[0]})") from None
+        if isinstance(error, AttributeError):
+            raise UserError(f"--config: {CONFIG_FILE_HELP} ({error})") from None
+        if isinstance(error, (flags.Error, TypeError, ValueError, SyntaxError)):
+            raise UserError(" ".join(str(error).split())) from None
+        raise
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
 
@@ -49,10 +54,13 @@ def experiment() -> Experiment:
     return experiment_from(_CONFIG.value.to_dict())
 
 
-def _check_config_file(argv: list[str]) -> None:
-    """Here, because ml_collections reports a missing file late and at length."""
+def _config_files(argv: list[str]) -> list[str]:
+    """Those of --config, checked here, because ml_collections reports a missing one late and at length."""
+    files = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
-        path = value if equals else following
-        if flag in ("--config", "-config") and not Path(path).is_file():
-            raise UserError(f"--config={path}: no such file; see configs/ for the experiments there are")
+        if flag in ("--config", "-config"):
+            files.append(value if equals else following)
+            if not Path(files[-1]).is_file():
+                raise UserError(f"--config={files[-1]}: no such file; see configs/ for the experiments there are")
+    return files

@@ -64,14 +64,15 @@ def read_released_cached(source: str | Path, weights: Weights = "ema") -> Model:
 
 
 def cached_folder(source: Path, weights: Weights = "ema") -> Path | None:
-    """Where the converted weights of a release are or would be; None if a file of the release is missing."""
+    """Where the converted weights of a release are or would be; None if a file of it is missing, or no cache can be."""
     try:
         files = [file for part in (TOKENIZER, TRANSFORMER) for file in _files(source / part, part, weights)]
         about = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except (OSError, UserError):
         return None
     digest = hashlib.sha256(json.dumps([FORMAT, about]).encode())
-    return cache_folder() / "converted" / digest.hexdigest()[:32]
+    folder = cache_folder()
+    return folder and folder / "converted" / digest.hexdigest()[:32]
 
 
 def _files(folder: Path, part: str, weights: Weights) -> list[Path]:

@@ -55,8 +55,9 @@ class Judge:
             known.append("softened")
             compiled, name = self._compiled_softly, f"{title}, softened, {self.network.name}"
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-        folder = (keep or cache_folder() / "features") / key
-        return rows_of(pictures, self.size, compiled, folder, batch_size=self.batch_size, title=name)
+        cache = cache_folder() if keep is None else None
+        keep = cache / "features" if cache else keep
+        return rows_of(pictures, self.size, compiled, keep and keep / key, batch_size=self.batch_size, title=name)
 
 
 @dataclasses.dataclass(frozen=True)

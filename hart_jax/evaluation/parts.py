@@ -5,6 +5,7 @@ same of the same pictures, computes only what is missing.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,12 +47,19 @@ class Compiled:
 
 
 def rows_of(
-    pictures: Pictures, size: int, compute: Compiled, folder: Path, *, batch_size: int = 32, title: str = "pictures"
+    pictures: Pictures,
+    size: int,
+    compute: Compiled,
+    folder: Path | None,
+    *,
+    batch_size: int = 32,
+    title: str = "pictures",
 ) -> Rows:
     """What `compute` gives of the pictures at `size` px (0: as they are), in this process's share of the parts.
 
     Args:
-      folder: keeps the parts; its name must say all that the rows depend on.
+      folder: keeps the parts; its name must say all that the rows depend on. None keeps none; a part that is damaged
+        is computed again, one that cannot be written is left out, both of which stderr says.
       batch_size: of this process; made a multiple of its devices. No result depends on it.
 
     Raises:
@@ -61,13 +69,14 @@ def rows_of(
     batch_size = -(-min(batch_size, count) // compute.parts) * compute.parts
     starts = range(jax.process_index() * PART, count, processes * PART)
     shares = [range(start, min(start + PART, count)) for start in starts]
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"{share.start:08d}-{len(share)}.npz" for share in shares]
-    missing = {part: share for share, part in zip(shares, parts, strict=True) if not part.is_file()}
-    with tqdm(total=sum(map(len, missing.values())), unit="picture", desc=title, disable=not missing) as bar:
-        for part, share in missing.items():
-            _write(part, _compute(pictures, share, size, compute, batch_size, bar))
-    loaded = [_read(part) for part in parts]
+    kept = [_read(_part(folder, share), len(share)) if folder else None for share in shares]
+    missing = sum(len(share) for share, part in zip(shares, kept, strict=True) if part is None)
+    loaded: list[Columns] = []
+    with tqdm(total=missing, unit="picture", desc=title, disable=not missing) as bar:
+        for share, part in zip(shares, kept, strict=True):
+            loaded.append(_compute(pictures, share, size, compute, batch_size, bar) if part is None else part)
+            if folder and part is None:
+                _write(_part(folder, share), loaded[-1])
     places = np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.zeros(0, int)])
     # A process without a share still says which columns there are.
     examples = loaded or [{name: array[:0] for name, array in _example(pictures, size, compute).items()}]
@@ -116,14 +125,33 @@ def _decoded(pictures: Pictures, batches: Sequence[range], size: int) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
+def _part(folder: Path, share: range) -> Path:
+    return folder / f"{share.start:08d}-{len(share)}.npz"
+
+
 def _write(path: Path, columns: Columns) -> None:
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **columns)  # type: ignore[arg-type]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **columns)  # type: ignore[arg-type]
+    except OSError as error:
+        _warn(f"{path}: cannot be written ({error}); the next evaluation computes it again")
 
 
-def _read(path: Path) -> Columns:
+def _read(path: Path, count: int) -> Columns | None:
+    """The columns that a part keeps, of so many rows; None where it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            columns = {name: file[name] for name in file.files}
+        if not columns or any(column.shape[:1] != (count,) for column in columns.values()):
+            raise ValueError("it has other rows")
+        return columns
+    except FileNotFoundError:
+        return None
     except Exception as error:  # numpy and zipfile raise all kinds
-        raise UserError(f"{path}: damaged ({error}); remove it, and it is computed again") from error
+        _warn(f"{path}: damaged ({error}); it is computed again")
+        return None
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -126,16 +126,28 @@ def test_rows_do_not_depend_on_batches_parts_or_interruptions(tmp_path, monkeypa
     np.testing.assert_array_equal(again.columns["mean"], rows_of(pictures, 0, mean_colour(), kept).columns["mean"])
 
 
-def test_sizes_that_differ_and_damaged_parts_are_named(tmp_path):
+def test_sizes_that_differ_are_named_and_damaged_parts_computed_again(tmp_path, capsys):
     folder = image_files(tmp_path / "images", 3)
     Image.new("RGB", (7, 5)).save(folder / "other.png")
     pictures = open_pictures(folder)
     with pytest.raises(UserError, match=r"other\.png and .* differ in size \(7x5 and 6x6\); give --image_size"):
         rows_of(pictures, 0, mean_colour(), tmp_path / "kept")
-    assert not list((tmp_path / "kept").iterdir())
+    assert not (tmp_path / "kept").exists()
     rows = rows_of(pictures, 4, mean_colour(), tmp_path / "kept")
     assert rows.columns["mean"].shape == (4, 3)
     (part,) = (tmp_path / "kept").iterdir()
-    part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"damaged .* remove it"):
-        rows_of(pictures, 4, mean_colour(), tmp_path / "kept")
+    whole = part.read_bytes()
+    for damaged in (whole[:50], b""):
+        part.write_bytes(damaged)
+        again = rows_of(pictures, 4, mean_colour(), tmp_path / "kept")
+        np.testing.assert_array_equal(again.columns["mean"], rows.columns["mean"])
+        assert "damaged" in capsys.readouterr().err and part.read_bytes() == whole
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, capsys):
+    pictures = open_pictures(image_files(tmp_path / "images", 3))
+    (tmp_path / "file").write_text("in the way")
+    rows = rows_of(pictures, 0, mean_colour(), None)
+    other = rows_of(pictures, 0, mean_colour(), tmp_path / "file" / "kept")
+    np.testing.assert_array_equal(rows.columns["mean"], other.columns["mean"])
+    assert "cannot be written" in capsys.readouterr().err
