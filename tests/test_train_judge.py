@@ -4,7 +4,7 @@ import numpy as np
 
 from hart_jax.checkpoint import load_params
 from hart_jax.data.shards import write_shards
-from hart_jax.training.metrics import read_metrics
+from hart_jax.training.metrics import SAMPLES_DIR, read_metrics
 from tests.train_runs import ROOT, run_to_end, write_tokenizer_config
 
 
@@ -21,11 +21,12 @@ def test_the_judge_is_laid_out_saved_and_resumed(tmp_path):
         "--config.loss.adversarial=0.1",
         "--config.loss.adversarial_start=0",
         "--config.train.log_every=1",
-        "--config.train.sample_every=0",
+        "--config.train.sample_every=1",
     )
     over_four = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.train.steps=1")
     code, _, err = run_to_end(*settings, *over_four, devices=4)
     assert code == 0, err
+    assert len(list((tmp_path / "run" / SAMPLES_DIR).iterdir())) == 1
     before = load_params(tmp_path / "run", "disc.params")
     code, out, err = run_to_end(*settings, "--config.train.steps=2")
     assert code == 0, err

@@ -131,6 +131,16 @@ class Placement:
             if size % parts:
                 raise UserError(f"mesh: {axis} is {size}, which {'*'.join(self.rules[axis])}={parts} does not divide")
 
+    def filled(self, rows: Any) -> Any:
+        """Host arrays (B, ...), the same in every process, split along B; the last row repeats until that is even."""
+
+        def fill(array: Any) -> np.ndarray:
+            array = np.asarray(array)
+            more = -len(array) % self.batch_parts
+            return np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1), "edge")
+
+        return on_mesh(jax.tree.map(fill, rows), self.batch)
+
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Within it, what is traced lays out its activations by the rules."""

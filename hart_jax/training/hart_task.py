@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.conditions import Prompts, conditions_of
@@ -51,7 +50,12 @@ class HartTask:
         self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt)
         self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
         self._key = jax.random.key(train.seed)
-        self._sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
+        sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
+        self._draw = jax.jit(
+            lambda params, condition, seed, indices, count: sampler(params, condition, seed, indices)[0][:count],
+            static_argnums=4,
+            out_shardings=placement.whole,
+        )
 
     def batches(self) -> Batches:
         data = self._config.data
@@ -138,6 +142,10 @@ class HartTask:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
         wishes: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
-        condition = jax.device_get(self._conditions(wishes))
-        images, _ = self._sampler(params, condition, 0, jnp.arange(len(wishes)))
+        count = len(wishes)
+        # Every device draws its own: of a mesh with more parts than wishes, the last wish is drawn again.
+        rows = jax.device_get(self._conditions(wishes)), np.arange(count, dtype=np.int32)
+        condition, indices = self._placement.filled(rows)
+        with self._placement.tracing():
+            images = self._draw(params, condition, 0, indices, count)
         return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=[str(wish) for wish in wishes])}

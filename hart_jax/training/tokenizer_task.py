@@ -50,7 +50,7 @@ class TokenizerTask:
         # The codebook starts from the latents of these; enough of them for distinct codes.
         batches = self._loader(experiment.data.train_folders, train.batch_size, train=True)
         self._first = np.concatenate([b["image"] for b in itertools.islice(batches, -(-FIRST // train.batch_size))])
-        self._reconstruct = jax.jit(self._both_reconstructions)
+        self._reconstruct = jax.jit(self._both_reconstructions, static_argnums=2, out_shardings=placement.whole)
         # Traced once, for its shapes and for running it.
         self.init = jax.jit(self._fresh)
         image = jax.ShapeDtypeStruct((1, *self._first.shape[1:]), jnp.float32)
@@ -111,16 +111,19 @@ class TokenizerTask:
         with self._placement.tracing():
             return self._step(state, image, jax.random.fold_in(self._key, 1), self._lpips, adversarial)
 
-    def _both_reconstructions(self, params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _both_reconstructions(self, params, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Discrete and hybrid, of the first `count` images."""
         image = from_uint8(images)
         discrete, hybrid = (
             self._tokenizer.apply({"params": params}, image, continuous=continuous, method="reconstruct")
             for continuous in (False, True)
         )
-        return discrete, hybrid
+        return discrete[:count], hybrid[:count]
 
     def pictures(self, state: TokenizerState) -> dict[str, np.ndarray]:
         """Rows of original, discrete and hybrid reconstruction of the first test images."""
-        discrete, hybrid = on_host(self._reconstruct(state.ema, self._shown))
+        with self._placement.tracing():
+            images = self._placement.filled(self._shown)
+            discrete, hybrid = on_host(self._reconstruct(state.ema, images, len(self._shown)))
         rows = np.concatenate([self._shown, to_uint8(discrete), to_uint8(hybrid)])
         return {"reconstructions": grid(rows, columns=len(self._shown))}

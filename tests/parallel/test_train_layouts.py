@@ -1,6 +1,7 @@
 """However the devices are laid out, over however many processes, and wherever a training goes on, it computes the same.
 
-Each run logs the losses and records of every step; one on a single device is what the others are held against.
+Each run logs the losses and records of every step and draws two grids; one on a single device is what the others are
+held against.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from hart_jax.checkpoint import load_params
 from hart_jax.training.manifest import RUNS_FILE
@@ -29,6 +31,8 @@ from tests.train_runs import (
 
 # Twelve whole epochs.
 STEPS, BATCH, IMAGES = 21, 8, 14
+# Of a few prompts or test images: fewer than the parts that most of the meshes split a batch into.
+GRIDS = 11
 ACCUMULATE = "--config.train.accumulate=2"
 
 
@@ -39,11 +43,11 @@ def reference(folder: Path, write_config: Callable[[Path], Path]) -> Run:
         f"--config.train.steps={STEPS}",
         f"--config.train.batch_size={BATCH}",
         f"--config.train.save_every={STEPS}",
-        "--config.train.sample_every=0",
+        f"--config.train.sample_every={GRIDS}",
         "--config.train.log_every=1",
         "--config.train.log_records=True",
     )
-    assert not (run.workdir / SAMPLES_DIR).exists()
+    assert len(grids(run.workdir)) == 2
     return run
 
 
@@ -59,6 +63,19 @@ def tokenizer(tmp_path_factory) -> Run:
 
 def mesh(data: int, fsdp: int, tensor: int) -> list[str]:
     return [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+
+
+def grids(workdir: Path) -> dict[str, np.ndarray]:
+    """The pictures of a training by the names of their files, uint8."""
+    return {path.name: np.asarray(Image.open(path)) for path in sorted((workdir / SAMPLES_DIR).glob("*.png"))}
+
+
+def assert_same_grids(workdir: Path, expected: Path) -> None:
+    ours, theirs = grids(workdir), grids(expected)
+    assert list(ours) == list(theirs)
+    for name, tiles in theirs.items():
+        # Sums in another order may round a colour otherwise.
+        np.testing.assert_allclose(ours[name].astype(int), tiles.astype(int), atol=1, err_msg=name)
 
 
 def assert_same_history(workdir: Path, expected: Path) -> None:
@@ -89,6 +106,7 @@ def test_eight_devices_train_as_one_does(request, tmp_path, kind, processes, siz
     code, _, err = run_to_end(*arguments, processes=processes, devices=8 // processes)
     assert code == 0, err
     assert_same_history(tmp_path, expected)
+    assert_same_grids(tmp_path, expected)
 
 
 # Processes, devices of each, and the mesh of every start; in the last both processes hold all rows.
@@ -114,6 +132,7 @@ def test_a_training_goes_on_over_other_meshes_and_processes(tmp_path, hart):
     assert [(run["processes"], run["devices"]) for run in runs] == [(count, count * each) for count, each, _ in STARTS]
     assert 0 == runs[0]["step"] < runs[1]["step"] < runs[2]["step"] < STEPS
     assert_same_history(tmp_path, hart.workdir)
+    assert_same_grids(tmp_path, hart.workdir)
     ours, theirs = (load_params(workdir, "params") for workdir in (tmp_path, hart.workdir))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
     records = [index for line in read_metrics(tmp_path, RECORDS_FILE) for index in line["index"]]
