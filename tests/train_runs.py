@@ -107,7 +107,7 @@ def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) 
     (folder / "source" / "meta_data.json").write_text(json.dumps(entries))
     with pytest.MonkeyPatch.context() as patch:
         # Files may also go bad after they were checked.
-        patch.setattr(shards, "_decode", lambda example: None)
+        patch.setattr(shards, "decode", lambda example, data: None)
         shards.write_shards(folder / "source", folder / "shards", records_per_shard=8)
     return folder / "shards"
 

@@ -1,6 +1,5 @@
 """Batches from shards, with Grain: shuffled, resized, one caption each, resumable to the exact batch."""
 
-import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +7,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from imagecodecs import png_decode
-from PIL import Image
 
 from hart_jax.data.bad_records import BadRecords
 from hart_jax.data.batches import Batches, ProcessRows
+from hart_jax.data.image_files import square_image
 from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
 
@@ -20,57 +18,6 @@ TextFunction = Callable[[str], Mapping[str, np.ndarray]]
 TokenFunction = Callable[[int], Mapping[str, np.ndarray]]
 _SIDED_WORDS = re.compile(r"\b(left|right|leftwards|rightwards|left-facing|right-facing)\b")
 _CHANNELS = 3
-
-
-def square_image(data: bytes, size: int) -> np.ndarray:
-    """Decodes an image file to uint8 (size, size, 3): the centre square of its short side, resized with antialiasing.
-
-    Transparent images are put on white. A side that is a multiple of `size` is averaged over whole blocks; a JPEG is
-    then decoded at 1/2, 1/4 or 1/8 of its size, where that is whole and still at least twice `size`: much faster, and
-    within a grey level on average.
-
-    Raises:
-      UserError: the bytes are not an image.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            width, height = file.size
-            side = min(width, height)
-            left, top = (width - side) // 2, (height - side) // 2
-            for scale in (8, 4, 2):
-                if side % (2 * scale * size) == left % scale == top % scale == 0:
-                    file.draft(None, (width // scale, height // scale))
-                    break
-            opaque = file.mode == "RGB" and not file.has_transparency_data
-            image = _decode_png(data, file.size) if opaque and file.format == "PNG" else None
-            if image is None:
-                file.load()
-                image = file if opaque else on_white(file)
-    except Exception as error:  # Pillow's decoders raise all kinds
-        raise UserError(f"image does not decode ({error})") from error
-    scale = round(width / image.width)
-    left, top, side = left // scale, top // scale, side // scale
-    box = (left, top, left + side, top + side)
-    if side % size == 0:
-        square = image.reduce(side // size, box) if side > size else image.crop(box)
-    else:
-        square = image.resize((size, size), Image.Resampling.LANCZOS, box)
-    return np.asarray(square, dtype=np.uint8)
-
-
-def _decode_png(data: bytes, size: tuple[int, int]) -> Image.Image | None:
-    """The same pixels as Pillow's, in 60% of its time; None for what is not plain 8-bit RGB."""
-    pixels = png_decode(data)
-    plain = pixels.dtype == np.uint8 and pixels.shape == (size[1], size[0], _CHANNELS)
-    return Image.fromarray(pixels) if plain else None
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB, on white where it is transparent."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class PictureSource:

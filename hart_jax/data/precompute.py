@@ -15,6 +15,7 @@ does not change; a damaged one stays damaged.
 """
 
 import argparse
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,15 @@ from tqdm import tqdm
 from hart_jax.config import TokenizerConfig
 from hart_jax.data import text_states, token_table
 from hart_jax.data.bad_records import BadRecords
-from hart_jax.data.pipeline import square_image
+from hart_jax.data.image_files import square_image
 from hart_jax.data.shards import (
-    CHECKSUM_FILE,
     RecordSource,
     begin,
+    checksums,
     complete,
     is_finished,
     read_dataset,
     resume,
-    sha256,
     write_checksums,
     write_records,
 )
@@ -109,7 +109,7 @@ def precompute(
     del about["shards"]
     about |= {
         "precomputed": {**source.precomputed[0], **{field.field: field.about for field in fields}},
-        "shards_sha256": sha256(shards / CHECKSUM_FILE),
+        "shards_sha256": hashlib.sha256(checksums(shards)).hexdigest(),
     }
     settings = {name: about[name] for name in ("format", "count", "shards_sha256", "precomputed")}
     sums = resume(out, settings)

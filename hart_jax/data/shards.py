@@ -17,15 +17,12 @@ category among the sorted ones of dataset.json.
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import multiprocessing
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -34,10 +31,11 @@ from typing import Any
 import grain
 import msgpack
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from PIL import Image
 from tqdm import tqdm
 
+from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
+from hart_jax.data.shard_content import check_unchanged, digest_of_all, record_digest, stored_digests
 from hart_jax.errors import UserError, run_cli
 
 FORMAT = 1
@@ -63,7 +61,7 @@ def write_shards(
     """Writes a folder of captioned images as shards; returns the number of records.
 
     Every image is decoded once before any shard is begun. A run that was interrupted is carried on with: shards whose
-    checksum is right are kept.
+    checksum is right and which hold what the source holds now are kept, the others are written again.
 
     Args:
       source: folder in the layout of `hart_jax.data.mjhq`.
@@ -74,7 +72,7 @@ def write_shards(
 
     Raises:
       UserError: the source is not such a folder, an image does not decode (nothing is written then), or `out` holds
-        something else.
+        something else, or complete shards of images or captions that have changed since; the message names them.
     """
     source, out = Path(source), Path(out)
     if records_per_shard < 1:
@@ -83,39 +81,50 @@ def write_shards(
         raise UserError(f"--max_aspect {max_aspect:g} must be at least 1, which keeps squares, or 0, which keeps all")
     if workers < 0:
         raise UserError(f"--workers {workers} must be 0 or more")
-    with _pool(workers) as pool:
+    with pool_of(workers) as pool:
         return _write_shards(source, out, records_per_shard, max_aspect, pool)
 
 
 def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: float, pool: Executor) -> int:
+    settings: dict[str, Any] = {"format": FORMAT, "records_per_shard": records_per_shard}
+    sums = resume(out, settings)
     found = examples = read_folder(source)
     if max_aspect:
-        aspects = _checked(pool, _aspect, found, "measuring")
+        aspects = checked(pool, aspect, found, "measuring")
         examples = [example for example, aspect in zip(found, aspects, strict=True) if aspect <= max_aspect]
         if not examples:
             raise UserError(f"--max_aspect {max_aspect:g} leaves none of the {len(found)} images of {source}")
-    settings = {
-        "format": FORMAT,
-        "count": len(examples),
-        "records_per_shard": records_per_shard,
-        "source_sha256": _fingerprint(examples),
-    }
-    sums = resume(out, settings)
     if sums is None:
+        now = dict(zip(_ids(examples), checked(pool, _digest, examples, "comparing"), strict=True))
+        check_unchanged(out, stored_digests(*(shard.path for shard in open_shards(out))), now)
         return len(examples)
 
     groups = [examples[start : start + records_per_shard] for start in range(0, len(examples), records_per_shard)]
     stem = source.resolve().name
     paths = [out / f"{stem}-{number:05d}-of-{len(groups):05d}.array_record" for number in range(len(groups))]
-    finished = [is_finished(path, sums) for path in paths]
-    unwritten = [(path, group) for path, group, done in zip(paths, groups, finished, strict=True) if not done]
-    _checked(pool, _decode, [example for _, group in unwritten for example in group], "checking")
+    digests: dict[str, str] = {}
+    unwritten = []
+    for path, group in zip(paths, groups, strict=True):
+        if is_finished(path, sums):
+            now = dict(zip(_ids(group), checked(pool, _digest, group, f"comparing {path.name}"), strict=True))
+            if list(now.items()) == list(stored_digests(path).items()):
+                digests |= now
+                continue
+        unwritten.append((path, group))
+    new = [example for _, group in unwritten for example in group]
+    digests |= zip(_ids(new), checked(pool, _inspect, new, "checking"), strict=True)
 
+    settings |= {"count": len(examples), "source_sha256": digest_of_all(digests[name] for name in _ids(examples))}
     begin(out, settings)
+    for name in sums.keys() - {path.name for path in paths}:
+        # Of a source that had other images when it was begun.
+        (out / name).unlink(missing_ok=True)
     # One after the other unless asked otherwise: there is one disk.
     write_all = pool.map if isinstance(pool, ProcessPoolExecutor) else map
-    digests = write_all(_write_shard, [path for path, _ in unwritten], [group for _, group in unwritten])
-    progress = tqdm(digests, total=len(paths), initial=sum(finished), unit="shard", desc="writing")
+    expected = [[digests[name] for name in _ids(group)] for _, group in unwritten]
+    written = write_all(_write_shard, [path for path, _ in unwritten], [group for _, group in unwritten], expected)
+    finished = len(paths) - len(unwritten)
+    progress = tqdm(written, total=len(paths), initial=finished, unit="shard", desc="writing")
     for (path, _), digest in zip(unwritten, progress, strict=True):
         sums[path.name] = digest
         write_checksums(out, sums)
@@ -123,16 +132,6 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
     about = {**settings, "left_out": len(found) - len(examples), "categories": categories}
     complete(out, about, sums, {path.name: len(group) for path, group in zip(paths, groups, strict=True)})
     return len(examples)
-
-
-def check_images(examples: list[Example], workers: int = 0) -> None:
-    """Decodes every image, in so many processes, or in this one.
-
-    Raises:
-      UserError: naming the first image that does not decode.
-    """
-    with _pool(workers) as pool:
-        _checked(pool, _decode, examples, "checking")
 
 
 def open_shards(folder: str | Path) -> list[Shard]:
@@ -171,11 +170,25 @@ def verify(folder: str | Path) -> int:
     """
     folder = Path(folder)
     shards = open_shards(folder)
+    checksums(folder)
     sums = _read_checksums(folder)
     for shard in tqdm(shards, unit="shard", desc="verifying"):
         if sums.get(shard.path.name) != sha256(shard.path):
             raise UserError(f"shard {shard.path} does not match {CHECKSUM_FILE}; copy or write it again")
     return len(shards)
+
+
+def checksums(folder: str | Path) -> bytes:
+    """The checksum file of a shard folder, by which its content is known.
+
+    Raises:
+      UserError: it is missing.
+    """
+    path = Path(folder) / CHECKSUM_FILE
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"shard folder {folder} needs {CHECKSUM_FILE} ({error.strerror}); copy it, too") from error
 
 
 def as_paths(folders: Folders) -> list[Path]:
@@ -274,82 +287,64 @@ def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int
     (out / UNFINISHED_FILE).unlink()
 
 
-def _fingerprint(examples: list[Example]) -> str:
-    """Digest of all ids, captions and attributes: whether an unfinished folder belongs to this source."""
-    digest = hashlib.sha256()
-    for example in examples:
-        known = [example.id, example.category, example.captions, example.path.name]
-        attributes = [dict(example.attributes)] if example.attributes else []
-        digest.update(json.dumps([*known, *attributes]).encode())
-    return digest.hexdigest()
+def _inspect(example: Example) -> str:
+    """The digest of an example whose image decodes."""
+    record = _record(example)
+    decode(example, record["image"])
+    return record_digest(record)
 
 
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    """Processes, or without any threads; nothing more is begun after an error."""
-    # Not forked, since the program that writes shards may have threads of its own.
-    pool: Executor = (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        if workers
-        else ThreadPoolExecutor(os.cpu_count())
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _write_shard(path: Path, examples: list[Example], digests: list[str]) -> str:
+    """Writes one shard and returns its checksum.
+
+    Raises:
+      UserError: an example is no longer what its digest was made of.
+    """
+
+    def packed() -> Iterator[bytes]:
+        for example, digest in zip(examples, digests, strict=True):
+            record = _record(example)
+            if record_digest(record) != digest:
+                raise UserError(f"image {example.path} has changed since it was checked; run the same command again")
+            yield msgpack.packb(record)
+
+    return write_records(path, packed())
 
 
-def _checked(pool: Executor, inspect: Callable[[Example], Any], examples: list[Example], verb: str) -> list[Any]:
-    """What `inspect` finds in each image, in order."""
-    found = pool.map(inspect, examples, chunksize=16)
-    return list(tqdm(found, total=len(examples), unit="image", desc=verb, disable=not examples))
+def _record(example: Example) -> dict[str, Any]:
+    return {
+        "image": example.read(),
+        "prompt": example.prompt,
+        "captions": list(example.captions),
+        "category": example.category,
+        "id": example.id,
+        **({"attributes": dict(example.attributes)} if example.attributes else {}),
+    }
 
 
-def _aspect(example: Example) -> float:
-    """Longer side over shorter."""
-    with _image(example) as image:
-        return max(image.size) / min(image.size)
+def _digest(example: Example) -> str:
+    return record_digest(_record(example))
 
 
-def _decode(example: Example) -> None:
-    with _image(example) as image:
-        image.load()
-
-
-@contextmanager
-def _image(example: Example) -> Iterator[Image.Image]:
-    try:
-        with Image.open(io.BytesIO(example.read())) as image:
-            yield image
-    except Exception as error:  # Pillow's decoders and zip files raise all kinds
-        problem = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"image {example.path} does not decode ({problem}); mend it or remove its entry") from error
-
-
-def _write_shard(path: Path, examples: list[Example]) -> str:
-    """Writes one shard and returns its checksum."""
-    records = (
-        {
-            "image": example.read(),
-            "prompt": example.prompt,
-            "captions": list(example.captions),
-            "category": example.category,
-            "id": example.id,
-            **({"attributes": dict(example.attributes)} if example.attributes else {}),
-        }
-        for example in examples
-    )
-    return write_records(path, map(msgpack.packb, records))
+def _ids(examples: Iterable[Example]) -> list[str]:
+    return [example.id for example in examples]
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> str:
     """Writes a shard under a temporary name and returns its checksum once it has its own."""
     partial = path.with_name(path.name + ".partial")
     writer = ArrayRecordWriter(str(partial), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    os.replace(partial, path)
+    try:
+        for record in records:
+            writer.write(record)
+        writer.close()
+        os.replace(partial, path)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"shard {path} cannot be written ({str(error).split(';')[0][:200]}); make room for it"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return sha256(path)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from hart_jax.data.check_images import check_images
 from hart_jax.data.mjhq import Example, read_folder
-from hart_jax.data.shards import check_images
 from hart_jax.errors import UserError, run_cli
 
 

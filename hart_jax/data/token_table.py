@@ -11,7 +11,7 @@ from tqdm import tqdm
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.bad_records import BadRecords
 from hart_jax.data.pipeline import PictureSource
-from hart_jax.data.shards import CHECKSUM_FILE, Folders, as_paths
+from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.errors import UserError
 from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
@@ -79,8 +79,8 @@ def precompute_tokens(
       UserError: naming some, if more than `max_bad_records` images do not decode; fewer are left out with a warning.
     """
     source = PictureSource(shards, config.image_size)
-    checksums = [(path / CHECKSUM_FILE).read_text() for path in as_paths(shards)]
-    digest = hashlib.sha256(json.dumps([config.to_dict(), *checksums]).encode())
+    known = [checksums(path).decode() for path in as_paths(shards)]
+    digest = hashlib.sha256(json.dumps([config.to_dict(), *known]).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     folder = folder / digest.hexdigest()[:16]

@@ -5,21 +5,18 @@ A set knows its content by a digest, so that what was computed of it once is fou
 
 import dataclasses
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from hart_jax.data.image_files import rgb_image, square_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
-from hart_jax.data.pipeline import on_white, square_image
-from hart_jax.data.shards import CHECKSUM_FILE, DATASET_FILE, RecordSource
+from hart_jax.data.shards import DATASET_FILE, RecordSource, checksums
 from hart_jax.errors import UserError
 
 # So many files are hashed without a progress bar.
@@ -78,7 +75,7 @@ class _Shards(Pictures):
     def __init__(self, folder: Path):
         self._records = RecordSource(folder)
         self.abouts = [self._about(index) for index in range(len(self._records))]
-        self.digest = hashlib.sha256((folder / CHECKSUM_FILE).read_bytes()).hexdigest()[:16]
+        self.digest = hashlib.sha256(checksums(folder)).hexdigest()[:16]
 
     def _about(self, index: int) -> About:
         record = self._records[index]
@@ -119,14 +116,8 @@ def _about_file(file: Path) -> About:
 
 def _checksums(examples: Sequence[Example]) -> list[str]:
     """Of the images in zip files, as the files themselves keep them."""
-    infos: dict[Path, zipfile.ZipFile] = {}
-    found = []
-    for one in examples:
-        if one.archive is not None:
-            archive = infos.setdefault(one.archive, zipfile.ZipFile(one.archive))
-            info = archive.getinfo(one.path.relative_to(one.archive).as_posix())
-            found.append(f"{one.id} {info.CRC} {info.file_size}")
-    return found
+    zipped = [(one.id, one.member_info()) for one in examples if one.archive is not None]
+    return [f"{name} {info.CRC} {info.file_size}" for name, info in zipped]
 
 
 def _digest(files: Sequence[Path | bool], checksums: Sequence[str]) -> str:
@@ -180,9 +171,7 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
       UserError: it does not decode; the message names the picture.
     """
     try:
-        if size:
-            return square_image(data, size)
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(on_white(image), np.uint8)
-    except Exception as error:  # Pillow's decoders raise all kinds
-        raise UserError(f"picture {name}: does not decode ({error}); mend it, or take it out") from error
+        return square_image(data, size) if size else np.asarray(rgb_image(data), np.uint8)
+    except UserError as error:
+        problem = str(error).removeprefix("image ")
+        raise UserError(f"picture {name}: {problem}; mend it, or take it out") from error

@@ -1,6 +1,8 @@
 """A tiny captioned folder, as images and as shards."""
 
+import contextlib
 import json
+import resource
 import zipfile
 from pathlib import Path
 
@@ -38,6 +40,17 @@ def zipped(folder: Path, inside: str = "") -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def file_size_limit(limit: int):
+    """Files cannot grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "train")
@@ -57,7 +70,7 @@ def corrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_folder(tmp_path_factory.mktemp("corrupted") / "train", count=200, side=8)
     out = folder.parent / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards_module, "_decode", lambda example: None)
+        patch.setattr(shards_module, "decode", lambda example, data: None)
         for number in (50, 51):
             image = folder / ("animals", "food")[number % 2] / f"pic{number:03d}.png"
             image.write_bytes(image.read_bytes()[:50])

@@ -1,10 +1,12 @@
 """The folder layout and its errors."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from hart_jax.data import mjhq
 from hart_jax.data.mjhq import read_folder
 from hart_jax.errors import UserError
 from tests.data.conftest import zipped
@@ -66,6 +68,13 @@ def test_missing_image(folder: Path):
         ({"category": "food", "prompt": " "}, "'pic001' .* has no prompt"),
         ({"prompt": "x"}, "'pic001' .* has no category"),
         ({"category": "../food", "prompt": "x"}, "plain names"),
+        ({"category": "..", "prompt": "x"}, r"plain names .* got '\.\.'"),
+        ({"category": "a\0b", "prompt": "x"}, "plain names"),
+        ({"category": "food" * 100, "prompt": "x"}, "File name too long"),
+        ({"category": "food", "prompt": "a dog \ud83d"}, "'pic001' .* not Unicode"),
+        ({"category": "food", "prompt": "x", "captions": ["y", "\udc00"]}, "'pic001' .* not Unicode"),
+        ({"category": "food", "prompt": "x", "style": "\ud83d"}, "'pic001' .* not Unicode"),
+        ({"category": "food", "prompt": "x", "more": [{"\ud83d": 1}]}, "'pic001' .* not Unicode"),
         ({"category": "food", "prompt": "x", "captions": "y"}, "list of non-empty texts"),
         ("x", "must be an object"),
     ],
@@ -78,7 +87,55 @@ def test_bad_entry(folder: Path, entry: object, message: str):
         read_folder(folder)
 
 
-def test_bad_json(folder: Path):
-    (folder / "meta_data.json").write_text("{")
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000])
+def test_bad_json(folder: Path, text: bytes):
+    (folder / "meta_data.json").write_bytes(text)
     with pytest.raises(UserError, match="not valid JSON"):
         read_folder(folder)
+
+
+def test_a_name_that_comes_twice(folder: Path):
+    for text, name in (('{"a": {}, "b": {}, "a": {}}', "a"), ('{"a": {"prompt": "x", "prompt": "y"}}', "prompt")):
+        (folder / "meta_data.json").write_text(text)
+        with pytest.raises(UserError, match=f"meta_data.json has '{name}' twice"):
+            read_folder(folder)
+
+
+def test_an_image_that_is_there_twice(folder: Path):
+    other = folder / "food" / "pic003.webp"
+    other.write_bytes(b"")
+    with pytest.raises(UserError, match=r"'pic003' .* more than once: .*pic003\.png and .*pic003\.webp"):
+        read_folder(folder)
+    other.unlink()
+    # What no entry asks for may be there as often as it likes.
+    (folder / "food" / "more.webp").write_bytes(b"")
+    (folder / "food" / "more.png").write_bytes(b"")
+    assert len(read_folder(folder)) == 23
+    with zipfile.ZipFile(zipped(folder) / "more.zip", "w") as archive:
+        archive.writestr("again/food/pic003.jpg", b"")
+    with pytest.raises(UserError, match=r"'pic003' .*mjhq30k_imgs\.zip/food/pic003\.png and .*more\.zip/again"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["/food/pic003.png", "./food/pic003.png", "../../food/pic003.png"])
+def test_odd_names_in_a_zip_file_stay_in_it(folder: Path, name: str):
+    path = folder / "food" / "pic003.png"
+    data = path.read_bytes()
+    path.unlink()
+    with zipfile.ZipFile(folder / "odd.zip", "w") as archive:
+        archive.writestr(name, data)
+    assert read_folder(folder)[3].read() == data
+
+
+def test_images_that_are_too_large_or_cannot_be_read_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    example = read_folder(folder)[3]
+    monkeypatch.setattr(mjhq, "MAX_IMAGE_BYTES", 60)
+    with pytest.raises(UserError, match=r"pic003\.png has \d+ bytes, more than 60"):
+        example.read()
+    example.path.unlink()
+    with pytest.raises(UserError, match=r"pic003\.png cannot be read .*No such file"):
+        example.read()
+    with zipfile.ZipFile(folder / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("food/pic003.png", bytes(100_000))
+    with pytest.raises(UserError, match=r"bomb\.zip/food/pic003\.png has 100000 bytes"):
+        read_folder(folder)[3].read()

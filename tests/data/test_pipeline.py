@@ -17,7 +17,8 @@ from imagecodecs import png_encode
 from PIL import Image
 
 from hart_jax.data.batches import Batches
-from hart_jax.data.pipeline import load_captions, make_loader, square_image
+from hart_jax.data.image_files import square_image
+from hart_jax.data.pipeline import load_captions, make_loader
 from hart_jax.data.shards import RecordSource, write_shards
 from hart_jax.errors import UserError
 from tests.data.conftest import make_folder

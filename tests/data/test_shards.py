@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hart_jax.data import shards as shards_module
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.errors import UserError
-from tests.data.conftest import zipped
+from tests.data.conftest import file_size_limit, zipped
 
 
 def test_round_trip(folder: Path, tmp_path: Path):
@@ -38,12 +39,12 @@ def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, mon
     out, write = tmp_path / "out", shards_module._write_shard
     written = []
 
-    def write_and_stop(path: Path, examples: list) -> str:
+    def write_and_stop(path: Path, examples: list, digests: list) -> str:
         if len(written) == 2:
             path.with_name(path.name + ".partial").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(path.name)
-        return write(path, examples)
+        return write(path, examples, digests)
 
     monkeypatch.setattr(shards_module, "_write_shard", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +56,7 @@ def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, mon
     (out / written[1]).write_bytes(b"damaged")
     rewritten = []
     monkeypatch.setattr(
-        shards_module, "_write_shard", lambda path, group: (rewritten.append(path.name), write(path, group))[1]
+        shards_module, "_write_shard", lambda path, *group: (rewritten.append(path.name), write(path, *group))[1]
     )
     write_shards(folder, out, records_per_shard=8)
     assert written[0] not in rewritten and written[1] in rewritten and len(rewritten) == 2
@@ -111,6 +112,109 @@ def test_out_of_another_source_or_with_other_files_is_refused(folder: Path, tmp_
         write_shards(folder, tmp_path / "out", records_per_shard=5)
     with pytest.raises(UserError, match="not empty"):
         write_shards(folder, folder)
+
+
+def recolour(folder: Path, number: int):
+    path = folder / ("animals", "food")[number % 2] / f"pic{number:03d}.png"
+    Image.new("RGB", (32, 32), "white").save(path)
+
+
+def edit(folder: Path, change: Callable[[dict], None]):
+    entries = json.loads((folder / "meta_data.json").read_text())
+    change(entries)
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+
+
+def test_a_source_that_has_changed_is_no_longer_what_the_shards_hold(folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    write_shards(folder, out, records_per_shard=8)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    edit(folder, lambda entries: entries.update({"pic001": dict(reversed(entries["pic001"].items()))}))
+    assert write_shards(folder, out, records_per_shard=8) == 23
+
+    recolour(folder, 3)
+    edit(folder, lambda entries: entries["pic005"].update(prompt="another"))
+    edit(folder, lambda entries: entries.update(pic0220=entries.pop("pic022")))
+    (folder / "animals" / "pic022.png").rename(folder / "animals" / "pic0220.png")
+    message = r"changed: 'pic003', 'pic005'; are new: 'pic0220'; are gone: 'pic022'\)"
+    with pytest.raises(UserError, match=message):
+        write_shards(folder, out, records_per_shard=8)
+    for number in range(0, 12):
+        recolour(folder, number)
+    with pytest.raises(UserError, match=r"changed: 'pic000', .* 'pic004' and 7 more"):
+        write_shards(folder, out, records_per_shard=8)
+    (folder / "food" / "pic007.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"other images"):
+        write_shards(folder, out, records_per_shard=8)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves two of three shards."""
+    write = shards_module._write_shard
+
+    def stop_at_the_third(path: Path, *group) -> str:
+        if "-00002-" in path.name:
+            raise KeyboardInterrupt
+        return write(path, *group)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards_module, "_write_shard", stop_at_the_third)
+        write_shards(folder, out, records_per_shard=8)
+
+
+def remove_two(folder: Path):
+    edit(folder, lambda entries: [entries.pop(f"pic{number:03d}") for number in (4, 5)])
+
+
+def remove_many(folder: Path):
+    edit(folder, lambda entries: [entries.pop(f"pic{number:03d}") for number in range(4, 14)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: recolour(folder, 3),
+        lambda folder: edit(folder, lambda entries: entries["pic009"].update(prompt="mended")),
+        remove_two,
+        remove_many,
+    ],
+)
+def test_an_unfinished_folder_never_mixes_old_and_new(folder: Path, tmp_path: Path, monkeypatch, change):
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    change(folder)
+    write_shards(folder, tmp_path / "out", records_per_shard=8)
+    write_shards(folder, tmp_path / "new", records_per_shard=8)
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert len(list((tmp_path / "new").iterdir())) == len(list((tmp_path / "out").iterdir()))
+
+
+def test_an_image_that_changes_between_check_and_writing(folder: Path, tmp_path: Path, monkeypatch):
+    write = shards_module._write_shard
+
+    def change_before_the_second(path: Path, *group) -> str:
+        if "-00001-" in path.name:
+            recolour(folder, 9)
+        return write(path, *group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_write_shard", change_before_the_second)
+        with pytest.raises(UserError, match=r"pic009\.png has changed since it was checked"):
+            write_shards(folder, tmp_path / "out", records_per_shard=8)
+    write_shards(folder, tmp_path / "out", records_per_shard=8)
+    write_shards(folder, tmp_path / "new", records_per_shard=8)
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (tmp_path / "new" / "SHA256SUMS").read_bytes()
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_broken(folder: Path, tmp_path: Path):
+    write_shards(folder, tmp_path / "whole", records_per_shard=8)
+    size = max(path.stat().st_size for path in (tmp_path / "whole").glob("*.array_record"))
+    with file_size_limit(size - 1), pytest.raises(UserError, match=r"array_record cannot be written .*File too large"):
+        write_shards(folder, tmp_path / "out", records_per_shard=8)
+    assert not list((tmp_path / "out").glob("*.partial"))
+    write_shards(folder, tmp_path / "out", records_per_shard=8)
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (tmp_path / "whole" / "SHA256SUMS").read_bytes()
 
 
 def test_image_that_does_not_decode_stops_before_anything_is_written(folder: Path, tmp_path: Path):

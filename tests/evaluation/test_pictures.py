@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hart_jax.data.shards import write_shards
+from hart_jax.data.shards import verify, write_shards
 from hart_jax.errors import UserError
 from hart_jax.evaluation.parts import Compiled, rows_of
 from hart_jax.evaluation.pictures import Chosen, Described, choose, decode, open_pictures
@@ -90,6 +90,28 @@ def test_pictures_are_squares_or_as_they_are(tmp_path):
     for size in (0, 4):
         with pytest.raises(UserError, match="picture torn: does not decode"):
             decode(data[:40], size, "torn")
+
+
+def test_an_image_of_a_zip_file_that_cannot_be_read_is_named(tmp_path):
+    file = next(path for path in sorted(EMOJI.glob("*/*.png")))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(file, f"{file.parent.name}/{file.name}")
+    entry = {"category": file.parent.name, "prompt": "a thing"}
+    (tmp_path / "meta_data.json").write_text(json.dumps({file.stem: entry}))
+    data = bytearray((tmp_path / "images.zip").read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "images.zip").write_bytes(data)
+    pictures = open_pictures(tmp_path)
+    with pytest.raises(UserError, match=rf"images\.zip/.*{file.name} cannot be read \(Bad CRC-32"):
+        rows_of(pictures, 0, mean_colour(), tmp_path / "kept")
+
+
+def test_shards_without_their_checksums_are_refused(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "copy")
+    (tmp_path / "copy" / "SHA256SUMS").unlink()
+    for function in (open_pictures, verify):
+        with pytest.raises(UserError, match="copy needs SHA256SUMS"):
+            function(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("content", [None, "empty", "file"])
