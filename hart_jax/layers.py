@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from hart_jax import quantized
 from hart_jax.quantized import Int8
@@ -63,6 +64,25 @@ def lookup(table: jax.Array | Int8, index: jax.Array) -> jax.Array:
     return quantized.lookup(table, index) if isinstance(table, Int8) else jnp.asarray(table)[index]
 
 
+def lookup_rows(table_VW: jax.Array | Int8, index_BT: jax.Array, axis: str = "embed") -> jax.Array:
+    """`lookup` of a batch in a table with the logical axes (vocab, `axis`), split by rows as `split_rows` does.
+
+    Where mesh axes split both the batch and the table's width, a device looks up its part of the width for the rows of
+    all these devices, which then exchange parts. Left alone, the compiler makes the whole batch's rows whole on each.
+    """
+    mesh, width = jax.sharding.get_abstract_mesh(), _mesh_axes(axis)
+    if table_VW.shape[1] % math.prod(mesh.shape[name] for name in width):
+        width = ()
+    others = tuple(name for name in _mesh_axes("batch") if name not in width)
+    if len(others) < len(_mesh_axes("batch")):
+        index_BT = jax.lax.with_sharding_constraint(index_BT, PartitionSpec(others or None))
+        x_BTW = lookup(table_VW, index_BT)
+        x_BTW = jax.lax.with_sharding_constraint(x_BTW, PartitionSpec(others or None, None, width))
+    else:
+        x_BTW = lookup(table_VW, index_BT)
+    return split_rows(x_BTW)
+
+
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x + bias in the type of x, added in float32, as is the bias's gradient."""
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
@@ -96,9 +116,13 @@ def split_rows(x: jax.Array) -> jax.Array:
 def parts(*axes: str) -> int:
     """Into how many parts an array with these logical axes is split, by the mesh and rules that it is traced under."""
     mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _mesh_axes(*axes))
+
+
+def _mesh_axes(*axes: str) -> tuple[str, ...]:
+    """The mesh axes that split an array with these logical axes."""
     spec = nn.logical_to_mesh_axes(axes) or ()
-    split = [name for names in spec for name in ((names,) if isinstance(names, str) else names or ())]
-    return math.prod(mesh.shape[name] for name in split)
+    return tuple(name for names in spec for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def dense(

@@ -148,6 +148,11 @@ class Placement:
             yield
 
 
+def tracing(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
+    """`placement.tracing()`, or nothing where there is no mesh."""
+    return placement.tracing() if placement else contextlib.nullcontext()
+
+
 def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
     """Which rows of a global batch this process's devices hold, ascending."""
     slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
@@ -173,6 +178,18 @@ def on_mesh(tree: Any, places: Any) -> Any:
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     return jax.tree.map(put, tree, places)
+
+
+def padded_batch(placement: Placement, tree: Any) -> Any:
+    """Host arrays (n, ...), the same in every process, as a global batch: the last row again until the parts divide n.
+
+    Returns arrays (n + m, ...) that lie as `placement.batch`, m < `placement.batch_parts`.
+    """
+
+    def pad(array: np.ndarray) -> np.ndarray:
+        return np.pad(array, ((0, -len(array) % placement.batch_parts), *[(0, 0)] * (array.ndim - 1)), "edge")
+
+    return on_mesh(jax.tree.map(pad, tree), placement.batch)
 
 
 def on_host(tree: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from hart_jax.config import read_json
 from hart_jax.errors import UserError
+from hart_jax.parallel.mesh import Placement
 
 # The module of each `model_type` has `load(folder, ...) -> TextEncoder`; imported only when it is asked for.
 _MODULES = {
@@ -52,9 +53,11 @@ class TextEncoder(abc.ABC):
 
     Attributes:
       context_dim: D, the width of the states.
+      placement: how weights and batches lie on a mesh; None: all on the default device.
     """
 
     context_dim: int
+    placement: Placement | None
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
@@ -69,7 +72,17 @@ class TextEncoder(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
-        """States_BTD (float32) of tokens; compiled once per shape. Padding is not attended to."""
+        """States_BTD (float32) of tokens; compiled once per shape. Padding is not attended to.
+
+        On a mesh every process gives the same tokens, and the states are whole on every device.
+        """
+
+    @abc.abstractmethod
+    def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        """States_BTD (float32) of tokens that are on the devices already; nothing goes through the host.
+
+        On a mesh tokens and states lie as `placement.batch` has them, and every process calls it in the same order.
+        """
 
     def __call__(self, prompts: Sequence[str], length: int) -> TextStates:
         """Tokenizes and encodes `prompts` for a context of `length` positions."""

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.layers import RMSNorm, dense, lookup, split_rows
+from hart_jax.layers import RMSNorm, dense, lookup_rows, split_rows
 from hart_jax.transformer.rotary import turn, turns
 
 
@@ -157,7 +157,7 @@ class Qwen2(nn.Module):
         config = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         table_VW = self.param("embedding", init, (config.vocab_size, config.hidden_size))
-        x_BTW = split_rows(lookup(table_VW, input_ids_BT).astype(self.dtype))
+        x_BTW = lookup_rows(table_VW, input_ids_BT).astype(self.dtype)
         start, length = prefix.keys.shape[2], input_ids_BT.shape[1]
         causal_TT = np.tri(length, dtype=bool)
         visible_BTM = jnp.pad(causal_TT & (mask_BT[:, None] > 0), ((0, 0), (0, 0), (start, 0)), constant_values=True)

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from hart_jax.config import read_json
 from hart_jax.convert.qwen2 import read_qwen2, stored_params
 from hart_jax.errors import UserError
-from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.mesh import Placement, on_mesh, padded_batch, tracing
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text.encoder import TextEncoder
+from hart_jax.text.program import make_encode
 from hart_jax.text.prompts import check_prompts
 from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params, no_prefix
 from hart_jax.text.system_prompt import read_system_prompt
@@ -76,10 +77,13 @@ class Qwen2Encoder(TextEncoder):
         self.context_dim = config.hidden_size
         self.params = params
         self._tokenizer, self._system_prompt, self._dtype = tokenizer, system_prompt, dtype
-        self._placement, self._prefixes = placement, dict[int, KeyValues]()
+        self.placement, self._prefixes = placement, dict[int, KeyValues]()
+        self._encode = make_encode(config, dtype, placement)
+        self._encode_batch = make_encode(config, dtype, placement, split=True)
         model, place = Qwen2(config, dtype), placement.whole if placement else None
-        self._states = jax.jit(lambda *inputs: model.apply(*inputs)[0], out_shardings=place)
-        self._key_values = jax.jit(lambda *inputs: model.apply(*inputs)[1], out_shardings=place)
+        self._key_values = jax.jit(
+            lambda params, *inputs: model.apply({"params": params}, *inputs)[1], out_shardings=place
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}
@@ -111,10 +115,15 @@ class Qwen2Encoder(TextEncoder):
         count, length = input_ids_BT.shape
         prefix, rows = self._prefix(length), ROWS_PER_DEVICE * self._batch_parts
         parts = [
-            self._run(self._states, input_ids_BT[start : start + rows], mask_BT[start : start + rows], prefix)
+            self._run(self._encode, input_ids_BT[start : start + rows], mask_BT[start : start + rows], prefix)
             for start in range(0, count, rows)
         ]
         return (jnp.concatenate(parts) if len(parts) > 1 else parts[0])[:count]
+
+    def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
+        prefix = self._prefix(input_ids_BN.shape[1])
+        with tracing(self.placement):
+            return self._encode_batch(self.params, input_ids_BN, mask_BN, prefix)
 
     def _prefix(self, length: int) -> KeyValues:
         ids = self._tokenizer(self._system_prompt, length)[0] if self._system_prompt else []
@@ -130,16 +139,14 @@ class Qwen2Encoder(TextEncoder):
 
     @property
     def _batch_parts(self) -> int:
-        return self._placement.batch_parts if self._placement else 1
+        return self.placement.batch_parts if self.placement else 1
 
     def _run(self, function: Any, input_ids_BT: np.ndarray, mask_BT: np.ndarray, prefix: KeyValues) -> Any:
         """`function` of a batch, on a mesh with its last row repeated until the devices divide it."""
-        if self._placement is None:
-            return function({"params": self.params}, input_ids_BT, mask_BT, prefix)
-        more = -len(input_ids_BT) % self._batch_parts
-        padded = [np.pad(array, ((0, more), (0, 0)), "edge") for array in (input_ids_BT, mask_BT)]
-        with self._placement.tracing():
-            return function({"params": self.params}, *on_mesh(padded, self._placement.batch), prefix)
+        if self.placement is None:
+            return function(self.params, input_ids_BT, mask_BT, prefix)
+        with self.placement.tracing():
+            return function(self.params, *padded_batch(self.placement, (input_ids_BT, mask_BT)), prefix)
 
 
 def load(

@@ -12,7 +12,7 @@ from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
 from hart_jax.generate import keep_top
 from hart_jax.images import from_uint8
-from hart_jax.layers import parts, split_rows
+from hart_jax.parallel.rounds import in_rounds
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts
@@ -28,24 +28,9 @@ MAX_PIXELS = 2**20
 def tokens_of(tokenizer: Tokenizer, params: Params, image_BHWC: jax.Array) -> Tokens:
     """The tokens of images (uint8), computed for `MAX_PIXELS` of each device at a time."""
     encode = functools.partial(tokenizer.apply, {"params": params}, method="tokens")
-    batch, height, width, _ = image_BHWC.shape
-    devices = parts("batch")
-    each = batch // devices
+    _, height, width, _ = image_BHWC.shape
     at_once = max(1, MAX_PIXELS // (height * width))
-    rounds = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= at_once)
-    if rounds == 1:
-        return encode(from_uint8(image_BHWC))
-
-    def to_rounds(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(devices, rounds, each // rounds, *x.shape[1:]), 1, 0)
-        return x.reshape(rounds, batch // rounds, *x.shape[3:])
-
-    def from_rounds(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(rounds, devices, each // rounds, *x.shape[2:]), 0, 1)
-        return split_rows(x.reshape(batch, *x.shape[3:]))
-
-    rounds_of_tokens = jax.lax.map(lambda image: encode(from_uint8(split_rows(image))), to_rounds(image_BHWC))
-    return jax.tree.map(from_rounds, rounds_of_tokens)
+    return in_rounds(lambda image: encode(from_uint8(image)), image_BHWC, at_once)
 
 
 def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:

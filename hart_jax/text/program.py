@@ -1,0 +1,133 @@
+"""Encoding tokens as a function laid out over a mesh: text encoders run it on prompts, a plan compiles it.
+
+Letters as in `hart_jax.text.encoder`, and P tokens of a system prompt.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from hart_jax.convert.qwen2 import stored_params
+from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.rounds import in_rounds
+from hart_jax.parallel.rules import parameter_axes
+from hart_jax.text import minilm_model, qwen2
+from hart_jax.text.minilm_model import MiniLM, MiniLMConfig
+from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config
+
+EncoderConfig = MiniLMConfig | Qwen2Config
+
+# A device encodes so many prompts at a time that their logits take no more: 41 of 12 heads, 300 tokens and 450 keys.
+LOGITS_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeProgram:
+    """Encoding a batch on all devices of a mesh.
+
+    `encode` is jitted, (params, input_ids_BN, mask_BN, prefix) -> states_BTD; `arguments` are the shapes of these with
+    where they lie. Trace it within `placement.tracing()`, or by `trace`.
+    """
+
+    encode: Any
+    arguments: tuple[Any, ...]
+    placement: Placement
+
+    def trace(self) -> Any:
+        """The program, traced for its arguments: to be lowered, compiled or counted."""
+        with self.placement.tracing():
+            return self.encode.trace(*self.arguments)
+
+
+def encode_program(
+    config: EncoderConfig,
+    placement: Placement,
+    batch_size: int,
+    length: int,
+    dtype: str = "float32",
+    prefix_tokens: int = 0,
+    split: bool = True,
+) -> EncodeProgram:
+    """The program by which an encoder of this config encodes a batch; nothing is allocated.
+
+    Args:
+      config: of the text encoder.
+      placement: of its weights and of the batch.
+      batch_size: B, a multiple of `placement.batch_parts`.
+      length: T.
+      dtype: as `hart_jax.text.qwen2_encoder.load` takes it; a MiniLM is always float32.
+      prefix_tokens: P.
+      split: states lie as `placement.batch` (training); otherwise whole on every device (drawing).
+    """
+    weights = _at(_shapes(config, dtype), _places(config, dtype, placement))
+    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=placement.batch)
+    prefix = None
+    if isinstance(config, Qwen2Config):
+        heads = config.num_hidden_layers, 1, prefix_tokens, config.num_key_value_heads, config.head_dim
+        before: Any = jax.ShapeDtypeStruct(heads, _compute(dtype), sharding=placement.whole)
+        prefix = KeyValues(before, before)
+    encode = make_encode(config, _compute(dtype), placement, split=split)
+    return EncodeProgram(encode, (weights, tokens, tokens, prefix), placement)
+
+
+def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, *, split: bool = False) -> Any:
+    """The jitted function (params, input_ids_BN, mask_BN, prefix) -> states_BTD (float32); `dtype` is the compute type.
+
+    A MiniLM's prefix is None. On a mesh it is called within `placement.tracing()`; the states are then whole on every
+    device, or, if `split`, lie as `placement.batch`, each device encoding some of its rows after the others where their
+    logits are many.
+    """
+    states_of = _states_of(config, jnp.dtype(dtype))
+
+    def encode(params: Any, input_ids_BN: jax.Array, mask_BN: jax.Array, prefix: KeyValues | None) -> jax.Array:
+        if not split:
+            return states_of(params, input_ids_BN, mask_BN, prefix)
+        length = input_ids_BN.shape[1]
+        keys = length + (prefix.keys.shape[2] if prefix else 0)
+        at_once = max(1, LOGITS_BYTES // (4 * config.num_attention_heads * length * keys))
+        return in_rounds(lambda part: states_of(params, *part, prefix), (input_ids_BN, mask_BN), at_once)
+
+    place = None if placement is None else placement.batch if split else placement.whole
+    return jax.jit(encode, out_shardings=place)
+
+
+def put_params(config: EncoderConfig, params: Any, placement: Placement | None) -> Any:
+    """Host parameters on the default device, or laid out over a mesh by its rules."""
+    if placement is None:
+        return jax.tree.map(jnp.asarray, params)
+    return on_mesh(params, placement.state(params, parameter_axes(_boxed(config))))
+
+
+def _states_of(config: EncoderConfig, dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    if isinstance(config, MiniLMConfig):
+        small = MiniLM(config)
+        return lambda params, ids_BN, mask_BN, _: small.apply({"params": params}, ids_BN, mask_BN)
+    large = Qwen2(config, dtype)
+    return lambda params, ids_BN, mask_BN, prefix: large.apply({"params": params}, ids_BN, mask_BN, prefix)[0]
+
+
+def _compute(dtype: str) -> str:
+    """The compute type of weights of this type, on an accelerator."""
+    return "bfloat16" if dtype == "int8" else dtype
+
+
+def _boxed(config: EncoderConfig) -> Any:
+    return (minilm_model if isinstance(config, MiniLMConfig) else qwen2).abstract_params(config)
+
+
+def _shapes(config: EncoderConfig, dtype: str) -> Any:
+    if isinstance(config, MiniLMConfig):
+        return nn.meta.unbox(_boxed(config))
+    return stored_params(config, jnp.dtype(dtype))
+
+
+def _places(config: EncoderConfig, dtype: str, placement: Placement) -> Any:
+    return placement.state(_shapes(config, dtype), parameter_axes(_boxed(config)))
+
+
+def _at(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
