@@ -180,18 +180,6 @@ def on_mesh(tree: Any, places: Any) -> Any:
     return jax.tree.map(put, tree, places)
 
 
-def padded_batch(placement: Placement, tree: Any) -> Any:
-    """Host arrays (n, ...), the same in every process, as a global batch: the last row again until the parts divide n.
-
-    Returns arrays (n + m, ...) that lie as `placement.batch`, m < `placement.batch_parts`.
-    """
-
-    def pad(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, ((0, -len(array) % placement.batch_parts), *[(0, 0)] * (array.ndim - 1)), "edge")
-
-    return on_mesh(jax.tree.map(pad, tree), placement.batch)
-
-
 def on_host(tree: Any) -> Any:
     """Global arrays as whole host arrays in every process; every process must call it."""
     if jax.process_count() == 1:

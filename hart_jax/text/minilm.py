@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from hart_jax.config import read_json
 from hart_jax.errors import UserError, run_cli
-from hart_jax.parallel.mesh import Placement, padded_batch, tracing
+from hart_jax.parallel.mesh import Placement, tracing
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
@@ -82,7 +82,7 @@ class MiniLMEncoder(TextEncoder):
     def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
         if self.placement is None:
             return self._encode(self.params, input_ids_BN, mask_BN, None)
-        padded = padded_batch(self.placement, (np.asarray(input_ids_BN), np.asarray(mask_BN)))
+        padded = self.placement.filled((input_ids_BN, mask_BN))
         with self.placement.tracing():
             return self._encode(self.params, *padded, None)[: len(input_ids_BN)]
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from hart_jax.config import read_json
 from hart_jax.convert.qwen2 import read_qwen2, stored_params
 from hart_jax.errors import UserError
-from hart_jax.parallel.mesh import Placement, on_mesh, padded_batch, tracing
+from hart_jax.parallel.mesh import Placement, on_mesh, tracing
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.program import make_encode
@@ -146,7 +146,7 @@ class Qwen2Encoder(TextEncoder):
         if self.placement is None:
             return function(self.params, input_ids_BT, mask_BT, prefix)
         with self.placement.tracing():
-            return function(self.params, *padded_batch(self.placement, (input_ids_BT, mask_BT)), prefix)
+            return function(self.params, *self.placement.filled((input_ids_BT, mask_BT)), prefix)
 
 
 def load(
