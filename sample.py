@@ -56,7 +56,7 @@ def settings(experiment: HartExperiment) -> SampleConfig:
         "weights": _WEIGHTS.value,
     }
     changed = dataclasses.replace(experiment.sample, **{k: v for k, v in changes.items() if v is not None})
-    changed.check_vocabulary(experiment.tokenizer.vocab_size)
+    changed.check_fits(experiment.tokenizer)
     return changed
 
 

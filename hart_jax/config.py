@@ -7,12 +7,14 @@ scales, C latent channels, V codebook size, W transformer width, H heads, K head
 import dataclasses
 import itertools
 import json
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from hart_jax.errors import UserError
+from hart_jax.files import check_readable
 
 # What is computed in: see `hart_jax.training.state.compute_dtype`.
 DTYPES = ("auto", "float32", "bfloat16")
@@ -51,6 +53,9 @@ class Settings:
                     value = tuple(float(entry) if type(entry) is int else entry for entry in value)
                 fits = all(type(entry) is item for entry in value)
                 _require(fits, f"{cls.__name__}.{name}={value!r}: expected a tuple of {item.__name__}")
+            for number in value if isinstance(value, tuple) else (value,):
+                finite = not isinstance(number, float) or math.isfinite(number)
+                _require(finite, f"{cls.__name__}.{name}={value!r}: must be finite")
             arguments[name] = value
         return cls(**arguments)
 
@@ -230,15 +235,22 @@ def check_fit(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` if it is missing or is not one."""
+    """A JSON object from a file; `UserError` if it is missing or is not one, or holds NaN or an infinity."""
+    check_readable(path)
     try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite, parse_float=_finite)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
     _require(isinstance(values, dict), f"{path}: expected a JSON object")
     return values
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _not_finite(text)
+
+
+def _not_finite(text: str) -> float:
+    raise ValueError(f"{text} is no finite number")
 
 
 @dataclasses.dataclass(frozen=True)

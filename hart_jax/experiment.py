@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009 - settings are frozen, so a shared default is safe
 
 import dataclasses
+import math
 import runpy
 import traceback
 from collections.abc import Mapping
@@ -98,8 +99,8 @@ class SampleConfig(Settings):
             f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
             f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
             f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
-            f"temperature={self.temperature}: must be above 0": self.temperature > 0,
-            f"cfg={self.cfg}: must be 0 or more": self.cfg >= 0,
+            f"temperature={self.temperature}: must be above 0 and finite": 0 < self.temperature < math.inf,
+            f"cfg={self.cfg}: must be 0 or more and finite": 0 <= self.cfg < math.inf,
             f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
             f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
             f"weights={self.weights!r}: must be one of {', '.join(WEIGHTS)}": self.weights in WEIGHTS,
@@ -110,8 +111,14 @@ class SampleConfig(Settings):
             if not ok:
                 raise UserError(message)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises `UserError` if top-k keeps more than there is."""
+    def check_fits(self, config: TokenizerConfig | TransformerConfig) -> None:
+        """Raises `UserError` if top-k keeps more codes than there are, or there are more iterations than positions."""
+        vocab_size, positions = config.vocab_size, config.patch_nums[-1] ** 2
+        if self.masked_iterations > positions:
+            raise UserError(
+                f"masked_iterations={self.masked_iterations}: the last scale has {positions} positions; "
+                "give at most that"
+            )
         for name in ("top_k", "top_k_late"):
             if getattr(self, name) > vocab_size:
                 raise UserError(f"{name}={getattr(self, name)}: the codebook has {vocab_size} codes; give at most that")
@@ -148,7 +155,7 @@ class HartExperiment(Settings):
 
     def __post_init__(self) -> None:
         check_fit(self.tokenizer, self.transformer)
-        self.sample.check_vocabulary(self.tokenizer.vocab_size)
+        self.sample.check_fits(self.tokenizer)
         if self.precompute_tokens and self.data.flip:
             raise UserError("precompute_tokens=True keeps tokens of images as they are: set data.flip=False")
         if self.loss.condition_top_k > self.tokenizer.vocab_size:

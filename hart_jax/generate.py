@@ -123,7 +123,7 @@ class _Stages:
         layered: bool = False,
         watch: "Watch | None" = None,
     ):
-        settings.check_vocabulary(hart.config.vocab_size)
+        settings.check_fits(hart.config)
         self._hart, self._tokenizer, self._settings, self._layered = hart, tokenizer, settings, layered
         self._config, self._sides, self._watch = hart.config, hart.config.patch_nums, watch
         self._programs: dict[Any, Callable[..., Any]] = {}

@@ -5,13 +5,16 @@ beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axi
 is float32.
 """
 
+import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import linen as nn
@@ -20,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hart_jax.errors import UserError
+from hart_jax.files import check_readable, whole_file
 
 DTYPES = ("float32", "bfloat16", "int8")
 _SCALE_SUFFIX = ".int8_scale"
@@ -79,11 +83,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       UserError: the file is missing, cut short, or not safetensors.
     """
-    if not Path(path).is_file():
-        raise UserError(f"weight file {path} does not exist")
+    check_readable(path, "weight file")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"weight file {path} is cut short or not a safetensors file ({error})") from error
 
 
@@ -93,6 +96,7 @@ def map_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: the file is missing, cut short, not safetensors, or not of float32.
     """
+    check_readable(path, "weight file")
     try:
         with Path(path).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -113,15 +117,16 @@ def map_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Checks that `loaded` has exactly the names and shapes of `expected` (e.g. the output of `jax.eval_shape`).
+    """Checks that `loaded` has exactly the names and shapes of `expected` (e.g. the output of `jax.eval_shape`), and no
+    number that is not finite (0.05 s a GiB).
 
     Args:
-      loaded: nested dict of arrays.
+      loaded: nested dict of arrays, or of anything with a `shape`, whose numbers are then not looked at.
       expected: nested dict of anything with a `shape`, Flax boxes allowed.
       what: what is being checked, for the message, e.g. "transformer weights in model/transformer".
 
     Raises:
-      UserError: names the first few missing, unexpected and mis-shaped arrays.
+      UserError: names the first few missing, unexpected and mis-shaped arrays, or the first with such a number.
     """
     have = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(loaded))}
     want = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(expected))}
@@ -136,6 +141,40 @@ def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str
     ]
     if problems:
         raise UserError(f"{what}: checkpoint of another model: {'; '.join(problems)}; check that the config is its own")
+    for name, value in _flatten(nn.meta.unbox(loaded)):
+        check_finite(value, f"{what}: array {name}")
+
+
+def check_finite(array: Any, what: str) -> None:
+    """Raises `UserError`, beginning with `what`, where an array of NumPy or JAX holds NaN or an infinity."""
+    if isinstance(array, jax.Array) and array.is_fully_addressable and jnp.issubdtype(array.dtype, jnp.floating):
+        ok = bool(jnp.isfinite(array).all())
+    elif isinstance(array, np.ndarray) and array.dtype == ml_dtypes.bfloat16:
+        ok = not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    elif isinstance(array, np.ndarray) and _is_float(array):
+        with np.errstate(over="ignore", invalid="ignore"):
+            # What is not finite makes the sum so; a sum may also be too large for its type.
+            ok = bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+    else:
+        ok = True
+    if not ok:
+        raise UserError(f"{what} has values that are not finite: the file is damaged, or its training had diverged")
+
+
+def tree_digest(*trees: Any) -> str:
+    """16 hexadecimal digits of all names, types, shapes and bytes of nested dicts of arrays (about 0.6 s a GiB and
+    core)."""
+    named = [(f"{number}/{name}", value) for number, tree in enumerate(trees) for name, value in _flatten(tree)]
+
+    def one(entry: tuple[str, Any]) -> str:
+        name, array = entry[0], np.asarray(entry[1])
+        digest = hashlib.sha256(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(one, sorted(named, key=lambda entry: entry[0])))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,15 +217,8 @@ def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _replace_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_safetensors(file, tensors)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        _write_safetensors(file, tensors)
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:

@@ -205,6 +205,13 @@ def test_transformer_of_another_tokenizer(name, value):
         check_fit(TokenizerConfig(), TransformerConfig(**{name: value}))
 
 
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[" * 100_000])
+def test_json_of_numbers_that_are_not_finite(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
+        read_json(tmp_path / "config.json")
+
+
 def test_read_json(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"config\.json: no such file"):
@@ -215,5 +222,5 @@ def test_read_json(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             read_json(path)
-    with pytest.raises(UserError, match="not a readable JSON"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path)

@@ -1,5 +1,6 @@
 """Experiments: read from config files, checked as a whole."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -112,9 +113,24 @@ def test_bad_sampling_settings(values, named):
 
 @pytest.mark.parametrize("name", ["top_k", "top_k_late"])
 def test_top_k_over_the_vocabulary(name):
-    SampleConfig(**{name: 4096}).check_vocabulary(4096)
+    SampleConfig(**{name: 4096}).check_fits(TokenizerConfig())
     with pytest.raises(UserError, match=f"^{name}=4097: the codebook has 4096 codes"):
         HartExperiment(sample=SampleConfig(**{name: 4097}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("cfg", math.inf), ("temperature", math.inf), ("cfg", math.nan)])
+def test_settings_are_finite(name, value):
+    for make in (lambda values: SampleConfig(**values), SampleConfig.from_dict):
+        with pytest.raises(UserError, match=f"{name}={value}: must be .*"):
+            make({name: value})
+    with pytest.raises(UserError, match=r"TransformerConfig\.norm_eps=inf: must be finite"):
+        TransformerConfig.from_dict({"norm_eps": math.inf})
+
+
+def test_more_iterations_than_positions():
+    HartExperiment(sample=SampleConfig(masked_iterations=256))
+    with pytest.raises(UserError, match=r"masked_iterations=257: the last scale has 256 positions"):
+        HartExperiment(sample=SampleConfig(masked_iterations=257))
 
 
 def test_condition_top_k_over_the_vocabulary():

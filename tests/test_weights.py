@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.weights import check_tree, load_weights, save_weights
+from hart_jax.weights import check_tree, load_weights, save_weights, tree_digest
 
 
 def _params(seed=0):
@@ -72,7 +73,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_missing_cut_or_foreign_files_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="none: no such weight file"):
         load_weights(tmp_path / "none")
     save_weights(tmp_path / "m", _params())
     whole = (tmp_path / "m").read_bytes()
@@ -89,3 +90,27 @@ def test_check_tree_names_what_differs():
     check_tree(good, expected, "head")
     with pytest.raises(UserError, match=r"head.*1 missing \(bias\); 1 unexpected \(extra/a\); .*kernel \(4, 3\)"):
         check_tree({"kernel": np.zeros((4, 3)), "extra": {"a": np.zeros(1)}}, expected, "head")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_named(bad):
+    tree = {"a": {"kernel": np.ones((3, 4), np.float32)}, "b": np.arange(3)}
+    expected = {"a": {"kernel": np.zeros((3, 4))}, "b": np.zeros(3)}
+    check_tree(tree, expected, "weights")
+    check_tree({**tree, "a": {"kernel": np.full((3, 4), 3e38, np.float32)}}, expected, "weights")
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, jnp.float32):
+        kernel = np.ones((3, 4), dtype)
+        kernel[1, 2] = bad
+        wrong = jnp.asarray(kernel) if dtype is jnp.float32 else kernel
+        with pytest.raises(UserError, match=r"^weights: array a/kernel has values that are not finite"):
+            check_tree({**tree, "a": {"kernel": wrong}}, expected, "weights")
+
+
+def test_a_digest_is_of_every_number_and_name():
+    tree = {"a": {"kernel": np.ones((300, 40), np.float32)}, "b": np.zeros(2)}
+    digest = tree_digest(tree)
+    assert tree_digest({"b": tree["b"], "a": {"kernel": jnp.ones((300, 40))}}) == digest
+    changed = tree["a"]["kernel"].copy()
+    changed[299, 39] += 1
+    others = [{**tree, "a": {"kernel": changed}}, {"a": tree["a"], "c": tree["b"]}, {**tree, "b": np.zeros((2, 1))}]
+    assert len({digest, *map(tree_digest, others), tree_digest(tree, tree)}) == 5

@@ -62,7 +62,9 @@ def test_another_release_is_converted_anew(release, converted):
     assert cached_folder(Path(copied)) != cached_folder(release)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "emptied", "without a config", "of another shape"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "emptied", "without a config", "of another shape", "one byte", "no checksums"]
+)
 def test_a_damaged_cache_is_made_again(pristine, converted, capsys, damage):
     expected = read_released_cached(pristine)
     folder = cached_folder(pristine)
@@ -73,8 +75,16 @@ def test_a_damaged_cache_is_made_again(pristine, converted, capsys, damage):
         os.truncate(weights, 0)
     elif damage == "without a config":
         (folder / "tokenizer/config.json").unlink()
-    else:
+    elif damage == "of another shape":
         edit_config(folder / "transformer/config.json", depth=3)
+    elif damage == "one byte":
+        with weights.open("r+b") as file:
+            file.seek(-101, os.SEEK_END)
+            before = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([before ^ 1]))
+    else:
+        (folder / "checksums.json").unlink()
     capsys.readouterr()
     assert same(read_released_cached(pristine), read_released(pristine))
     assert "are damaged and made again" in capsys.readouterr().err

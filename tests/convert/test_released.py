@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from hart_jax.convert.cache import read_released_cached
 from hart_jax.convert.released import (
     is_released,
     is_released_tokenizer,
@@ -288,3 +289,39 @@ def test_missing_and_damaged_files(release, tmp_path):
     (release / "llm/config.json").write_text("{")
     with pytest.raises(UserError, match=r"llm/config\.json: not a readable JSON file"):
         read_released(release)
+
+
+def test_a_number_that_is_not_finite_is_named(release):
+    def damage(tensors):
+        tensors["head.weight"][1, 2] = np.nan
+
+    edit_tensors(release / LLM, damage)
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor 'head\.weight' has values that are not finite"):
+        read_released(release)
+    edit_config(release / "llm/config.json", norm_eps=float("nan"))
+    with pytest.raises(UserError, match=r"llm/config\.json: not a readable JSON file \(NaN is no finite number\)"):
+        read_released(release)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_a_wrapper_in_training_has_lengthened(pristine, release, prefix):
+    save_file({prefix + name: tensor for name, tensor in load_file(release / LLM).items()}, release / LLM)
+    wrapped, plain = read_released(release), read_released(pristine)
+    assert jax.tree.all(jax.tree.map(np.array_equal, wrapped.transformer, plain.transformer))
+
+
+@pytest.mark.parametrize("name", ["llm/model.safetensors", "tokenizer/config.json"])
+def test_a_file_that_git_did_not_fetch_is_named(release, name):
+    (release / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{name}: a git-LFS pointer instead of the .*git lfs pull"):
+        read_released(release)
+
+
+@pytest.mark.parametrize("entry", [3, ["x"], "../x.safetensors", "/x.safetensors", "model.safetensors.index.json"])
+def test_an_index_names_files_beside_it_and_nothing_else(release, entry):
+    index = release / "llm/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"head.weight": entry}}))
+    (release / LLM).unlink()
+    for read in (read_released, read_released_cached):
+        with pytest.raises(UserError, match=r"index\.json: tensor 'head\.weight' is said to be in .*, which is no"):
+            read(release)
