@@ -3,11 +3,14 @@
 A workdir holds
 
     config.json            the whole configuration, written when the run starts
-    checkpoints/<step>/    one directory per complete checkpoint: `state` (arrays), `data` (position in the data) and
-                           `log` (JSON: what the run has not logged yet)
+    checkpoints/<step>/    one directory per complete checkpoint: `state` (arrays), `data` (position in the data),
+                           `log` (JSON: what the run has not logged yet) and `digests` (JSON: of all of these)
 
 Orbax writes a checkpoint under a temporary name and renames it when every byte is there, so a run killed at any moment
 leaves complete checkpoints and temporary directories, which are ignored when reading and removed when training resumes.
+
+The digests are looked at when a checkpoint is read (`hart_jax.digests`), so that a flipped bit counts as damage. One
+that was saved without them is read as it is.
 """
 
 import json
@@ -18,19 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
+from hart_jax.parallel.agree import gather_texts
+from hart_jax.restoring import (
+    check_field,
+    check_items,
+    digests_of,
+    first_line,
+    flat,
+    orbax_context,
+    read_field,
+    read_items,
+    read_together,
+)
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
 UNREADABLE_SUFFIX = ".unreadable"
-# Replicas share the writing of an array from so much for each of them.
-SHARED_BYTES = 1 << 20
 _ABSENT = "(absent)"
 
 
@@ -81,7 +91,7 @@ class Checkpoints:
         _write_config(workdir, config)
         self._orbax = ocp.training.Checkpointer(
             directory,
-            context=_context(),
+            context=orbax_context(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_preservation(keep, keep_every, keep_best),
             cleanup_tmp_directories=True,
@@ -120,7 +130,7 @@ class Checkpoints:
         """
         if (step % self.save_every and not force) or step == self.latest_step:
             return False
-        items = {"state": state, "data": data_iterator, "log": log}
+        items = {"state": state, "data": data_iterator, "log": log, "digests": digests_of(state, data_iterator, log)}
         items = {name: item for name, item in items.items() if item is not None}
         self._orbax.save_checkpointables_async(step, items, force=True, metrics=self._measured(metrics))
         return True
@@ -134,10 +144,11 @@ class Checkpoints:
         return {self._keep_best: value} if math.isfinite(value) else None
 
     def restore(self, abstract_state: Any, data_iterator: Iterator | None = None) -> Restored | None:
-        """Restores the latest readable checkpoint.
+        """Restores the latest checkpoint that every process can read; all of them restore the same one.
 
-        A checkpoint that cannot be read is reported and set aside as `<step>.unreadable`, so that the run can write
-        that step again; the one before it is used.
+        A checkpoint that is damaged, in the eyes of any process, is reported and set aside as `<step>.unreadable`, so
+        that the run can write that step again; the one before it is used. Where the reading itself fails (a mount, the
+        network, memory) it is tried again, then an error, and nothing is renamed.
 
         Args:
           abstract_state: the state's pytree with `jax.ShapeDtypeStruct` (or array) leaves; a leaf's sharding, where it
@@ -148,25 +159,23 @@ class Checkpoints:
           the checkpoint, or None where there is none.
 
         Raises:
-          UserError: there are checkpoints and none of them can be read.
+          UserError: all checkpoints that there are are damaged; or one holds other arrays, or cannot be read now.
         """
         items = {"state": jax.tree.map(_with_sharding, abstract_state)}
         if data_iterator is not None:
             items["data"] = data_iterator
-        unreadable: list[int] = []
-        for step in sorted((checkpoint.step for checkpoint in self._orbax.checkpoints), reverse=True):
-            has_log = (self._orbax.directory / str(step) / "log").exists()
-            try:
-                loaded = self._orbax.load_checkpointables(step, items | ({"log": None} if has_log else {}))
-            except Exception as error:  # Orbax, TensorStore and Grain each raise their own kinds
-                print(f"warning: checkpoint {self._orbax.directory / str(step)} cannot be read: {_first_line(error)}")
-                unreadable.append(step)
+        directory = Path(self._orbax.directory)
+        damaged: list[int] = []
+        for step in _steps_of_all(directory):
+            loaded = read_together(directory / str(step), lambda path: read_items(path, items), check_items)
+            if loaded is None:
+                damaged.append(step)
                 continue
-            self._set_aside(unreadable)
+            self._set_aside(damaged)
             return Restored(step, loaded["state"], loaded.get("log"))
-        if unreadable:
+        if damaged:
             raise UserError(
-                f"none of the checkpoints in {self._orbax.directory} (steps {unreadable}) can be read; "
+                f"none of the checkpoints in {directory} (steps {damaged}) can be read; "
                 "see the warnings above, or start again in an empty workdir"
             )
         return None
@@ -188,11 +197,17 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         if not steps:
             return
+        problem = ""
         if jax.process_index() == 0:
-            for step in steps:
-                path = Path(self._orbax.directory) / str(step)
-                path.rename(_free_name(path.with_name(path.name + UNREADABLE_SUFFIX)))
-        multihost_utils.sync_global_devices("unreadable checkpoints set aside")
+            try:
+                for step in steps:
+                    path = Path(self._orbax.directory) / str(step)
+                    path.rename(_free_name(path.with_name(path.name + UNREADABLE_SUFFIX)))
+            except OSError as error:
+                problem = f"{path}: cannot be renamed ({error.strerror}); move it away by hand"
+        problem = gather_texts(problem)[0]
+        if problem:
+            raise UserError(problem)
         self._orbax.reload()
 
 
@@ -212,28 +227,15 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
       UserError: no checkpoint, none readable, or no such field.
     """
     directory = Path(workdir).absolute() / CHECKPOINT_DIR
-    steps = _complete_steps(directory)
+    steps = _steps_of_all(directory)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint; give a training workdir, or train first")
-    partial = ocp.Context()
-    partial.pytree.loading.partial_load = True
     for step in steps:
-        path = directory / str(step)
-        try:
-            fields = _flat(ocp.metadata(path).metadata)
-            wanted = {key: leaf for key, leaf in fields.items() if f"{key}.".startswith(f"{which}.")}
-            if wanted:
-                abstract = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in wanted.items()}
-                with partial:
-                    loaded: Any = ocp.load(path, unflatten_dict(abstract, sep="."))
-                for name in which.split("."):
-                    loaded = loaded[name]
-                return loaded
-        except Exception as error:  # Orbax and TensorStore each raise their own kinds
-            print(f"warning: checkpoint {path} cannot be read: {_first_line(error)}")
-        else:
-            tops = sorted({key.split(".")[0] for key in fields})
-            raise UserError(f"checkpoint {path} has no field {which!r}; it has {', '.join(tops)}")
+        loaded = read_together(directory / str(step), lambda path: read_field(path, which), check_field)
+        if loaded is not None:
+            for name in which.split("."):
+                loaded = loaded[name]
+            return loaded
     raise UserError(f"none of the checkpoints in {directory} (steps {steps}) can be read")
 
 
@@ -249,7 +251,7 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {workdir} is not a training workdir") from None
     except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
-        raise UserError(f"{path} is not a readable JSON file: {_first_line(error)}") from None
+        raise UserError(f"{path} is not a readable JSON file: {first_line(error)}") from None
 
 
 def check_workdir(
@@ -264,8 +266,8 @@ def check_workdir(
     """
     found = bool(_complete_steps(Path(workdir) / CHECKPOINT_DIR))
     if found:
-        stored = _flat(json.loads(json.dumps(defaults or {}))) | _flat(load_config(workdir))
-        differences = _differences(stored, _flat(json.loads(json.dumps(config))), may_change)
+        stored = flat(json.loads(json.dumps(defaults or {}))) | flat(load_config(workdir))
+        differences = _differences(stored, flat(json.loads(json.dumps(config))), may_change)
         if differences:
             shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
             raise UserError(
@@ -291,16 +293,6 @@ def _preservation(keep: int, keep_every: int, keep_best: str) -> Any:
     return policies.AnyPreservationPolicy(chosen)
 
 
-def _context() -> ocp.Context:
-    """The log as JSON; replicas share the writing of large arrays, as each cut into parts is a program to compile."""
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="log")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_BYTES
-    return context
-
-
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
@@ -312,21 +304,17 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Col
     return [f"{key} is {after!r}, the run has {before!r}" for key, before, after in pairs if before != after]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _complete_steps(directory: Path) -> list[int]:
     """Steps under their final name, latest first; Orbax gives that name to complete checkpoints only."""
     if not directory.is_dir():
         return []
     return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _steps_of_all(directory: Path) -> list[int]:
+    """The complete steps that any process sees, latest first: a shared folder may look older to some of them."""
+    seen = gather_texts(json.dumps(_complete_steps(directory)))
+    return sorted({step for text in seen for step in json.loads(text)}, reverse=True)
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -337,7 +325,3 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 def _free_name(path: Path) -> Path:
     candidates = (path.with_name(f"{path.name}.{number}") for number in range(1, 1000))
     return next(name for name in (path, *candidates) if not name.exists())
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
