@@ -19,7 +19,7 @@ from hart_jax.files import check_readable
 # What is computed in: see `hart_jax.training.state.compute_dtype`.
 DTYPES = ("auto", "float32", "bfloat16")
 # How attention is computed: `pallas_kernels.attention.IMPLEMENTATIONS`.
-ATTENTION = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn")
+ATTENTION = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn", "tokamax")
 
 
 def _require(ok: bool, message: str) -> None:

@@ -3,8 +3,8 @@
     from pallas_kernels.attention import attention
     out = attention(q, k, v, kv_end=((300, 300), (4, 304), (9, 313)), scale=0.125)
 
-`reference` is the meaning; `xla` runs anywhere; `tpu` and `gpu` are Pallas kernels; `splash` and `cudnn` are what JAX
-and NVIDIA have.
+`reference` is the meaning; `xla` runs anywhere; `tpu` and `gpu` are Pallas kernels; `splash`, `cudnn` and `tokamax` are
+what JAX, NVIDIA and the package tokamax have.
 """
 
 import functools
@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn, flash, reference
+from pallas_kernels.attention import cudnn, flash, reference, tokamax
 from pallas_kernels.attention.blocks import Blocks, blocks_for
 from pallas_kernels.attention.counted import counted
 from pallas_kernels.attention.mask import KVEnd, Segments
+from pallas_kernels.attention.measured import fastest
 
-IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn", "tokamax")
 
 # Libraries' kernels fill up fewer queries to whole tiles.
 MIN_QUERIES = 128
@@ -68,6 +69,12 @@ def attention(
     if implementation == "cudnn":
         run = functools.partial(cudnn.attention, kv_end=kv_end, scale=scale)
         return counted(run, _pairs(q_BQHK, k_BMGK, kv_end), *arguments)
+    if implementation == "tokamax":
+        run = functools.partial(tokamax.attention, scale=scale, interpret=interpret)
+        pairs = _pairs(q_BQHK, k_BMGK, kv_end)
+        if kv_end is None or isinstance(kv_end, tuple):
+            return counted(functools.partial(run, kv_end=kv_end), pairs, *arguments)
+        return counted(lambda *arrays: run(*arrays[:3], kv_end=arrays[3]), pairs, *arguments, kv_end)
     if blocks is None:
         width_bytes = q_BQHK.shape[3] * q_BQHK.dtype.itemsize
         blocks = blocks_for(implementation, _device().device_kind, width_bytes, q_BQHK.shape[1])
@@ -90,16 +97,17 @@ def _pairs(q_BQHK: jax.Array, k_BMGK: jax.Array, kv_end: KVEnd) -> int:
 def _best(q_BQHK: jax.Array, kv_end: KVEnd) -> str:
     """The fastest implementation that is known to be right on the device.
 
-    `tpu` and `gpu` have compiled for devices, but not run on any: until they have, these devices get what JAX and
-    NVIDIA have, for what it can do.
+    On TPUs and GPUs that is what JAX and NVIDIA have, for what it can do, until the table of `measured.py` says that
+    another was right and faster there.
     """
     static = kv_end is None or isinstance(kv_end, tuple)
     if static and q_BQHK.shape[1] >= MIN_QUERIES:
-        platform = _device().platform
-        if platform == "tpu" and q_BQHK.dtype == jnp.bfloat16:
-            return "splash"
-        if platform in ("gpu", "cuda") and cudnn.has(q_BQHK):
-            return "cudnn"
+        device = _device()
+        measured = device.device_kind, q_BQHK.shape[1], q_BQHK.dtype.name, q_BQHK.shape[3]
+        if device.platform == "tpu" and q_BQHK.dtype == jnp.bfloat16:
+            return fastest("splash", ("tpu",), *measured)
+        if device.platform in ("gpu", "cuda") and cudnn.has(q_BQHK):
+            return fastest("cudnn", ("gpu", "tokamax") if tokamax.installed() else ("gpu",), *measured)
     return "xla"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 NAME = "attention_of_flops_"
-Run = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Run = Callable[..., jax.Array]
 
 
 def flops_in(name: str) -> int | None:
@@ -18,22 +18,30 @@ def flops_in(name: str) -> int | None:
     return int(name.removeprefix(NAME)) if name.startswith(NAME) else None
 
 
-def counted(run: Run, pairs: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`run(q, k, v)` with a name: 2 products forward, and 5 for its gradients, as of a pass that keeps no logits."""
-    return _counted(run, 2 * pairs * q.shape[0] * q.shape[2] * q.shape[3], q, k, v)
+def counted(run: Run, pairs: int, q: jax.Array, k: jax.Array, v: jax.Array, *ends: jax.Array) -> jax.Array:
+    """`run(q, k, v, *ends)` with a name: 2 products forward, and 5 for its gradients, as of a pass that keeps no
+    logits. `ends` are integers, and have no gradients."""
+    return _counted(run, 2 * pairs * q.shape[0] * q.shape[2] * q.shape[3], q, k, v, *ends)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _counted(run: Run, product: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return _named(run, 2 * product)(q, k, v)
+def _counted(run: Run, product: int, q: jax.Array, k: jax.Array, v: jax.Array, *ends: jax.Array) -> jax.Array:
+    return _named(run, 2 * product)(q, k, v, *ends)
 
 
-def _forward(run: Run, product: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-    return _named(lambda q, k, v: jax.vjp(run, q, k, v), 2 * product)(q, k, v)
+def _forward(
+    run: Run, product: int, q: jax.Array, k: jax.Array, v: jax.Array, *ends: jax.Array
+) -> tuple[jax.Array, Any]:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, *ends: jax.Array) -> Any:
+        return jax.vjp(lambda *qkv: run(*qkv, *ends), q, k, v)
+
+    out, pull = _named(both, 2 * product)(q, k, v, *ends)
+    return out, (pull, (None,) * len(ends))
 
 
-def _backward(run: Run, product: int, pull: Any, dout: jax.Array) -> tuple[jax.Array, ...]:
-    return _named(lambda pull, dout: pull(dout), 5 * product)(pull, dout)
+def _backward(run: Run, product: int, saved: Any, dout: jax.Array) -> tuple[jax.Array | None, ...]:
+    pull, no_gradients = saved
+    return *_named(lambda pull, dout: pull(dout), 5 * product)(pull, dout), *no_gradients
 
 
 _counted.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 
 from hart_jax.config import ATTENTION
 from hart_jax.training.flops import flops_of
-from pallas_kernels.attention import IMPLEMENTATIONS, Blocks, attention
+from pallas_kernels.attention import IMPLEMENTATIONS, Blocks, attention, tokamax
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
 
@@ -46,8 +46,12 @@ TPU = Implementation("tpu", 128, 128)
 SPLASH = Implementation("splash", 128, 128, traced=False)
 GPU = Implementation("gpu", 64, 64, types=("bfloat16", "float16"))
 # `test_gpu.py` runs this file for it.
+# Its plain attention has no float16 on a CPU.
+TOKAMAX = Implementation("tokamax", 64, 64, types=("bfloat16",))
 TESTED = (GPU,) if os.environ.get("HART_INTERPRET_GPU") else (XLA, TPU, SPLASH)
 every_implementation = pytest.mark.parametrize("run", TESTED, ids=lambda run: run.name)
+# Of the package tokamax, where it is installed, the plain attention runs here, given the mask that its kernels get.
+LIBRARY = (TOKAMAX,) if tokamax.installed() and GPU not in TESTED else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +139,9 @@ def assert_near(ours: list[np.ndarray], theirs: list[np.ndarray], bound: float) 
     ("run", "name", "dtype"),
     [
         pytest.param(run, name, dtype, id=f"{run.name}-{name}-{dtype}")
-        for run in TESTED
+        for run in (*TESTED, *LIBRARY)
         for name, case in CASES.items()
-        for dtype in (case.dtypes if run is not GPU else ("bfloat16", *case.dtypes[2:]))
+        for dtype in (case.dtypes if "float32" in run.types else ("bfloat16", *case.dtypes[2:]))
         if dtype in run.types and (run.traced or not isinstance(case.kv_end, np.ndarray))
     ],
 )
