@@ -118,7 +118,7 @@ class Rehearsal:
         self.folder, self.store, self.workdir = folder, store, store / "run"
         self.jobs: list[Job] = []
         self.began = time.monotonic()
-        # The stops: the last step of the log then, and the step that the next start goes on from.
+        # The log as it was at the last stop.
         self.logged: list[dict[str, Any]] = []
 
     def say(self, stage: str, found: str) -> None:
@@ -171,7 +171,8 @@ class Rehearsal:
         tiny_qwen2.write_folder(inputs / "qwen2", QWEN2)
         (inputs / "system_prompt.md").write_text(tiny_qwen2.SYSTEM_PROMPT)
         write_clip(inputs / "clip-vit")
-        train, test = (make_shards(inputs / name, count, seed=count) for name, count in (("train", IMAGES), ("test", 8)))
+        sizes = {"train": IMAGES, "test": 8}
+        train, test = (make_shards(inputs / name, count, seed=count) for name, count in sizes.items())
         changes = {
             "tokenizer": {**TOKENIZER.to_dict(), "patch_nums": TOKENIZER.patch_nums, "channel_multipliers": (1, 1)},
             "transformer": {**model.transformer_config.to_dict(), "patch_nums": TOKENIZER.patch_nums},
@@ -212,7 +213,7 @@ class Rehearsal:
         self.check_log(last)
         profile = [path for path in walk(self.workdir / PROFILE_DIR) if path.name.endswith(".xplane.pb")]
         check(bool(profile), f"no trace of steps {PROFILED} in {self.workdir / PROFILE_DIR}")
-        self.say("SIGTERM", f"2 x 4 devices, fsdp=2 tensor=2; both ended with {STOPPED}, step {last} saved; profile there")
+        self.say("SIGTERM", f"2 x 4 devices, fsdp=2 tensor=2; both ended with {STOPPED}, step {last} saved")
 
     def lost(self) -> None:
         """SIGKILL to one process some steps later: the other cannot go on."""
