@@ -5,8 +5,8 @@
 
 copies a shard folder and adds to each record
 
-    tokens    of its image as it is, not mirrored: `indices` uint16, `f_rest` and `ar_input` float16; None for an image
-              that does not decode
+    tokens    of its image as it is, not mirrored: `indices` uint16 (of more than 65,536 codes uint32), `f_rest` and
+              `ar_input` float16; None for an image that does not decode
     texts     of each of its captions: `text` float16 and `mask` int32
 
 Training with `precompute_tokens` and `precompute_text` takes them from there; with another tokenizer or text encoder it

@@ -17,12 +17,23 @@ from hart_jax.text.system_prompt import read_system_prompt
 TOKENS, TEXTS = "tokens", "texts"
 
 
+def index_type(vocab_size: int) -> type[np.unsignedinteger]:
+    """The narrowest type that holds every code's index; at least 16 bits."""
+    return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.uint32
+
+
+def index_about(vocab_size: int) -> dict[str, str]:
+    """What is said of tokens beside their tokenizer: the type of their indices, where it is not 16 bits."""
+    kind = index_type(vocab_size)
+    return {} if kind is np.uint16 else {"indices": np.dtype(kind).name}
+
+
 def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
     """What shards say of tokens by this tokenizer."""
     digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
-    return {"tokenizer": digest.hexdigest()}
+    return {"tokenizer": digest.hexdigest(), **index_about(config.vocab_size)}
 
 
 def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -10,23 +10,30 @@ from tqdm import tqdm
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.bad_records import BadRecords
+from hart_jax.data.kept_table import fitting, new_table, opened, read_column
 from hart_jax.data.pipeline import PictureSource
 from hart_jax.data.shards import Folders, as_paths, checksums
+from hart_jax.data.stored import index_about, index_type
 from hart_jax.errors import UserError
 from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
 
 BATCH = 64
 COMPLETE_FILE = "complete.json"
-# Fields of `Tokens` and the type each is kept in; a code's index fits 16 bits up to V = 65,536.
-FIELDS = {"indices": np.uint16, "f_rest": np.float16, "ar_input": np.float16}
+# Fields of `Tokens`: `indices` are kept in the narrowest type that holds V of them, the others as float16.
+FIELDS = ("indices", "f_rest", "ar_input")
 
 
 class TokenMaker:
-    """Images (n, S, S, 3) uint8, n <= BATCH, -> the fields of their tokens, as `FIELDS` are kept, with n rows each."""
+    """Images (n, S, S, 3) uint8, n <= BATCH, -> the `FIELDS` of their tokens as they are kept, with n rows each.
+
+    Raises:
+      UserError: from a call, if a value does not fit its type.
+    """
 
     def __init__(self, config: TokenizerConfig, params):
         tokenizer = Tokenizer(config)
+        self._types = {"indices": index_type(config.vocab_size), "f_rest": np.float16, "ar_input": np.float16}
         self._params = params
         self._encode = jax.jit(
             lambda params, image: tokenizer.apply({"params": params}, from_uint8(image), method="tokens")
@@ -41,20 +48,25 @@ class TokenMaker:
             "f_rest": tokens.f_rest_BPC,
             "ar_input": tokens.ar_input_BLC,
         }
-        return {name: values[name][: len(images)].astype(dtype) for name, dtype in FIELDS.items()}
+        return {
+            name: fitting(values[name][: len(images)], dtype, f"tokens' {name}") for name, dtype in self._types.items()
+        }
 
 
 class TokenTable:
     """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}.
 
     Raises:
+      FileNotFoundError: the folder has none.
+      ValueError, EOFError, KeyError, TypeError: it is damaged.
       UserError: when asked for an image that did not decode.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._bad = frozenset(json.loads((folder / COMPLETE_FILE).read_text()).get("bad", ()))
-        self._columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
+        about = json.loads((folder / COMPLETE_FILE).read_text())
+        self._bad = frozenset(about.get("bad", ()))
+        self._columns = {name: read_column(folder / f"{name}.npy", about["images"]) for name in FIELDS}
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         if index in self._bad:
@@ -72,23 +84,26 @@ def precompute_tokens(
 ) -> TokenTable:
     """The table of shard folders' images under this tokenizer in `folder`, computed unless it is complete already.
 
-    Images are not mirrored. Interrupted work is done again: `complete.json`, written last, marks a complete table. That
-    of another tokenizer or of other shards has another name.
+    Images are not mirrored. Interrupted work is done again, and a damaged table, with a warning. That of another
+    tokenizer or of other shards has another name.
 
     Raises:
-      UserError: naming some, if more than `max_bad_records` images do not decode; fewer are left out with a warning.
+      UserError: naming some, if more than `max_bad_records` images do not decode; fewer are left out with a warning. Or
+        the disk is full; nothing is left then.
     """
     source = PictureSource(shards, config.image_size)
     known = [checksums(path).decode() for path in as_paths(shards)]
-    digest = hashlib.sha256(json.dumps([config.to_dict(), *known]).encode())
+    digest = hashlib.sha256(json.dumps([config.to_dict(), *known, *index_about(config.vocab_size).values()]).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     folder = folder / digest.hexdigest()[:16]
-    if not (folder / COMPLETE_FILE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        tokens_of = TokenMaker(config, params)
-        count, columns = len(source), {}
-        bad = BadRecords(source.records.name_of, max_bad_records, "it gets no tokens")
+    table = opened(folder, TokenTable, "tokens")
+    if table is not None:
+        return table
+    tokens_of = TokenMaker(config, params)
+    count = len(source)
+    bad = BadRecords(source.records.name_of, max_bad_records, "it gets no tokens")
+    with new_table(folder, count) as (new, write):
         for start in tqdm(range(0, count, BATCH), desc="tokens", unit_scale=BATCH, mininterval=5):
             numbers = range(start, min(start + BATCH, count))
             images = np.zeros((len(numbers), config.image_size, config.image_size, 3), np.uint8)
@@ -97,12 +112,6 @@ def precompute_tokens(
                     images[row] = source[number]["image"]
                 except UserError:
                     bad.add(number)
-            for name, values in tokens_of(images).items():
-                if name not in columns:
-                    shape = (count, *values.shape[1:])
-                    columns[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", values.dtype, shape)
-                columns[name][start : numbers.stop] = values
-        for column in columns.values():
-            column.flush()
-        (folder / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": bad.numbers}))
+            write(**tokens_of(images))
+        (new / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": bad.numbers}))
     return TokenTable(folder)

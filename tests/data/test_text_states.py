@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from hart_jax.data.text_states import CaptionTokens, precompute
+from hart_jax.errors import UserError
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.text.minilm import import_minilm
+from tests.data.conftest import file_size_limit
 from tests.tiny_bert import write_published
 
 CAPTIONS = ["a blue dog", "a red apple", "a red apple of a blue dog of a dog"]
@@ -37,6 +39,36 @@ def test_a_complete_table_is_read_and_an_incomplete_one_redone(encoder, tmp_path
     next(tmp_path.glob("*/captions.json")).unlink()
     precompute(encoder, CAPTIONS, 6, tmp_path)
     assert "3 captions" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_table(encoder, tmp_path):
+    """Nor captions that are cut short, which would count as a complete table."""
+    captions = ["a blue dog", "a dog " * 4000]
+    for limit in (200, 10_000):
+        with file_size_limit(limit), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+            precompute(encoder, captions, 6, tmp_path)
+        assert not list(tmp_path.iterdir())
+    assert precompute(encoder, captions, 6, tmp_path)(captions[1])["mask"].all()
+
+
+@pytest.mark.parametrize("name", ["captions.json", "states.npy", "masks.npy"])
+def test_a_damaged_table_is_made_again(encoder, tmp_path, capsys, name):
+    # Copied: what is mapped goes with the file.
+    whole = np.array(precompute(encoder, CAPTIONS, 6, tmp_path)(CAPTIONS[0])["text"])
+    (path,) = tmp_path.glob(f"*/{name}")
+    for content in (b"", path.read_bytes()[:-20]):
+        path.write_bytes(content)
+        again = precompute(encoder, CAPTIONS, 6, tmp_path)(CAPTIONS[0])
+        np.testing.assert_array_equal(again["text"], whole)
+        assert "damaged and made again" in capsys.readouterr().err
+
+
+def test_states_beyond_float16_are_refused(encoder, tmp_path, monkeypatch):
+    encode = type(encoder).encode
+    monkeypatch.setattr(type(encoder), "encode", lambda *arguments: encode(*arguments) * 1e6)
+    with pytest.raises(UserError, match=r"text states: values up to .* do not fit float16"):
+        precompute(encoder, CAPTIONS, 6, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_captions_or_lengths_have_their_own_table(encoder, tmp_path):

@@ -1,5 +1,6 @@
 """Tokens computed ahead: the table gives what the tokenizer gives, and an interrupted table is done again."""
 
+import dataclasses
 import itertools
 import pickle
 
@@ -9,10 +10,12 @@ import pytest
 
 from hart_jax.data import token_table
 from hart_jax.data.pipeline import make_loader
+from hart_jax.data.stored import index_type, tokens_from
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
 from hart_jax.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
+from tests.data.conftest import file_size_limit
 from tests.tiny import TOKENIZER, random_like, tiny_model
 
 
@@ -75,3 +78,58 @@ def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path,
     for batch in batches:
         for row, index in enumerate(batch["index"]):
             np.testing.assert_array_equal(batch["indices"][row], table(index)["indices"])
+
+
+def test_indices_of_more_than_65536_codes_are_whole(params):
+    """The upper codes alone are near what the encoder gives."""
+    config = dataclasses.replace(TOKENIZER, vocab_size=70_000)
+    codebook = np.full((70_000, config.latent_channels), 1e3, np.float32)
+    codebook[-400:] = np.random.default_rng(0).normal(size=(400, config.latent_channels))
+    params = {**params, "quantizer": {**params["quantizer"], "codebook": codebook}}
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
+    indices = token_table.TokenMaker(config, params)(images)["indices"]
+    assert indices.min() >= 70_000 - 400 and len(np.unique(indices)) > 10
+    # Shards with tokens of such a codebook say so: those of earlier versions were wrong.
+    assert tokens_from(config, params)["indices"] == "uint32"
+    assert "indices" not in tokens_from(TOKENIZER, params)
+
+
+@pytest.mark.parametrize(("codes", "dtype"), [(16, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_indices_have_the_narrowest_type_that_holds_them(codes: int, dtype: type):
+    assert index_type(codes) is dtype
+
+
+def test_values_beyond_float16_are_refused(shards, params, tmp_path):
+    params = {**params, "quantizer": {**params["quantizer"], "codebook": params["quantizer"]["codebook"] + 1e6}}
+    with pytest.raises(UserError, match=r"tokens' .* do not fit float16"):
+        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quick_tokens(monkeypatch):
+    """Tokens that cost nothing: of each image its first values."""
+
+    def tokens_of(images: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: images[:, 0, :, 0].astype(np.float16) for name in token_table.FIELDS}
+
+    monkeypatch.setattr(token_table, "TokenMaker", lambda config, params: tokens_of)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-50], lambda data: b"", lambda data: b"\x93NUMPY" + data[6:70]])
+@pytest.mark.usefixtures("quick_tokens")
+def test_a_damaged_table_is_made_again(shards, params, tmp_path, capsys, damage):
+    for name in ("f_rest.npy", "complete.json"):
+        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        (file,) = tmp_path.glob(f"*/{name}")
+        file.write_bytes(damage(file.read_bytes()))
+        again = precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        assert (again(22)["f_rest"] == 22).all()
+        assert "the tokens in" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick_tokens")
+def test_a_full_disk_leaves_no_table(shards, params, tmp_path):
+    with file_size_limit(300), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -49,12 +49,14 @@ def _of_all_processes(rows: np.ndarray) -> list[np.ndarray]:
         return [rows]
     row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
     header = np.array([len(rows), row_bytes, rows.dtype.num], np.int32)
-    headers = multihost_utils.process_allgather(header)
-    if (headers[:, 1:] != header[1:]).any():
-        raise ValueError(f"processes gather rows of different bytes or types: {headers[:, 1:].tolist()}")
+    # As Python's integers: the products below are bytes, often more than 2^31.
+    headers = multihost_utils.process_allgather(header).tolist()
+    if any(other[1:] != headers[0][1:] for other in headers):
+        raise ValueError(f"processes gather rows of different bytes or types: {[other[1:] for other in headers]}")
+    counts = [count for count, _, _ in headers]
     # As bytes, because JAX would make float32 of float64.
-    padded = np.zeros(headers[:, 0].max() * row_bytes, np.uint8)
+    padded = np.zeros(max(counts) * row_bytes, np.uint8)
     padded[: len(rows) * row_bytes] = np.frombuffer(rows.tobytes(), np.uint8)
     gathered = multihost_utils.process_allgather(padded)
-    parts = [part[: count * row_bytes].tobytes() for part, count in zip(gathered, headers[:, 0], strict=True)]
+    parts = [part[: count * row_bytes].tobytes() for part, count in zip(gathered, counts, strict=True)]
     return [np.frombuffer(part, rows.dtype).reshape(-1, *rows.shape[1:]) for part in parts]

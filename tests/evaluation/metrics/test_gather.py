@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from hart_jax.evaluation.metrics import gather as gather_module
 from hart_jax.evaluation.metrics.frechet import frechet_distance
 from hart_jax.evaluation.metrics.gather import gather_rows, merge_over_processes
 from hart_jax.evaluation.metrics.moments import Moments
@@ -131,3 +132,20 @@ def test_positions_that_do_not_fit():
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+
+
+def test_more_than_two_gibibytes_of_rows(monkeypatch):
+    """Another process has as many as a reference of ImageNet's size; what nobody writes takes no memory."""
+    asked = []
+
+    def gather(array):
+        asked.append(array.shape)
+        if len(asked) == 2:
+            raise StopIteration
+        return np.stack([array, [300_000, *array[1:]]]).astype(np.int32)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(gather_module.multihost_utils, "process_allgather", gather)
+    with pytest.raises(StopIteration):
+        gather_rows(np.zeros((1, 2048), np.float32), np.arange(1))
+    assert asked[1] == (300_000 * 2048 * 4,)
