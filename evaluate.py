@@ -9,13 +9,13 @@ Sampling settings are the config's: --config.sample.discrete_only=True leaves th
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
+from hart_jax.paths import as_path
 
 _WHAT = flags.DEFINE_enum("what", None, ("reconstruction", "generation", "pictures"), "What is judged.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Real pictures: shards or a folder; else the config's test shards.")
@@ -83,7 +83,7 @@ def main() -> None:
         by=_BY.value,
         batch_size=_BATCH_SIZE.value,
         draw_batch_size=_DRAW_BATCH_SIZE.value,
-        out=Path(_OUT.value),
+        out=as_path(_OUT.value, "--out"),
     )
     table, warnings = evaluate(request)
     for warning in warnings:

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import WEIGHTS, HartExperiment, SampleConfig
+from hart_jax.paths import as_path
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -104,7 +104,7 @@ def main() -> None:
     for flag, least in ((_NUM_IMAGES, 1), (_BATCH_SIZE, 0)):
         if flag.value < least:
             raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
-    given, chosen, out = wishes(experiment), settings(experiment), Path(_OUT.value)
+    given, chosen, out = wishes(experiment), settings(experiment), as_path(_OUT.value, "--out")
     for _, seed in given:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")

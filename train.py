@@ -3,13 +3,12 @@
 Any setting can be changed on the command line (--config.train.steps=100). Running the same command again resumes.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
+from hart_jax.paths import as_path, is_remote
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -19,8 +18,9 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
-    if Path(_WORKDIR.value).exists() and not Path(_WORKDIR.value).is_dir():
-        raise UserError(f"--workdir={_WORKDIR.value}: is a file; give a folder")
+    workdir = as_path(_WORKDIR.value, "--workdir")
+    if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; give a folder")
     for name, folder in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
         if not folder:
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
@@ -32,7 +32,6 @@ def main() -> None:
     from hart_jax.training.loop import Task, run
     from hart_jax.training.tokenizer_task import TokenizerTask
 
-    workdir = Path(_WORKDIR.value)
     join_processes()
     with owned(workdir, "a training run"):
         placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)

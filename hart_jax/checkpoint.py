@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
+<<<<<<< HEAD
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.restoring import (
     check_field,
@@ -37,6 +38,9 @@ from hart_jax.restoring import (
     read_items,
     read_together,
 )
+=======
+from hart_jax.paths import absolute, as_path
+>>>>>>> ecbc4ab (gs:// paths everywhere: one place where a text becomes a path, local copies of what is read, staged shards)
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
@@ -85,7 +89,7 @@ class Checkpoints:
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         self.save_every, self._keep_best = save_every, keep_best
-        workdir = Path(workdir).absolute()
+        workdir = absolute(as_path(workdir))
         directory = workdir / CHECKPOINT_DIR
         check_workdir(workdir, config, may_change, defaults)
         _write_config(workdir, config)
@@ -226,8 +230,13 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
     Raises:
       UserError: no checkpoint, none readable, or no such field.
     """
+<<<<<<< HEAD
     directory = Path(workdir).absolute() / CHECKPOINT_DIR
     steps = _steps_of_all(directory)
+=======
+    directory = absolute(as_path(workdir)) / CHECKPOINT_DIR
+    steps = _complete_steps(directory)
+>>>>>>> ecbc4ab (gs:// paths everywhere: one place where a text becomes a path, local copies of what is read, staged shards)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint; give a training workdir, or train first")
     for step in steps:
@@ -245,7 +254,7 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: `workdir` has no config.json, or it is not JSON.
     """
-    path = Path(workdir) / CONFIG_FILE
+    path = as_path(workdir) / CONFIG_FILE
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -264,7 +273,7 @@ def check_workdir(
 
     Its arguments are those of `Checkpoints`.
     """
-    found = bool(_complete_steps(Path(workdir) / CHECKPOINT_DIR))
+    found = bool(_complete_steps(as_path(workdir) / CHECKPOINT_DIR))
     if found:
         stored = flat(json.loads(json.dumps(defaults or {}))) | flat(load_config(workdir))
         differences = _differences(stored, flat(json.loads(json.dumps(config))), may_change)

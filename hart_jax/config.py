@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from hart_jax.errors import UserError
 from hart_jax.files import check_readable
+from hart_jax.paths import check_path
 
 # What is computed in: see `hart_jax.training.state.compute_dtype`.
 DTYPES = ("auto", "float32", "bfloat16")
@@ -312,7 +313,8 @@ class DataConfig(Settings):
     """Folders of ArrayRecord shards (`hart_jax.data.shards`); `cache` keeps the resized images in memory.
 
     Training images come from `train`, or from several folders, `sources`: in proportion to `weights`, by size without.
-    Of them, `max_bad_records` may turn out not to decode: others take their places.
+    Of them, `max_bad_records` may turn out not to decode: others take their places. Shards in a bucket are
+    copied to this machine as they are read, up to `stage_gib` of them at a time.
     """
 
     train: str = ""
@@ -323,10 +325,15 @@ class DataConfig(Settings):
     cache: bool = False
     workers: int = 0
     max_bad_records: int = 100
+    stage_gib: float = 64.0
 
     def __post_init__(self) -> None:
+        for name, folders in (("train", (self.train,)), ("sources", self.sources), ("test", (self.test,))):
+            for folder in folders:
+                check_path(folder, f"data.{name}")
         for name in ("workers", "max_bad_records"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must be 0 or more")
+        _require(self.stage_gib > 0, f"data.stage_gib={self.stage_gib}: must be above 0")
         both = f"data.sources={self.sources} and data.train={self.train!r}: give one of them, set the other to empty"
         _require(not (self.sources and self.train), both)
         weights = f"data.weights={self.weights}: needs one above 0 for each of the {len(self.sources)} data.sources"
@@ -355,6 +362,7 @@ class TokenizerLossConfig(Settings):
     restart_below: float = 0.0
 
     def __post_init__(self) -> None:
+        check_path(self.perceptual_weights, "loss.perceptual_weights")
         fraction = self.continuous_fraction
         _require(0 <= fraction <= 1, f"loss.continuous_fraction={fraction}: a probability")
         _require(1 <= self.perceptual_layers <= 5, f"loss.perceptual_layers={self.perceptual_layers}: must be in 1..5")

@@ -10,6 +10,7 @@ as it was, and writes those that are missing: the same files, to the last bit, a
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 from tqdm import tqdm
 
+from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
 from hart_jax.images import grid, save_png
@@ -76,7 +78,7 @@ def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | P
     about = {"model": digest.hexdigest()[:16], "settings": settings.to_dict()}
     folder, system_prompt = text
     if folder and not model.transformer_config.num_classes:
-        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        files = sorted(path for path in local_copy(folder).iterdir() if path.is_file())
         digest = hashlib.sha256(json.dumps([(path.name, path.stat().st_size) for path in files]).encode())
         for path in files:
             if path.stat().st_size < _SMALL:
@@ -206,7 +208,7 @@ def draw(
         print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if album.grid is not None and not album.grid.exists():
-        images = np.stack([np.asarray(Image.open(path)) for path in album.paths])
+        images = np.stack([np.asarray(Image.open(io.BytesIO(path.read_bytes()))) for path in album.paths])
         wishes = [one.wish for one in asked]
         tiles = grid(images, columns=min(_COLUMNS, count), captions=[str(wish) for wish in wishes])
         save_png(album.grid, tiles, {f"{kind}s": json.dumps(wishes), **about})

@@ -27,6 +27,7 @@ from hart_jax.config import (
     check_fit,
 )
 from hart_jax.errors import UserError
+from hart_jax.paths import check_path
 
 # Below this the discriminator's last layer has no patch left.
 SMALLEST_JUDGED = 24
@@ -52,6 +53,7 @@ class TokenizerExperiment(Settings):
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_path(self.init_from, "init_from")
         unknown = sorted(set(self.freeze) - set(TOKENIZER_MODULES))
         if unknown or set(self.freeze) == set(TOKENIZER_MODULES):
             raise UserError(f"freeze={self.freeze}: give some of {', '.join(TOKENIZER_MODULES)}, not all")
@@ -154,6 +156,8 @@ class HartExperiment(Settings):
     model: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("tokenizer_from", "init_from", "text_encoder", "system_prompt", "model"):
+            check_path(getattr(self, name), name)
         check_fit(self.tokenizer, self.transformer)
         self.sample.check_fits(self.tokenizer)
         if self.precompute_tokens and self.data.flip:

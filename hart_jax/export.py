@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hart_jax.errors import UserError, run_cli
 from hart_jax.model_folder import write_model
+from hart_jax.paths import as_path
 from hart_jax.training.workdir import read_workdir
 from hart_jax.weights import DTYPES
 
@@ -18,7 +19,7 @@ def export(workdir: str | Path, out: str | Path, dtype: str = "bfloat16", params
     Raises:
       UserError: `out` exists, the workdir is not a transformer's, or its tokenizer or text encoder is gone.
     """
-    if Path(out).exists():
+    if as_path(out, "--out").exists():
         raise UserError(f"{out}: already exists; give a new folder or remove it")
     model = read_workdir(workdir, params)
     if model.text_encoder is None and not model.transformer_config.num_classes:

@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hart_jax.buckets import upload
 from hart_jax.errors import UserError
+from hart_jax.paths import is_remote, make_folder
 
 # The first bytes of what git leaves in place of a large file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -16,8 +20,14 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives the name of a file to write, which takes the place of `path` if nothing is raised and is removed if so.
 
-    It is on the disk before it has its name, so that a power cut leaves no empty file under it.
+    It is on the disk before it has its name, so that a power cut leaves no empty file under it. In a bucket, where an
+    object is there whole or not at all, it is a local file that is uploaded in the end.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            upload(Path(folder) / path.name, path)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -42,9 +52,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """Checksum of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file, whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

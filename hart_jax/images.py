@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from hart_jax.errors import UserError
 from hart_jax.files import whole_file
+from hart_jax.paths import as_path, make_folder
 
 _CAPTION_SIZE = 12
 _CAPTION_MARGIN = 2
@@ -77,13 +77,13 @@ def save_png(
     Raises:
       UserError: `path` exists and `overwrite` is False, or its folder cannot be made.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a PNG file")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; give another name, or remove it first")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"cannot write {path}: {path.parent} is not a folder") from None
     chunks = PngImagePlugin.PngInfo()
@@ -100,7 +100,7 @@ def read_png_metadata(path: str | os.PathLike) -> dict[str, str]:
       UserError: no such file, or it is not a PNG.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with as_path(path).open("rb") as file, Image.open(file, formats=["PNG"]) as image:
             image.load()  # text chunks may follow the pixels
             return {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]
     except FileNotFoundError:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hart_jax.buckets import local_copy, upload_folder
 from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
+from hart_jax.paths import as_path, is_remote
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
@@ -90,7 +93,7 @@ def read_transformer(folder: Path) -> tuple[TransformerConfig, Any]:
 
 def read_model(folder: str | Path) -> Model:
     """A whole model folder."""
-    folder = Path(folder)
+    folder = local_copy(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
     tokenizer_config, tokenizer = read_tokenizer(folder / "tokenizer")
@@ -114,13 +117,22 @@ def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> Non
                 text = read_system_prompt(model.system_prompt)
                 (target / "text_encoder" / SYSTEM_PROMPT_FILE).write_bytes(text.encode())
 
-    write_folder(Path(folder), write)
+    write_folder(as_path(folder), write)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary folder that becomes `folder` if it succeeds; `UserError` if `folder` exists."""
+    """Calls `write` on a temporary folder that becomes `folder` if it succeeds; `UserError` if `folder` exists.
+
+    To a bucket it is uploaded.
+    """
     if folder.exists():
         raise UserError(f"{folder}: already exists; give a new folder or remove it")
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            # Without its settings a part is not taken for a model.
+            upload_folder(Path(scratch), folder, last=lambda file: file.name == CONFIG)
+        return
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)

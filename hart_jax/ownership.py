@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hart_jax.errors import UserError
+from hart_jax.paths import as_path, is_remote
 
 OWNER_FILE = ".owner.json"
 # What `flock` says where a file system has no locks.
@@ -37,9 +38,9 @@ def owned(folder: str | os.PathLike, what: str) -> Iterator[None]:
       UserError: another run owns the folder, or it cannot be written to. A file system without locks is a warning.
     """
     held, refusal = None, ""
-    if _process_index() == 0:
+    if _process_index() == 0 and not is_remote(folder):
         try:
-            held = _Lock(Path(folder), what)
+            held = _Lock(as_path(folder), what)
         except UserError as error:
             refusal = str(error)
     try:

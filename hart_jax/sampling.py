@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.buckets import local_copy
 from hart_jax.caches import cache_folder
 from hart_jax.conditions import conditions_of
 from hart_jax.config import MeshConfig, TransformerConfig
@@ -28,6 +29,7 @@ from hart_jax.memory import MOST_PICTURES, free_bytes, pictures_that_fit
 from hart_jax.model_folder import Model, boxed_transformer, read_model
 from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
+from hart_jax.paths import as_path
 from hart_jax.quantized import quantize
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.prompt_filter import PromptFilter
@@ -58,7 +60,7 @@ def load_model(path: str | Path, cache: bool = True) -> Model:
     Raises:
       UserError: the path holds none of them, or a damaged one.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
     # Here, because Orbax takes seconds to import and only workdirs need it.
@@ -66,6 +68,7 @@ def load_model(path: str | Path, cache: bool = True) -> Model:
         from hart_jax.training.workdir import read_workdir
 
         return read_workdir(path)
+    path = local_copy(path)
     if is_released(path):
         return read_released_cached(path) if cache else read_released(path)
     return read_model(path)

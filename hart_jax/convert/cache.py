@@ -15,6 +15,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hart_jax.buckets import local_copy
 from hart_jax.caches import cache_folder
 from hart_jax.config import TokenizerConfig, TransformerConfig, check_fit, read_json
 from hart_jax.convert.released import TOKENIZER, TRANSFORMER, Weights, read_released, weight_file
@@ -50,7 +51,7 @@ def read_released_cached(source: str | Path, weights: Weights = "ema") -> Model:
     Raises:
       UserError: as `read_released`.
     """
-    source = Path(source)
+    source = local_copy(source)
     folder = cached_folder(source, weights)
     if folder is None:
         # Something is missing, which this names.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import TokenizerConfig, TransformerConfig, check_fit, read_json
 from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
@@ -36,7 +37,7 @@ _FILES = {
 
 def is_released(folder: str | Path) -> bool:
     """Whether `folder` has the released layout, rather than that of our model folders."""
-    return (Path(folder) / TRANSFORMER / "config.json").is_file()
+    return (local_copy(folder) / TRANSFORMER / "config.json").is_file()
 
 
 def weight_file(part: Path, weights: Weights = "ema") -> Path:
@@ -62,7 +63,7 @@ def read_released(source: str | Path, weights: Weights = "ema") -> Model:
     Raises:
       UserError: a file, setting or tensor is missing, damaged, of another shape, or one that HART has no place for.
     """
-    source = Path(source)
+    source = local_copy(source)
     for part in (TOKENIZER, TRANSFORMER):
         if not (source / part).is_dir():
             raise UserError(f"{source / part}: no such folder; a release has tokenizer/ and llm/ side by side")
@@ -78,7 +79,7 @@ def read_released(source: str | Path, weights: Weights = "ema") -> Model:
 
 def is_released_tokenizer(source: str | Path) -> bool:
     """Whether `source` is a file, as VAR's tokenizer is, or a folder whose tokenizer has a released config.json."""
-    config = _tokenizer_folder(Path(source)) / "config.json"
+    config = _tokenizer_folder(local_copy(source)) / "config.json"
     return Path(source).is_file() or (config.is_file() and "ch_mult" in read_json(config))
 
 
@@ -92,7 +93,7 @@ def read_released_tokenizer(source: str | Path, expected: TokenizerConfig) -> tu
     Raises:
       UserError: a file, setting or tensor is missing, damaged, of another shape, or has no place in a tokenizer.
     """
-    source = Path(source)
+    source = local_copy(source)
     if source.is_file():
         tensors = {f"vae.{name}": tensor for name, tensor in open_tensors(source).items()}
         return expected, _convert_tokenizer(StateDict(tensors, str(source)), expected)

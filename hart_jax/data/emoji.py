@@ -35,6 +35,7 @@ from hart_jax.data.clipart_sources import clipart_pictures, furniture_pictures
 from hart_jax.data.emoji_sources import ICONIFY_STYLES, emoji_pictures, split_key
 from hart_jax.data.pictures import Picture, is_colourless, render, require_svg_library
 from hart_jax.errors import UserError, run_cli
+from hart_jax.paths import local_only
 
 SOURCES = {
     "fluent3d": packages.FLUENT_3D,
@@ -211,18 +212,19 @@ def _write_json(path: Path, content: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the captioned picture set.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to build in; new, empty or an unfinished build")
-    parser.add_argument("--packages", type=Path, help="folder of downloaded packages; without it they are fetched")
+    parser.add_argument("--out", required=True, help="folder to build in; new, empty or an unfinished build")
+    parser.add_argument("--packages", help="folder of downloaded packages; without it they are fetched")
     parser.add_argument("--image_size", type=int, default=256, help="side of the square pictures, in pixels")
     parser.add_argument("--styles", default=",".join(SOURCES), help="comma-separated; default: %(default)s")
     parser.add_argument("--skin_tones", action="store_true", help="include skin-tone variants")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rendering processes")
     args = parser.parse_args()
-    if args.packages is not None and not args.packages.is_dir():
+    packages = local_only(args.packages, "--packages") if args.packages else None
+    if packages is not None and not packages.is_dir():
         raise UserError(f"--packages {args.packages} is not a folder; give the one that holds the downloaded files")
     counts = build(
-        args.out,
-        folder=args.packages,
+        local_only(args.out, "--out"),
+        folder=packages,
         image_size=args.image_size,
         styles=[style for style in args.styles.split(",") if style],
         skin_tones=args.skin_tones,

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 
 CAPTION_FILE = "meta_data.json"
@@ -86,7 +87,7 @@ def read_folder(folder: str | Path) -> list[Example]:
       UserError: no folder or caption file, an id or other name twice, an entry without category or prompt or of texts
         that are not Unicode, an entry without an image file or with two, or a damaged zip file.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     entries = _read_captions(folder)
     zipped = functools.cache(lambda: _zipped_images(folder))
     files: dict[str, dict[str, list[_Place]]] = {}

@@ -10,6 +10,7 @@ import numpy as np
 
 from hart_jax.data.shards import RecordSource
 from hart_jax.errors import UserError, run_cli
+from hart_jax.paths import as_path
 
 
 def pick_prompts(shards: str | Path, count: int, seed: int = 0) -> list[str]:
@@ -32,9 +33,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="text file, one prompt per line; must not exist")
     arguments = parser.parse_args()
-    if Path(arguments.out).exists():
+    if as_path(arguments.out, "--out").exists():
         raise UserError(f"{arguments.out}: already exists; remove it or give another --out")
-    Path(arguments.out).write_text("\n".join(pick_prompts(arguments.shards, arguments.count, arguments.seed)) + "\n")
+    as_path(arguments.out).write_text("\n".join(pick_prompts(arguments.shards, arguments.count, arguments.seed)) + "\n")
 
 
 if __name__ == "__main__":

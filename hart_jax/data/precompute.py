@@ -41,6 +41,7 @@ from hart_jax.data.shards import (
 )
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
+from hart_jax.paths import as_path
 from hart_jax.text.encoder import load_text_encoder, text_options
 
 # No msgpack value begins so: what stands for a record that could not be read.
@@ -104,7 +105,7 @@ def precompute(
       UserError: `shards` is no shard folder, `out` holds something else, or more than `max_bad_records` records do not
         decode; fewer are named on stderr.
     """
-    shards, out = Path(shards), Path(out)
+    shards, out = as_path(shards, "--shards"), as_path(out, "--out")
     source, about = RecordSource(shards), read_dataset(shards)
     del about["shards"]
     about |= {
@@ -161,12 +162,12 @@ def main() -> None:
     from hart_jax.training.workdir import find_tokenizer
 
     parser = argparse.ArgumentParser(description="Adds tokens and text states to the records of shards.")
-    parser.add_argument("--shards", type=Path, required=True, help="folder of hart_jax.data.shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the new shards; new, empty or unfinished")
-    parser.add_argument("--tokenizer", type=Path, help="workdir or model folder of a tokenizer, for tokens")
-    parser.add_argument("--text_encoder", type=Path, help="folder of a text encoder, for text states")
+    parser.add_argument("--shards", required=True, help="folder of hart_jax.data.shards")
+    parser.add_argument("--out", required=True, help="folder for the new shards; new, empty or unfinished")
+    parser.add_argument("--tokenizer", help="workdir or model folder of a tokenizer, for tokens")
+    parser.add_argument("--text_encoder", help="folder of a text encoder, for text states")
     parser.add_argument("--context_tokens", type=int, help="positions of the text states, as the transformer has them")
-    parser.add_argument("--system_prompt", type=Path, help="file of the text encoder's system prompt")
+    parser.add_argument("--system_prompt", help="file of the text encoder's system prompt")
     parser.add_argument(
         "--text_dtype",
         choices=("auto", "float32", "bfloat16"),

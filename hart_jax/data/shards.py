@@ -16,27 +16,29 @@ category among the sorted ones of dataset.json.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
+import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import grain
 import msgpack
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
+from hart_jax.buckets import local_copy, object_sizes, upload
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
 from hart_jax.data.shard_content import check_unchanged, digest_of_all, record_digest, stored_digests
+from hart_jax.data.staging import Shard, open_records
 from hart_jax.errors import UserError, run_cli
+from hart_jax.files import sha256, write_whole
+from hart_jax.paths import as_path, is_remote
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"
@@ -44,15 +46,6 @@ CHECKSUM_FILE = "SHA256SUMS"
 UNFINISHED_FILE = "unfinished.json"
 
 Folders = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a shard folder: its path, number of records and size in bytes."""
-
-    path: Path
-    count: int
-    bytes: int
 
 
 def write_shards(
@@ -74,7 +67,7 @@ def write_shards(
       UserError: the source is not such a folder, an image does not decode (nothing is written then), or `out` holds
         something else, or complete shards of images or captions that have changed since; the message names them.
     """
-    source, out = Path(source), Path(out)
+    source, out = local_copy(source), as_path(out, "--out")
     if records_per_shard < 1:
         raise UserError(f"--records_per_shard {records_per_shard} must be at least 1")
     if max_aspect and max_aspect < 1:
@@ -140,7 +133,7 @@ def open_shards(folder: str | Path) -> list[Shard]:
     Raises:
       UserError: naming the folder or shard that is missing, unfinished, truncated or damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     path = folder / DATASET_FILE
     if not path.is_file():
         state = "is unfinished; run the same command again" if (folder / UNFINISHED_FILE).exists() else "has none"
@@ -151,12 +144,19 @@ def open_shards(folder: str | Path) -> list[Shard]:
             raise UserError(
                 f"{path} has format {dataset['format']}, this version reads {FORMAT}; write the shards anew"
             )
-        shards = [Shard(folder / item["file"], item["count"], item["bytes"]) for item in dataset["shards"]]
+        sums = _read_checksums(folder) if is_remote(folder) else {}
+        shards = [
+            Shard(folder / item["file"], item["count"], item["bytes"], sums.get(item["file"], ""))
+            for item in dataset["shards"]
+        ]
         total = dataset["count"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); write the shards anew") from error
-    for shard in shards:
-        _check_shard(shard)
+    if is_remote(folder):
+        _check_sizes(shards, object_sizes(folder))
+    else:
+        for shard in shards:
+            _check_shard(shard)
     if sum(shard.count for shard in shards) != total:
         raise UserError(f"{path} says {total} records, its shards hold {sum(s.count for s in shards)}; write them anew")
     return shards
@@ -168,12 +168,12 @@ def verify(folder: str | Path) -> int:
     Raises:
       UserError: naming the first shard that differs.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     shards = open_shards(folder)
     checksums(folder)
     sums = _read_checksums(folder)
     for shard in tqdm(shards, unit="shard", desc="verifying"):
-        if sums.get(shard.path.name) != sha256(shard.path):
+        if sums.get(shard.path.name) != sha256(local_copy(shard.path)):
             raise UserError(f"shard {shard.path} does not match {CHECKSUM_FILE}; copy or write it again")
     return len(shards)
 
@@ -184,7 +184,7 @@ def checksums(folder: str | Path) -> bytes:
     Raises:
       UserError: it is missing.
     """
-    path = Path(folder) / CHECKSUM_FILE
+    path = as_path(folder) / CHECKSUM_FILE
     try:
         return path.read_bytes()
     except OSError as error:
@@ -193,7 +193,7 @@ def checksums(folder: str | Path) -> bytes:
 
 def as_paths(folders: Folders) -> list[Path]:
     """One or several folders as a list."""
-    return [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+    return [as_path(folder) for folder in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
 
 
 class RecordSource:
@@ -215,7 +215,7 @@ class RecordSource:
         found = [open_shards(folder) for folder in as_paths(folders)]
         self.shards = [shard for shards in found for shard in shards]
         self.folder_starts = [0, *accumulate(sum(shard.count for shard in shards) for shards in found)]
-        self._records = grain.sources.ArrayRecordDataSource([str(shard.path) for shard in self.shards])
+        self._records = open_records(self.shards)
         self._starts = [0, *accumulate(shard.count for shard in self.shards)]
         about = [read_dataset(folder) for folder in as_paths(folders)]
         self.precomputed = [dataset.get("precomputed", {}) for dataset in about]
@@ -266,24 +266,27 @@ def resume(out: Path, settings: dict) -> dict[str, str] | None:
 
 def begin(out: Path, settings: dict) -> None:
     """Makes `out` an unfinished shard folder, which `resume` knows by these settings."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / UNFINISHED_FILE, json.dumps(settings, indent=1) + "\n")
+    write_whole(out / UNFINISHED_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def is_finished(path: Path, sums: dict[str, str]) -> bool:
     """Whether a shard is there as its checksum says."""
+    if is_remote(path):
+        # Of what is uploaded, the checksum is written afterwards.
+        return path.name in sums and path.is_file()
     return path.is_file() and sums.get(path.name) == sha256(path)
 
 
 def write_checksums(out: Path, sums: dict[str, str]) -> None:
-    _write_text(out / CHECKSUM_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    write_whole(out / CHECKSUM_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int]) -> None:
     """Completes a shard folder that holds the files `counts`, of so many records each."""
     write_checksums(out, {name: sums[name] for name in counts})
-    listing = [{"file": name, "count": count, "bytes": (out / name).stat().st_size} for name, count in counts.items()]
-    _write_text(out / DATASET_FILE, json.dumps({**about, "shards": listing}, indent=1) + "\n")
+    sizes = object_sizes(out) if is_remote(out) else {name: (out / name).stat().st_size for name in counts}
+    listing = [{"file": name, "count": count, "bytes": sizes[name]} for name, count in counts.items()]
+    write_whole(out / DATASET_FILE, json.dumps({**about, "shards": listing}, indent=1) + "\n")
     (out / UNFINISHED_FILE).unlink()
 
 
@@ -331,7 +334,13 @@ def _ids(examples: Iterable[Example]) -> list[str]:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> str:
-    """Writes a shard under a temporary name and returns its checksum once it has its own."""
+    """Writes a shard, whole or not at all, and returns its checksum."""
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            local = Path(scratch) / path.name
+            digest = write_records(local, records)
+            upload(local, path)
+            return digest
     partial = path.with_name(path.name + ".partial")
     writer = ArrayRecordWriter(str(partial), "group_size:1")
     try:
@@ -348,13 +357,25 @@ def write_records(path: Path, records: Iterable[bytes]) -> str:
     return sha256(path)
 
 
-def _check_shard(shard: Shard) -> None:
-    if not shard.path.is_file():
-        raise UserError(f"shard {shard.path} is missing; copy or write it again")
-    size = shard.path.stat().st_size
+def _check_sizes(shards: Sequence[Shard], sizes: Mapping[str, int]) -> None:
+    for shard in shards:
+        if shard.path.name not in sizes:
+            raise UserError(f"shard {shard.path} is missing; copy or write it again")
+        if not shard.sha256:
+            raise UserError(f"{shard.path.parent / CHECKSUM_FILE} has no line for {shard.path.name}; copy it, too")
+        _check_size(shard, sizes[shard.path.name])
+
+
+def _check_size(shard: Shard, size: int) -> None:
     if size != shard.bytes:
         kind = "truncated" if size < shard.bytes else "damaged"
         raise UserError(f"shard {shard.path} is {kind}: {size} bytes instead of {shard.bytes}; copy or write it again")
+
+
+def _check_shard(shard: Shard) -> None:
+    if not shard.path.is_file():
+        raise UserError(f"shard {shard.path} is missing; copy or write it again")
+    _check_size(shard, shard.path.stat().st_size)
     reader = ArrayRecordReader(str(shard.path))
     try:
         count = reader.num_records() if reader.ok() else math.nan
@@ -380,30 +401,16 @@ def _read_checksums(folder: Path) -> dict[str, str]:
     return {name: digest for digest, name in lines}
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Write a captioned image folder as ArrayRecord shards, or verify them."
     )
-    parser.add_argument(
-        "--source", type=Path, help="folder with meta_data.json and <category>/<id>.png, or these in a zip"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the shards; new, empty or unfinished")
+    parser.add_argument("--source", help="folder with meta_data.json and <category>/<id>.png, or these in a zip")
+    parser.add_argument("--out", help="folder for the shards; new, empty or unfinished")
     parser.add_argument("--records_per_shard", type=int, default=1024)
     parser.add_argument("--max_aspect", type=float, default=0, help="leave out longer images; 0 keeps all")
     parser.add_argument("--workers", type=int, default=0, help="processes that check and write; 0: this one alone")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="only compare the checksums of this shard folder")
+    parser.add_argument("--verify", metavar="DIR", help="only compare the checksums of this shard folder")
     args = parser.parse_args()
     if args.verify is not None:
         print(f"{verify(args.verify)} shards of {args.verify} match {CHECKSUM_FILE}")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
 from hart_jax.errors import UserError
@@ -38,7 +39,7 @@ def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
 
 def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What shards say of text states by the encoder in this folder, of so many positions; `options`: `text_options`."""
-    files = sorted(path for path in Path(encoder_folder).iterdir() if path.suffix in (".json", ".safetensors"))
+    files = sorted(path for path in local_copy(encoder_folder).iterdir() if path.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode())
     about = {"text_encoder": digest.hexdigest(), "positions": positions}
     options = options or {}

@@ -20,9 +20,11 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from hart_jax.buckets import local_copy
 from hart_jax.data.check_images import check_images
 from hart_jax.data.mjhq import Example, read_folder
 from hart_jax.errors import UserError, run_cli
+from hart_jax.paths import local_only
 
 
 class CaptionedImages(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -104,12 +106,17 @@ def build(source: str | Path, data_dir: str | Path, *, records_per_shard: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with meta_data.json and the images")
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of TFDS data sets, new or not")
+    parser.add_argument("--source", required=True, help="folder with meta_data.json and the images")
+    parser.add_argument("--data_dir", required=True, help="folder of TFDS data sets, new or not")
     parser.add_argument("--records_per_shard", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=0, help="processes that check the images; 0: this one alone")
     args = parser.parse_args()
-    folder = build(args.source, args.data_dir, records_per_shard=args.records_per_shard, workers=args.workers)
+    folder = build(
+        local_copy(args.source),
+        local_only(args.data_dir, "--data_dir"),
+        records_per_shard=args.records_per_shard,
+        workers=args.workers,
+    )
     print(f"data set in {folder}")
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hart_jax.errors import UserError
 from hart_jax.evaluation.pictures import Pictures, decode
 from hart_jax.files import whole_file
+from hart_jax.paths import make_folder
 
 PART = 500
 Columns = dict[str, np.ndarray]
@@ -131,7 +132,7 @@ def _part(folder: Path, share: range) -> Path:
 
 def _write(path: Path, columns: Columns) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]
     except OSError as error:
@@ -141,7 +142,7 @@ def _write(path: Path, columns: Columns) -> None:
 def _read(path: Path, count: int) -> Columns | None:
     """The columns that a part keeps, of so many rows; None where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}
         if not columns or any(column.shape[:1] != (count,) for column in columns.values()):
             raise ValueError("it has other rows")

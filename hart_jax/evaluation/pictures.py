@@ -14,10 +14,12 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from hart_jax.buckets import local_copy
 from hart_jax.data.image_files import rgb_image, square_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
 from hart_jax.data.shards import DATASET_FILE, RecordSource, checksums
 from hart_jax.errors import UserError
+from hart_jax.paths import as_path
 
 # So many files are hashed without a progress bar.
 _FEW = 2000
@@ -57,11 +59,12 @@ def open_pictures(path: str | Path) -> Pictures:
     Raises:
       UserError: nothing there, no pictures in it, or what `RecordSource` and `read_folder` say.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder of pictures")
     if (path / DATASET_FILE).is_file():
         return _Shards(path)
+    path = local_copy(path)
     if (path / CAPTION_FILE).is_file():
         return _Captioned(read_folder(path))
     return Files(sorted(file for file in path.rglob("*") if _is_picture(file)), path)
@@ -122,7 +125,7 @@ def _checksums(examples: Sequence[Example]) -> list[str]:
 
 def _digest(files: Sequence[Path | bool], checksums: Sequence[str]) -> str:
     """Of the files' bytes in their order, and of checksums."""
-    paths = [file for file in files if isinstance(file, Path)]
+    paths = [file for file in files if not isinstance(file, bool)]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), paths)
         shown = tqdm(hashes, total=len(paths), desc="hashing", unit="picture", disable=len(paths) < _FEW)

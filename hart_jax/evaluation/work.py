@@ -6,8 +6,8 @@ each other. One MAC is two FLOPs. Bytes are of bfloat16, those of logits, AdaLN 
 
 import dataclasses
 import itertools
-from pathlib import Path
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import DiffusionConfig, TokenizerConfig, TransformerConfig, read_json
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment
@@ -106,8 +106,10 @@ def read_text_size(folder: str) -> TextSize | None:
     Raises:
       UserError: it is of another kind than qwen2, qwen2_vl and bert, or lacks a size.
     """
-    path = Path(folder) / "config.json"
-    if not folder or not path.is_file():
+    if not folder:
+        return None
+    path = local_copy(folder) / "config.json"
+    if not path.is_file():
         return None
     values = read_json(path)
     kind = values.get("model_type")

@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +25,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from hart_jax import flags as hart_flags
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.convert.qwen2 import stored_params
 from hart_jax.errors import UserError, run_cli
@@ -181,7 +181,7 @@ def read_text_config(experiment: HartExperiment, file: str | None = None) -> Qwe
     """
     if experiment.transformer.num_classes:
         return None
-    path = Path(file) if file else Path(experiment.text_encoder) / "config.json"
+    path = local_copy(file) if file else local_copy(experiment.text_encoder) / "config.json"
     if file or (experiment.text_encoder and path.is_file()):
         values = read_json(path)
         if values.get("model_type") in ("qwen2", "qwen2_vl"):

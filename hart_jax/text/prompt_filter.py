@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.errors import UserError
 
@@ -24,7 +25,7 @@ def load_prompt_filter(folder: str | Path, allows: Collection[str] = ()) -> Prom
       UserError: a file is missing or damaged, a label is none of the model's, none is known to be harmless, or PyTorch
         or transformers is not installed.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     labels = _labels(folder)
     unknown = sorted(set(allows) - set(labels))
     if unknown:

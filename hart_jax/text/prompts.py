@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 
 
@@ -29,7 +30,7 @@ def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
       UserError: the file is missing, is not UTF-8 text, or holds no prompt.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = local_copy(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

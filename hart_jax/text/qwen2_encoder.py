@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.convert.qwen2 import read_qwen2, stored_params
 from hart_jax.errors import UserError
@@ -169,7 +170,7 @@ def load(
       UserError: a file is missing or damaged, or is of a model that computes something else; nothing large is read
         before all that is small is checked.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     config = Qwen2Config.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     if dtype not in DTYPES:
         raise UserError(f"text encoder: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")

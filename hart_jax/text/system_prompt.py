@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 
 CONSTANT = "llm_system_prompt"
@@ -19,7 +20,7 @@ def read_system_prompt(path: str | Path) -> str:
     Raises:
       UserError: the file is missing, empty or not UTF-8 text, or a Python file does not have the constant.
     """
-    path = Path(path)
+    path = local_copy(path)
     if path.is_dir():
         path = path / CONSTANTS_FILE
     try:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 
 # Convolutions of each VGG16 stage; the features compared are those after a stage's last ReLU.
@@ -48,7 +49,7 @@ def load_lpips(path: str | os.PathLike[str]) -> Params:
       UserError: the file is missing, damaged, or holds something else.
     """
     try:
-        tree = _ArrayUnpickler(io.BytesIO(_checkpoint_bytes(Path(path)))).load()
+        tree = _ArrayUnpickler(io.BytesIO(_checkpoint_bytes(local_copy(path)))).load()
         convolutions = (tree["VGG16_0"][f"Conv_{index}"] for index in range(sum(map(len, STAGE_WIDTHS))))
         pairs = ((layer["kernel"], layer["bias"]) for layer in convolutions)
         stages = tuple(tuple(itertools.islice(pairs, len(stage))) for stage in STAGE_WIDTHS)

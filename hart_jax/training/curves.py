@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hart_jax.errors import UserError, run_cli
 from hart_jax.images import save_png
+from hart_jax.paths import as_path
 from hart_jax.training.metrics import METRICS_FILE, TIMINGS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"
@@ -68,7 +69,7 @@ def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, 
     curves = _read(workdir)
     unknown = sorted(set(names or ()) - set(curves))
     if unknown:
-        file, known = Path(workdir) / METRICS_FILE, ", ".join(sorted(curves))
+        file, known = as_path(workdir) / METRICS_FILE, ", ".join(sorted(curves))
         raise UserError(f"{file} has no metric {', '.join(unknown)}; it has {known}")
     panels: Sequence[_Panel] = _PANELS
     if names:
@@ -80,8 +81,8 @@ def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, 
         if chosen:
             drawn.append(_draw(panel, chosen))
     if not drawn:
-        raise UserError(f"{Path(workdir) / METRICS_FILE} has nothing to draw")
-    path = Path(workdir) / CURVES_FILE
+        raise UserError(f"{as_path(workdir) / METRICS_FILE} has nothing to draw")
+    path = as_path(workdir) / CURVES_FILE
     save_png(path, _side_by_side(drawn), overwrite=True)
     return path
 

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.cache",
     "data.max_bad_records",
+    "data.stage_gib",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",

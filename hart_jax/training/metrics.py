@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hart_jax.files import whole_file
 from hart_jax.images import save_png
+from hart_jax.paths import as_path
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -191,7 +192,7 @@ class Progress:
 
 def read_metrics(workdir: str | os.PathLike, file: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, oldest first; an unfinished last line is left out."""
-    return [json.loads(line) for line in _whole_lines(Path(workdir) / file)]
+    return [json.loads(line) for line in _whole_lines(as_path(workdir) / file)]
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -5,17 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hart_jax.buckets import local_copy
 from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
 from hart_jax.config import Settings, TokenizerConfig, TransformerConfig
 from hart_jax.convert.released import is_released_tokenizer, read_released_tokenizer
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, TokenizerExperiment, experiment_from
 from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer, read_tokenizer, read_transformer
+from hart_jax.paths import as_path
 from hart_jax.weights import check_tree
 
 
 def is_workdir(path: str | Path) -> bool:
-    return (Path(path) / CHECKPOINT_DIR).is_dir()
+    return (as_path(path) / CHECKPOINT_DIR).is_dir()
+
+
+def _workdir_or_copy(source: str | Path) -> Path:
+    """A workdir where it is; a model in a bucket as its local copy."""
+    return as_path(source) if is_workdir(source) else local_copy(source)
 
 
 def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
@@ -27,7 +34,7 @@ def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
     Raises:
       UserError: there is none, or its settings are not `expected`.
     """
-    path = Path(source)
+    path = _workdir_or_copy(source)
     if not is_workdir(path) and is_released_tokenizer(path):
         config, params = read_released_tokenizer(path, expected)
     else:
@@ -44,7 +51,7 @@ def find_tokenizer(source: str | Path) -> tuple[TokenizerConfig, Any]:
     Raises:
       UserError: there is none.
     """
-    path = Path(source)
+    path = _workdir_or_copy(source)
     if is_workdir(path):
         experiment = experiment_from(load_config(path))
         if not isinstance(experiment, TokenizerExperiment):
@@ -66,7 +73,7 @@ def load_transformer(source: str | Path, expected: TransformerConfig) -> Any:
       UserError: there is none, its settings are not `expected`, or it has learned something of each scale
         (`use_timestep_embed=False`) and the scales differ in number.
     """
-    path = Path(source)
+    path = _workdir_or_copy(source)
     if is_workdir(path):
         experiment = experiment_from(load_config(path))
         if not isinstance(experiment, HartExperiment):
@@ -91,14 +98,14 @@ def read_workdir(path: str | Path, which: str = "ema") -> Model:
     params = load_params(path, which)
     check_tree(params, abstract_transformer(experiment.transformer), f"transformer checkpoint in {path}")
     tokenizer = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
-    text_encoder = experiment.text_encoder and Path(experiment.text_encoder)
+    text_encoder = experiment.text_encoder and local_copy(experiment.text_encoder, "text_encoder")
     return Model(
         experiment.tokenizer,
         tokenizer,
         experiment.transformer,
         params,
         text_encoder if text_encoder and text_encoder.is_dir() else None,
-        Path(experiment.system_prompt) if experiment.system_prompt else None,
+        local_copy(experiment.system_prompt, "system_prompt") if experiment.system_prompt else None,
     )
 
 

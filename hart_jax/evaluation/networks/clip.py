@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.convert.released import weight_file
 from hart_jax.convert.state_dict import StateDict
@@ -207,7 +208,7 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
     Raises:
       UserError: a file is missing or damaged, or is of a model that computes something else.
     """
-    folder = Path(folder)
+    folder = local_copy(folder)
     where = folder / "config.json"
     values = read_json(where)
     if values.get("model_type") != "clip":

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hart_jax.buckets import local_copy
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded, weights_digest
@@ -76,7 +77,7 @@ def load_efficientnet(path: str | os.PathLike[str]) -> FeatureNetwork:
       UserError: the file is missing, damaged, or holds another network.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = _read(_weight_file(Path(path), Path(scratch)))
+        tensors = _read(_weight_file(local_copy(path), Path(scratch)))
         params = _folded(tensors)
     network = EfficientNetLite0()
 

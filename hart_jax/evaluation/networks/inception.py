@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hart_jax.buckets import local_copy
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded, weights_digest
@@ -60,7 +61,7 @@ def load_inception(path: str | os.PathLike[str], *, resize: Resize = "pytorch-fi
     if resize not in get_args(Resize):
         raise UserError(f"resize is {resize!r}; choose one of {', '.join(get_args(Resize))}")
     try:
-        tensors = _read(Path(path))
+        tensors = _read(local_copy(path))
     except UserError as error:
         raise UserError(f"{error}; {_FIX}") from error
     network = InceptionV3()
