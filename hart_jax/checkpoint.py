@@ -25,8 +25,8 @@ from orbax.checkpoint import v1 as ocp
 
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
-<<<<<<< HEAD
 from hart_jax.parallel.agree import gather_texts
+from hart_jax.paths import absolute, as_path
 from hart_jax.restoring import (
     check_field,
     check_items,
@@ -38,9 +38,6 @@ from hart_jax.restoring import (
     read_items,
     read_together,
 )
-=======
-from hart_jax.paths import absolute, as_path
->>>>>>> ecbc4ab (gs:// paths everywhere: one place where a text becomes a path, local copies of what is read, staged shards)
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
@@ -230,13 +227,8 @@ def load_params(workdir: str | os.PathLike, which: str = "ema") -> dict[str, Any
     Raises:
       UserError: no checkpoint, none readable, or no such field.
     """
-<<<<<<< HEAD
-    directory = Path(workdir).absolute() / CHECKPOINT_DIR
-    steps = _steps_of_all(directory)
-=======
     directory = absolute(as_path(workdir)) / CHECKPOINT_DIR
-    steps = _complete_steps(directory)
->>>>>>> ecbc4ab (gs:// paths everywhere: one place where a text becomes a path, local copies of what is read, staged shards)
+    steps = _steps_of_all(directory)
     if not steps:
         raise UserError(f"{workdir} holds no checkpoint; give a training workdir, or train first")
     for step in steps:
