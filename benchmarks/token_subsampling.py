@@ -24,6 +24,7 @@ from hart_jax.model_folder import abstract_tokenizer
 from hart_jax.parallel.plan import plan
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
+from hart_jax.training.flops import flops_of
 from hart_jax.training.hart_step import make_hart_step
 from hart_jax.training.state import make_optimizer, new_state
 from hart_jax.transformer.model import Hart
@@ -75,17 +76,17 @@ def measured(size: int, counts: list[int], depth: int, width: int, repeats: int)
     step = make_hart_step(hart, tokenizer, optimizer, loss, 0.99)
     arguments = {"quantizer": {"codebook": codebook}}, tokens_of(experiment.tokenizer), condition(config)
     state = new_state(params, optimizer)
-    compiled, costs = {}, {}
+    compiled, flops, costs = {}, {}, {}
     for count in counts:
         traced = step.trace(state, *arguments, jax.random.key(0), count)
-        compiled[count] = traced.lower().compile()
+        compiled[count], flops[count] = traced.lower().compile(), flops_of(traced.jaxpr.jaxpr)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for repeat in range(repeats + 1):
         for count in counts:
             start = time.perf_counter()
-            state, metrics = jax.block_until_ready(compiled[count](state, *arguments, jax.random.key(repeat)))
+            state, _ = jax.block_until_ready(compiled[count](state, *arguments, jax.random.key(repeat)))
             times[count].append(time.perf_counter() - start)
-            tflop = float(metrics["flops"]) / 1e12
+            tflop = flops[count] / 1e12
             temporaries = compiled[count].memory_analysis().temp_size_in_bytes
             costs[count] = Cost(tflop, float(np.median(times[count][1:] or times[count])), temporaries)
     return costs

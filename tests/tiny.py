@@ -37,6 +37,18 @@ def transformer_config(**changes) -> TransformerConfig:
     return TransformerConfig.from_dict({**values, **changes})
 
 
+def experiment_values(**changes) -> dict:
+    """Of an experiment that trains the tiny transformer, `changes` being the transformer's."""
+    return {
+        "tokenizer": TOKENIZER.to_dict(),
+        "transformer": transformer_config(**changes).to_dict(),
+        "loss": {"condition_top_k": 8, "min_kept": 4},
+        "sample": {"top_k": 8, "top_k_late": 8},
+        "mesh": {},
+        "train": {},
+    }
+
+
 def random_like(tree, seed: int = 0):
     """Normal arrays of the shapes in `tree`: large enough that every part of the model matters."""
     random = np.random.default_rng(seed)

@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from hart_jax.parallel.collectives import KINDS, Collective, collective_of, rendezvous, transfer_of
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s64": 8, "u64": 8, "f64": 8}
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Values that have no memory of their own, or whose traffic is that of the operations inside them.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "async-start", "optimization-barrier",
 }  # fmt: skip
 _SLICES = ("slice", "dynamic-slice", "gather")
+# What takes so long that something else can be sent meanwhile.
+_WORK = {"fusion", "dot", "convolution", "custom-call", "while", "conditional", "call"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -29,18 +32,6 @@ _STATED_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TRACED = re.compile(r'op_name="([^"]*)"')
 _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_\-]+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """`kind` as XLA names it, the mesh's `axes` over which it works (joined by "+"), whether it leaves a `host`."""
-
-    kind: str
-    axes: str
-    leaves_host: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.kind} over {self.axes}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +72,14 @@ def kernels_of(text: str) -> list[Kernel]:
     return _Program(text).kernels()
 
 
-def count_work(text: str, mesh: Mapping[str, int], devices_per_host: int = 0) -> Work:
+def count_work(text: str, mesh: Mapping[str, int], island: int = 0) -> Work:
     """Counts the text of a compiled program whose devices form a mesh (axis -> size), in the mesh's order.
 
     A loop runs as often as its annotation or the bound in its condition says, and once if there is neither. Where the
-    compiler keeps an array in on-chip memory, its reads and writes do not count. `devices_per_host` 0: all on one.
+    compiler keeps an array in on-chip memory, its reads and writes do not count. `island` is how many devices, in the
+    mesh's order, have fast links to each other: those of a slice, or of a host of GPUs; 0: all.
     """
-    return _Program(text).work(mesh, devices_per_host)
+    return _Program(text).work(mesh, island)
 
 
 class _Program:
@@ -106,9 +98,10 @@ class _Program:
                 )
         self.results = {name: {op.name: op.result for op in ops} for name, ops in self.computations.items()}
 
-    def work(self, mesh: Mapping[str, int], devices_per_host: int) -> Work:
+    def work(self, mesh: Mapping[str, int], island: int) -> Work:
         flops = size = 0.0
-        sent: dict[str, tuple[Collective, float]] = {}
+        sent: dict[str, tuple[Collective, float, bool]] = {}
+        overlapping = self._overlapping()
         for name, (times, within) in self._runs().items():
             for op in self.computations[name]:
                 if op.kind in ("dot", "convolution"):
@@ -119,18 +112,43 @@ class _Program:
                 if not within:
                     size += times * self._traffic(op, name)
                 kind = op.kind.removesuffix("-start")
-                if kind in _COLLECTIVES:
-                    collective, wire = _collective(op, kind, mesh, devices_per_host)
+                found: tuple[Collective, float] | None = None
+                if kind in KINDS:
+                    started = op.kind.endswith("-start")
+                    size = max(_sizes_anywhere(op.result), default=0) if started else sum(_sizes_anywhere(op.result))
+                    found = collective_of(op.line, kind, size, mesh, island)
+                elif kind == "send":
+                    found = transfer_of(op.line, max(_sizes_anywhere(op.result), default=0), mesh, island)
+                if found is not None:
+                    collective, wire = found
                     # One that overlaps with other work appears in each part of that work, under one channel.
-                    channel = re.search(r"channel_id=(\d+)", op.line)
+                    channel = None if kind == "send" else re.search(r"channel_id=(\d+)", op.line)
                     key = channel[0] if channel else f"{name} {op.name}"
-                    if key not in sent or sent[key][1] < times * wire:
-                        sent[key] = collective, times * wire
+                    before = sent.get(key, (collective, 0.0, False))
+                    overlaps = before[2] or op.name in overlapping.get(name, ())
+                    wire = max(before[1], times * wire)
+                    sent[key] = (collective if wire > before[1] else before[0]), wire, overlaps
         totals: dict[Collective, float] = collections.defaultdict(float)
-        for collective, wire in sent.values():
+        for collective, wire, overlaps in sent.values():
             if wire:
-                totals[collective] += wire
+                totals[dataclasses.replace(collective, overlaps=overlaps)] += wire
         return Work(flops, size, dict(totals))
+
+    def _overlapping(self) -> dict[str, set[str]]:
+        """Computation -> its collectives that other work stands beside: between their start and their end, in the
+        order in which the program runs, or with them in one fusion."""
+        found: dict[str, set[str]] = collections.defaultdict(set)
+        for name, ops in self.computations.items():
+            works = [at for at, op in enumerate(ops) if op.kind in _WORK]
+            ends = _ends(ops)
+            for at, op in enumerate(ops):
+                inside = [each for _, called in _calls(op) for each in self.computations.get(called, ())]
+                beside = op.kind == "fusion" and any(each.kind in ("fusion", "dot", "convolution") for each in inside)
+                if beside or any(at < work < ends.get(op.name, at) for work in works):
+                    found[name].add(op.name)
+                    for _, called in _calls(op):
+                        found[called].update(each.name for each in self.computations.get(called, ()))
+        return found
 
     def kernels(self) -> list[Kernel]:
         found = []
@@ -217,7 +235,7 @@ class _Program:
         if op.kind in _FREE or op.kind.endswith(("-done", "-update")):
             return 0.0
         shapes = self._shapes(op, name)
-        if op.kind.removesuffix("-start") in _COLLECTIVES or op.kind == "copy-start":
+        if op.kind.removesuffix("-start") in KINDS or op.kind == "copy-start":
             # What is started gives (operand, result, ...): both, once.
             return float(sum(_sizes(op.result))) if op.kind.endswith("-start") else _total([op.result, *shapes])
         if op.kind in _SLICES:
@@ -289,6 +307,23 @@ class _Program:
         return total
 
 
+def _ends(ops: list[_Operation]) -> dict[str, int]:
+    """What is started in a computation -> the place of what waits for it."""
+    places = {op.name: at for at, op in enumerate(ops)}
+    waits = {operand: at for at, op in enumerate(ops) if op.kind.endswith("-done") for operand in op.operands[:1]}
+    received = {rendezvous(op.line): waits[op.name] for op in ops if op.kind == "recv" and op.name in waits}
+    ends = {}
+    for op in ops:
+        if op.kind == "send":
+            ends[op.name] = received.get(rendezvous(op.line), waits.get(op.name, 0))
+        elif op.kind.endswith("-start"):
+            ends[op.name] = waits.get(op.name, 0)
+        elif op.name.startswith("async-collective-start"):
+            # How a TPU's compiler names fusions that start and end what others go on with.
+            ends[op.name] = places.get(op.name.replace("-start", "-done"), 0)
+    return ends
+
+
 def _until_closed(text: str) -> str:
     depth = 1
     for index, char in enumerate(text):
@@ -313,7 +348,7 @@ def _dims(text: str) -> tuple[str, tuple[int, ...]]:
 
 def _gathered(operations: list[_Operation]) -> set[tuple[str, tuple[int, ...]]]:
     """Shapes of collectives' results inside a fusion: parts of the work they overlap with only pass them on."""
-    return {_dims(op.result) for op in operations if op.kind in _COLLECTIVES}
+    return {_dims(op.result) for op in operations if op.kind in KINDS}
 
 
 def _each(text: str) -> Iterator[tuple[int, bool]]:
@@ -345,52 +380,5 @@ def _products(left: int, window: int, out: int, stride: int, pad: int, left_dila
     return int(((at >= 0) & (at <= (left - 1) * left_dilation) & (at % left_dilation == 0)).sum())
 
 
-def _collective(op: _Operation, kind: str, mesh: Mapping[str, int], devices_per_host: int) -> tuple[Collective, float]:
-    """Which one it is, and the bytes that each device sends in a ring."""
-    group = _group(op.line, kind)
-    places = np.array(np.unravel_index(group, tuple(mesh.values()))) if group else np.zeros((len(mesh), 1))
-    axes = [axis for axis, along in zip(mesh, places, strict=True) if len(set(along)) > 1]
-    size = max(_sizes_anywhere(op.result), default=0) if op.kind.endswith("-start") else sum(_sizes_anywhere(op.result))
-    count = len(group)
-    wire = {
-        "all-reduce": 2 * size * (count - 1) / count,
-        "reduce-scatter": float(size * (count - 1)),
-        "collective-permute": float(size) if axes else 0.0,
-    }.get(kind, size * (count - 1) / count)
-    hosts = {device // devices_per_host for device in group} if devices_per_host else {0}
-    return Collective(kind, "+".join(axes) or "all", len(hosts) > 1), wire
-
-
 def _sizes_anywhere(text: str) -> list[int]:
     return [size for size, _ in _each(text)]
-
-
-def _group(line: str, kind: str) -> list[int]:
-    """The devices of a collective's first group, in any of XLA's three notations; for a permutation, of one hop."""
-    if kind == "collective-permute":
-        pairs = re.findall(r"\{(\d+),(\d+)\}", line)
-        return next(([int(a), int(b)] for a, b in pairs if a != b), [0])
-    if (given := re.search(r"replica_groups=\{\{([\d,]+)\}", line)) is not None:
-        return [int(device) for device in given[1].split(",")]
-    if (iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)) is not None:
-        devices = np.arange(int(iota[1]) * int(iota[2])).reshape(_ints(iota[3]))
-        if iota[4]:
-            devices = devices.transpose(_ints(iota[4]))
-        return devices.reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", line)) is not None:
-        return _named_group(named[1], named[2], re.findall(r"'([^']*)'", named[3]))
-    return [0]
-
-
-def _named_group(sizes: str, order: str, axes: list[str]) -> list[int]:
-    mesh = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", sizes)}
-    devices = np.arange(int(np.prod(list(mesh.values()), dtype=int)))
-    if (iota := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)) is not None:
-        devices = devices.reshape(_ints(iota[1]))
-        devices = devices.transpose(_ints(iota[2])) if iota[2] else devices
-    devices = devices.reshape(tuple(mesh.values()))
-    return devices[tuple(slice(None) if name in axes else 0 for name in mesh)].reshape(-1).tolist()
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(","))

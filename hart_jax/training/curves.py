@@ -46,7 +46,7 @@ _PANELS = (
     _Panel("share of codes in use", r"codes_used", False),
     _Panel("skipped steps, where there were any", r"skipped_steps", True),
     _Panel("images per second", r"images_per_second", False),
-    _Panel("model FLOPs utilisation", r"model_flops_utilisation", False),
+    _Panel("FLOPs utilisation: of the model, of the hardware", r"[mh]fu", False),
     _Panel("seconds per step, and waiting in them", r"(step|.*_wait)_seconds", True),
     _Panel("device memory, bytes", r"device_memory.*", False),
 )

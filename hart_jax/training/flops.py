@@ -1,14 +1,12 @@
 """How many floating-point operations a training step takes, and how many a device can do."""
 
-import functools
-import inspect
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from pallas_kernels.attention.counted import flops_in
 
@@ -30,24 +28,25 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for kind, peak in _PEAK.items() if device_kind.startswith(kind)), None)
 
 
-def jit_step(step: Callable, static: str, out_shardings: Any = None) -> Any:
-    """`jax.jit` of (state, ...) -> (state, metrics) with the state donated and `flops` added to the metrics.
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one training step, of all devices together.
 
-    `static` names an argument that is a compile-time constant; `out_shardings` are those of state and metrics.
+    `model` is three times the forward pass of what is trained: a backward pass takes twice as many. That is what model
+    FLOPs utilisation (MFU) counts (Chowdhery et al., arXiv 2204.02311, appendix B). `hardware` is all that the step
+    computes, what rematerialisation repeats and the frozen networks too: hardware FLOPs utilisation (HFU).
     """
-    signature = inspect.signature(step)
 
-    @functools.wraps(step)
-    def counted(*arguments: Any, **keywords: Any) -> tuple[Any, dict[str, jax.Array]]:
-        arrays = signature.bind(*arguments, **keywords).arguments
-        fixed = functools.partial(step, **{static: arrays.pop(static)})
-        # Traced once, for counting and for running.
-        traced, shapes = jax.make_jaxpr(fixed, return_shape=True)(**arrays)
-        outputs = jaxpr_as_fun(traced)(*jax.tree.leaves(arrays))
-        state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-        return state, {**metrics, "flops": jnp.float32(flops_of(traced.jaxpr))}
+    model: float
+    hardware: float
 
-    return jax.jit(counted, static_argnames=static, donate_argnums=0, out_shardings=out_shardings)
+    def metrics(self) -> dict[str, float]:
+        return {"model_flops": self.model, "hardware_flops": self.hardware}
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """`flops_of` a function of these arrays, or of their shapes; nothing is computed."""
+    return flops_of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def flops_of(jaxpr: Jaxpr) -> float:

@@ -1,6 +1,7 @@
 """The transformer's training as functions laid out over a mesh: `HartTask` runs it on data, a plan compiles it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hart_jax.config import HartLossConfig
 from hart_jax.experiment import HartExperiment
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.hart_step import make_hart_step
+from hart_jax.tokenizer.quantizer import Tokens
+from hart_jax.training.flops import StepFlops, count_flops, flops_of
+from hart_jax.training.hart_step import make_hart_step, make_loss, tokens_of
 from hart_jax.training.state import TrainState, compute_dtype, make_optimizer, new_state
 from hart_jax.transformer.model import Hart
 
@@ -28,6 +32,24 @@ class HartProgram:
     init: Callable[[], TrainState]
     places: Any
     step: Any
+    loss: HartLossConfig
+
+    def flops(self, traced: Any, arguments: tuple[Any, ...], kept: int) -> StepFlops:
+        """Of a step `traced` for these arguments, or their shapes; call it where the step is traced.
+
+        The model is the transformer with its head; the tokenizer's encoder, which makes the tokens, is frozen.
+        """
+        state, tokenizer_params, source, condition, _ = arguments
+        tokens, batch = source, len(jax.tree.leaves(condition)[0])
+        if not isinstance(source, Tokens):
+            tokens = jax.eval_shape(functools.partial(tokens_of, self.tokenizer), tokenizer_params, source)
+        kept_BN = jax.ShapeDtypeStruct((batch, kept), jnp.int32)
+        key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+        codebook_VC = tokenizer_params["quantizer"]["codebook"]
+        forward = count_flops(
+            make_loss(self.hart, self.loss), state.params, tokens, condition, codebook_VC, kept_BN, key_B
+        )
+        return StepFlops(3 * forward, flops_of(traced.jaxpr.jaxpr))
 
 
 def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgram:
@@ -64,4 +86,4 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
         (places, placement.whole),
         train.accumulate,
     )
-    return HartProgram(hart, tokenizer, optimizer, init, places, step)
+    return HartProgram(hart, tokenizer, optimizer, init, places, step, experiment.loss)

@@ -16,7 +16,6 @@ from hart_jax.parallel.rounds import in_rounds
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts
-from hart_jax.training.flops import jit_step
 from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
 from hart_jax.transformer.model import Hart
 from hart_jax.transformer.subsample import draw_kept
@@ -116,12 +115,12 @@ def make_hart_step(
     ema_decay: float,
     places: Any = None,
     accumulate: int = 1,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The function (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
+) -> Any:
+    """The jitted function (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
 
     `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `kept`, the number of
-    last-scale tokens in this step, is static: one compilation for each. `places` are the shardings of (state, metrics).
-    Gradients are means over `accumulate` parts of the batch.
+    last-scale tokens in this step, is static: one compilation for each. The state is donated. `places` are the
+    shardings of (state, metrics). Gradients are means over `accumulate` parts of the batch.
     """
     compute = make_loss(hart, loss)
 
@@ -151,4 +150,4 @@ def make_hart_step(
         state, update_metrics = apply_gradients(state, grads, metrics["loss"], optimizer, ema_decay)
         return state, {**metrics, **update_metrics}
 
-    return jit_step(step, static="kept", out_shardings=places)
+    return jax.jit(step, static_argnames="kept", donate_argnums=0, out_shardings=places)

@@ -21,6 +21,7 @@ from hart_jax.images import grid, to_uint8
 from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
 from hart_jax.text.encoder import TextEncoder, text_options
 from hart_jax.tokenizer.quantizer import Tokens
+from hart_jax.training.flops import StepFlops
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.loop import Batch
 from hart_jax.training.state import TrainState, new_state
@@ -50,6 +51,7 @@ class HartTask:
         self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt)
         self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
         self._key = jax.random.key(train.seed)
+        self._flops: dict[int, StepFlops] = {}
         sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
         self._draw = jax.jit(
             lambda params, condition, seed, indices, count: sampler(params, condition, seed, indices)[0][:count],
@@ -135,8 +137,13 @@ class HartTask:
         rows = self._source(batch), self._condition(batch)
         source, condition = to_global(self._placement.batch, rows, self._config.train.batch_size)
         source = source if "image" in batch else Tokens(*source)
+        arguments = state, self._tokenizer_params, source, condition, key
         with self._placement.tracing():
-            return self._program.step(state, self._tokenizer_params, source, condition, key, kept)
+            if kept not in self._flops:
+                traced = self._program.step.trace(*arguments, kept)
+                self._flops[kept] = self._program.flops(traced, arguments, kept)
+            state, metrics = self._program.step(*arguments, kept)
+        return state, {**metrics, **self._flops[kept].metrics()}
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""

@@ -14,6 +14,7 @@ from hart_jax.config import TrainConfig
 from hart_jax.data.batches import Batches
 from hart_jax.experiment import experiment_from
 from hart_jax.parallel.mesh import Placement, on_host, to_global
+from hart_jax.training.flops import StepFlops
 from hart_jax.training.manifest import append_manifest
 from hart_jax.training.metrics import MetricsWriter, Progress
 from hart_jax.training.stop import StopSignals
@@ -127,7 +128,8 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                     values = window.close()
                     writer.scalars(step, values)
                     progress.update(step, values["loss"], stopwatch.images)
-                    writer.timings(step, {**stopwatch.read(values["flops"]), "bad_records": _bad_records(batches)})
+                    flops = StepFlops(values["model_flops"], values["hardware_flops"])
+                    writer.timings(step, {**stopwatch.read(flops), "bad_records": _bad_records(batches)})
                 if train.sample_every and (step % train.sample_every == 0 or last):
                     with stopwatch.waiting("pictures"):
                         for name, picture in task.pictures(state).items():

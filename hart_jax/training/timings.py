@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hart_jax.training.flops import peak_flops
+from hart_jax.training.flops import StepFlops, peak_flops
 
 PROFILE_DIR = "profile"
 
@@ -41,11 +41,12 @@ class Stopwatch:
         """Images trained on since the last reading."""
         return self._steps * self._batch_size
 
-    def read(self, flops: float) -> dict[str, float]:
+    def read(self, flops: StepFlops) -> dict[str, float]:
         """Images/s; seconds per step, without checkpoints and pictures, and the waits per step; memory; utilisation.
 
-        Memory, in bytes, is that of the fullest local device, where the backend reports it. Utilisation, in [0, 1], is
-        `flops` per step over what all devices could do meanwhile in bfloat16, where their peak is known.
+        Memory, in bytes, is that of the fullest local device, where the backend reports it. Utilisations, in [0, 1],
+        are the FLOPs of a step over what all devices could do meanwhile in bfloat16, where their peak is known: "mfu"
+        of the model's, "hfu" of the hardware's (see `StepFlops`).
         """
         seconds = max(time.monotonic() - self._since, 1e-9)
         step_seconds = max(seconds - self._waits["checkpoint"] - self._waits["pictures"], 1e-9) / self._steps
@@ -57,7 +58,8 @@ class Stopwatch:
         }
         peak = peak_flops(jax.devices()[0].device_kind)
         if peak is not None:
-            values["model_flops_utilisation"] = flops / step_seconds / (peak * jax.device_count())
+            possible = step_seconds * peak * jax.device_count()
+            values |= {"mfu": flops.model / possible, "hfu": flops.hardware / possible}
         self._start()
         return values
 

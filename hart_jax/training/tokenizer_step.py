@@ -1,6 +1,6 @@
 """One training step of the tokenizer: reconstruction, VQ, perceptual and adversarial losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +15,8 @@ from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, stra
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
 from hart_jax.training.accumulate import in_parts
-from hart_jax.training.flops import jit_step
-from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients, keep_if, new_state
+from hart_jax.training.flops import StepFlops, count_flops, flops_of
+from hart_jax.training.state import Optimizer, Params, TrainState, apply_gradients, keep_if, new_state
 
 
 class TokenizerState(flax.struct.PyTreeNode):
@@ -105,8 +105,8 @@ def make_tokenizer_step(
     ema_decay: float,
     places: Any = None,
     accumulate: int = 1,
-) -> Callable[..., tuple[TokenizerState, Metrics]]:
-    """The function (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
+) -> Any:
+    """The jitted function (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
 
     `lpips_params` is None for no perceptual loss; `adversarial` is static: whether the discriminator takes part. Every
     image is decoded from its discrete or, with probability `continuous_fraction`, its full latent. Gradients are means
@@ -200,4 +200,35 @@ def make_tokenizer_step(
             kept = kept.replace(disc=kept.disc.replace(step=state.disc.step))
         return kept.replace(model=kept.model.replace(step=state.model.step)), metrics
 
-    return jit_step(step, static="adversarial", out_shardings=places)
+    return jax.jit(step, static_argnames="adversarial", donate_argnums=0, out_shardings=places)
+
+
+def tokenizer_flops(traced: Any, tokenizer: Tokenizer, state: TokenizerState, image_BHWC: Any) -> StepFlops:
+    """Of a step `traced` for this state and batch, or for their shapes.
+
+    The model is the tokenizer's modules that are not frozen and, with a discriminator, its look at both kinds of
+    images; LPIPS, and the discriminator as the generator's judge, count as frozen networks.
+    """
+    trained = set(state.model.params)
+    params = {**state.frozen, **state.model.params}
+    pixels = jax.ShapeDtypeStruct(image_BHWC.shape, jnp.float32)
+
+    def forward(method: str, modules: set[str], x: Any) -> float:
+        if not modules & trained:
+            return 0.0
+        return count_flops(lambda params, x: tokenizer.apply({"params": params}, x, method=method), params, x)
+
+    latent = jax.eval_shape(lambda params, x: tokenizer.apply({"params": params}, x, method="encode"), params, pixels)
+    total = forward("encode", {"encoder", "quant_conv"}, pixels)
+    total += forward("quantize", {"quantizer"}, latent)
+    total += forward("decode", {"post_quant_conv", "decoder"}, latent)
+    adversarial = "discriminator" in traced.out_info[1]
+    if adversarial:
+        discriminator = Discriminator(dtype=tokenizer.dtype)
+        variables = {"params": state.disc.params, "batch_stats": state.disc_stats}
+        total += 2 * count_flops(
+            lambda variables, x: discriminator.apply(variables, x, train=True, mutable=["batch_stats"]),
+            variables,
+            pixels,
+        )
+    return StepFlops(3 * total, flops_of(traced.jaxpr.jaxpr))

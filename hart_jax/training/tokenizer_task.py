@@ -18,12 +18,14 @@ from hart_jax.parallel.rules import parameter_axes
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import load_lpips
+from hart_jax.training.flops import StepFlops
 from hart_jax.training.loop import Batch
 from hart_jax.training.state import compute_dtype, make_optimizer
 from hart_jax.training.tokenizer_step import (
     TokenizerState,
     init_tokenizer_state,
     make_tokenizer_step,
+    tokenizer_flops,
     tokenizer_state,
 )
 from hart_jax.training.workdir import load_tokenizer, previous_stage
@@ -59,6 +61,7 @@ class TokenizerTask:
         if self._adversarial:
             axes = {**parameter_axes(jax.eval_shape(Discriminator().init, self._key, image)["params"]), **axes}
         self.places = placement.state(jax.eval_shape(self.init), axes)
+        self._flops: dict[bool, StepFlops] = {}
         ema_decay = experiment.optimizer.ema_decay
         self._step = make_tokenizer_step(
             self._tokenizer, self._optimizer, loss, ema_decay, (self.places, placement.whole), train.accumulate
@@ -108,8 +111,12 @@ class TokenizerTask:
     def step(self, state: TokenizerState, batch: Batch, step: int) -> tuple[TokenizerState, dict[str, jax.Array]]:
         adversarial = self._adversarial and step > self._config.loss.adversarial_start
         image = to_global(self._placement.batch, batch["image"], self._config.train.batch_size)
+        arguments = state, image, jax.random.fold_in(self._key, 1), self._lpips, adversarial
         with self._placement.tracing():
-            return self._step(state, image, jax.random.fold_in(self._key, 1), self._lpips, adversarial)
+            if adversarial not in self._flops:
+                self._flops[adversarial] = tokenizer_flops(self._step.trace(*arguments), self._tokenizer, state, image)
+            state, metrics = self._step(*arguments)
+        return state, {**metrics, **self._flops[adversarial].metrics()}
 
     def _both_reconstructions(self, params, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """Discrete and hybrid, of the first `count` images."""

@@ -52,7 +52,7 @@ ENTRY %main (p0: f32[8,4]) -> f32[8,4] {
     ],
 )
 def test_every_collective_sends_over_its_axes_as_often_as_it_runs(groups):
-    work = count_work(COLLECTIVES.replace("GROUPS", groups), MESH, devices_per_host=4)
+    work = count_work(COLLECTIVES.replace("GROUPS", groups), MESH, island=4)
     assert {str(kind): sent for kind, sent in work.sent.items()} == {
         "all-gather over fsdp": 24 * 16 * 4 * 2 * 3 / 4,
         "all-gather over data": 16 * 4 * 4 / 2,
@@ -61,7 +61,7 @@ def test_every_collective_sends_over_its_axes_as_often_as_it_runs(groups):
         "reduce-scatter over fsdp": 2 * 4 * 3,
         "collective-permute over data": 6 * 4,
     }
-    leaving = {str(kind) for kind in work.sent if kind.leaves_host}
+    leaving = {str(kind) for kind in work.sent if kind.slow}
     assert leaving == {"all-gather over data", "all-reduce over data+fsdp", "collective-permute over data"}
 
 

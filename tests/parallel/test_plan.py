@@ -23,7 +23,7 @@ from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan,
 from hart_jax.parallel.topology import read_topology
 from hart_jax.text.qwen2 import QWEN2_1P5B, abstract_params
 from tests.sample_runs import QWEN2
-from tests.tiny import TOKENIZER, transformer_config
+from tests.tiny import experiment_values, transformer_config
 from tests.tiny_qwen2 import model_tensors, write_folder
 
 SMALL = Plan(
@@ -202,14 +202,7 @@ def test_a_missing_compiler_is_named():
 
 
 def write_config(folder: Path, **changes) -> Path:
-    values = {
-        "tokenizer": TOKENIZER.to_dict(),
-        "transformer": transformer_config(**changes).to_dict(),
-        "loss": {"condition_top_k": 8, "min_kept": 4},
-        "sample": {"top_k": 8, "top_k_late": 8},
-        "mesh": {},
-        "train": {},
-    }
+    values = experiment_values(**changes)
     path = folder / "tiny_hart.py"
     path.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"

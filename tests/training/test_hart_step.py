@@ -71,8 +71,6 @@ def test_tokens_computed_ahead_train_as_their_images_do():
         for source in (images, hart_step.tokens_of(TOKENIZER_MODULE, MODEL.tokenizer, images))
     ]
     assert metrics[0].keys() == metrics[1].keys()
-    # The tokenizer's.
-    assert metrics[0].pop("flops") > metrics[1].pop("flops")
     for name in metrics[0]:
         np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-4, err_msg=name)
 
@@ -93,8 +91,6 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does():
     in_parts, at_once = losses(4, accumulate=4, mistakes=0.5), losses(4, accumulate=1, mistakes=0.5)
     for parts, whole in zip(in_parts, at_once, strict=True):
         assert parts.keys() == whole.keys()
-        # What does not depend on the batch is computed anew for every part.
-        assert parts.pop("flops") == pytest.approx(whole.pop("flops"), rel=0.02)
         for name in whole:
             # A norm is of sums in another order, over all parameters.
             rtol = 1e-4 if name.endswith("_norm") else 1e-5

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from hart_jax.training import timings
+from hart_jax.training.flops import StepFlops
 from hart_jax.training.timings import PROFILE_DIR, Profile, Stopwatch
 
 
@@ -29,7 +30,7 @@ def test_a_window_of_steps(monkeypatch):
         with stopwatch.waiting(what):
             stopwatch.step()
     assert stopwatch.images == 8
-    values = stopwatch.read(flops=459e12)
+    values = stopwatch.read(StepFlops(model=459e12, hardware=2 * 459e12))
     assert values == pytest.approx(
         {
             "images_per_second": 8 / 10,
@@ -39,11 +40,12 @@ def test_a_window_of_steps(monkeypatch):
             "pictures_wait_seconds": 0.0,
             "device_memory_bytes": 7,
             "device_memory_peak_bytes": 14,
-            "model_flops_utilisation": 1 / 3.5 / 2,
+            "mfu": 1 / 3.5 / 2,
+            "hfu": 2 / 3.5 / 2,
         }
     )
     stopwatch.step()
-    assert stopwatch.read(0.0)["images_per_second"] == 4
+    assert stopwatch.read(StepFlops(0.0, 0.0))["images_per_second"] == 4
 
 
 def test_unknown_devices_give_no_utilisation(monkeypatch):
@@ -51,7 +53,7 @@ def test_unknown_devices_give_no_utilisation(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device(1)])
     stopwatch = Stopwatch(batch_size=1)
     stopwatch.step()
-    assert "model_flops_utilisation" not in stopwatch.read(1.0)
+    assert not {"mfu", "hfu"} & set(stopwatch.read(StepFlops(1.0, 1.0)))
 
 
 @pytest.mark.parametrize("steps", [(), (2, 3), (2, 9)])

@@ -180,7 +180,6 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does(initial, images, accumula
     (parts_history, parts_state), (history, state) = ends
     for ours, theirs in zip(parts_history, history, strict=True):
         assert ours.keys() == theirs.keys()
-        assert ours.pop("flops") == pytest.approx(theirs.pop("flops"), rel=0.02)
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7, err_msg=name)
     np.testing.assert_array_equal(parts_state.code_usage_V, state.code_usage_V)
