@@ -2,6 +2,9 @@
 
 Both read the same 1024 px files from disk and give uint8 batches of 256 px, resized with antialiasing (averages over
 4 x 4 pixels). They alternate in one run, each time with new workers, whose start is not counted; rates are medians.
+
+`--cores` measures what one core gives instead, at 256, 512 and 1024 px: images per second of processor time, which
+other work on the machine does not change much. `hart_jax.parallel.plans.DECODED_BY_CORE` has it.
 """
 
 import argparse
@@ -74,6 +77,30 @@ def images_per_second(batches: Iterable[Any], batch_size: int, count: int) -> fl
     return batch_size * (count - 1) / (time.perf_counter() - start)
 
 
+def images_per_core_second(shards: Path, size: int, batch_size: int, count: int) -> float:
+    """Of the batches after the first, all of this process's threads counted."""
+    loader = make_loader(shards, image_size=size, batch_size=batch_size)
+    next(loader)
+    start = time.process_time()
+    for _ in itertools.islice(loader, count - 1):
+        pass
+    seconds = time.process_time() - start
+    loader.close()
+    return batch_size * (count - 1) / seconds
+
+
+def print_cores(folder: Path, suffix: str, arguments: argparse.Namespace) -> None:
+    source = write_pictures(folder / "source", suffix, arguments.images)
+    files = [path.stat().st_size for path in (source / "pictures").iterdir()]
+    write_shards(source, folder / "shards")
+    for size in (256, 512, 1024):
+        rates = [
+            images_per_core_second(folder / "shards", size, arguments.batch_size, arguments.batches)
+            for _ in range(arguments.repeats)
+        ]
+        print(f"| {suffix[1:]} | {np.mean(files) / 1e3:.0f} | {size} | {np.median(rates):.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4, help="of each loader")
@@ -82,9 +109,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only_ours", action="store_true", help="without PyTorch, and so without a comparison")
+    parser.add_argument("--cores", action="store_true", help="what one core gives, at several sizes")
     arguments = parser.parse_args()
     if arguments.batches < 2 or arguments.repeats < 1 or not 1 <= arguments.batch_size <= arguments.images:
         raise UserError("--batches must be 2 or more, --repeats 1 or more, --batch_size from 1 to --images")
+    if arguments.cores:
+        print(f"from {SOURCE_SIZE} px\n| files | kB each | to px | images per core second |\n|---|---|---|---|")
+        for suffix in (".jpg", ".png"):
+            with tempfile.TemporaryDirectory() as temporary:
+                print_cores(Path(temporary), suffix, arguments)
+        return
     torch: Any = None
     if not arguments.only_ours:
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.pod_plans import fsdp_of, search
@@ -18,8 +19,11 @@ from hart_jax.errors import UserError
 from hart_jax.experiment import read_experiment
 from hart_jax.model_folder import abstract_transformer
 from hart_jax.parallel.chips import GiB
-from hart_jax.parallel.mesh import make_mesh
-from hart_jax.parallel.plan import MOST_EACH, Plan, advice, largest_batch, plan, read_text_config, table
+from hart_jax.parallel.jobs import encoding_job, read_text_config
+from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.plan import MOST_EACH, largest_batch, plan
+from hart_jax.parallel.plan_report import advice, table
+from hart_jax.parallel.plans import DECODED_BY_CORE, Plan
 from hart_jax.parallel.topology import read_topology
 from hart_jax.text.qwen2 import QWEN2_1P5B, abstract_params
 from tests.sample_runs import QWEN2
@@ -46,6 +50,7 @@ SMALL = Plan(
     memory_seconds=1.0,
     link_seconds=0.25,
     compile_seconds=60.0,
+    model_flops=256 * 75e12,
 )
 BIG = dataclasses.replace(SMALL, temporaries=24 * GiB, peak=25 * GiB, fits=False)
 
@@ -62,10 +67,50 @@ def test_the_table_of_a_job_that_fits():
             "FLOPs per step    25.60 P in all, 100.00 T per chip",
             "memory traffic    819.0 GB per chip",
             "sent per chip     all-gather over fsdp 2.00 GB",
-            "step, at least    1.000 s: compute 0.500, memory 1.000, links 0.250; utilisation at most 50%",
+            "of these          2.00 GB over fast links, 0% beside other work",
+            "step, at least    1.000 s: compute 0.500, memory 1.000, links 0.250; mfu at most 38%, hfu at most 50%",
             "compiled in       60 s",
         ]
     )
+
+
+# Over two slices, with captions that are encoded on the fly.
+CAPTIONS = changed(
+    SMALL,
+    sent={"all-gather over fsdp": 2e9, "all-reduce over data": 3e9},
+    sent_slowly=2e9,
+    overlapped=1.5e9,
+    overlapped_slowly=2e9,
+    slow_link_seconds=0.64,
+    text_encoder=GiB // 2,
+    text_states=GiB // 4,
+    text_temporaries=GiB,
+    text_flops=256 * 40e12,
+    text_compute_seconds=0.2,
+    text_seconds=0.25,
+    hosts=64,
+    image_size=512,
+)
+
+
+def test_the_table_of_captions_slices_and_hosts():
+    lines = table(CAPTIONS).splitlines()
+    assert lines[1] == "memory per chip   6.00 of 16.00 GiB (arguments 1.00, temporaries 5.00, text encoder 0.75)"
+    rate = 512 / 64 / 1.25
+    assert lines[5:9] == [
+        "of these          3.00 GB over fast links, 50% beside other work; "
+        "2.00 GB over slow links, 100% beside other work",
+        "captions          10.24 P in all, 40.00 T per chip, temporaries 1.00 GiB, at least 0.250 s",
+        "step, at least    1.250 s: compute 0.500, memory 1.000, links 0.250, slow links 0.640, captions 0.250; "
+        "mfu at most 30%, hfu at most 56%",
+        f"each host         of 64 gives at most 6 images/s, 5 MB/s of pixels: {rate / DECODED_BY_CORE[512]:.1f} cores "
+        "that decode JPEG of 1024 px",
+    ]
+
+
+def test_utilisation_of_the_model_counts_neither_encoders_nor_what_is_computed_again():
+    assert CAPTIONS.mfu == pytest.approx(0.5 * 75 / 100 / 1.25)
+    assert CAPTIONS.hfu == pytest.approx((0.5 + 0.2) / 1.25)
 
 
 def test_chips_that_repeat_work_are_reported():
@@ -169,10 +214,25 @@ def test_sizes_of_the_text_encoder_beside_a_sampler(tmp_path):
     folder = write_folder(tmp_path / "qwen2", QWEN2)
     assert read_text_config(published, str(folder / "config.json")).hidden_size == 24
     assert read_text_config(dataclasses.replace(published, text_encoder=str(folder))).num_hidden_layers == 3
+    assert read_text_config(published, "assets/emoji/text_encoder/config.json").hidden_size == 384
     assert read_text_config(read_experiment("configs/emoji_hart.py")) is None
     assert read_text_config(read_experiment("configs/hart_d20.py")) is None
-    with pytest.raises(UserError, match=r"not the config\.json of a qwen2"):
-        read_text_config(published, "assets/emoji/text_encoder/config.json")
+    other = tmp_path / "config.json"
+    other.write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match=r"model_type is 't5'; known are qwen2, qwen2_vl, bert"):
+        read_text_config(published, str(other))
+
+
+def test_captions_are_encoded_for_the_whole_batch_and_prompts_in_parts():
+    experiment = read_experiment("configs/hart_0p7b_256.py")
+    placement = Placement.of(MeshConfig(), 1)
+    config = dataclasses.replace(QWEN2_1P5B, num_hidden_layers=2)
+    captions, prompts = (encoding_job(config, experiment, placement, 64, training=on) for on in (True, False))
+    assert (captions.batch_size, prompts.batch_size) == (64, 32)
+    assert captions.flops.hardware == pytest.approx(2 * prompts.flops.hardware, rel=1e-6) and captions.flops.model == 0
+    # Two bytes a weight.
+    weights = jax.tree.leaves(captions.arguments[0])
+    assert {leaf.dtype for leaf in weights} == {jnp.dtype("bfloat16")}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -201,8 +261,10 @@ def test_a_missing_compiler_is_named():
         read_topology("h200:8")
 
 
-def write_config(folder: Path, **changes) -> Path:
+def write_config(folder: Path, text_encoder: Path | None = None, **changes) -> Path:
     values = experiment_values(**changes)
+    if text_encoder:
+        values |= {"text_encoder": str(text_encoder), "precompute_text": False}
     path = folder / "tiny_hart.py"
     path.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
@@ -246,6 +308,29 @@ def test_a_tiny_sampler_with_its_text_encoder(tmp_path):
     whole = 2 * sum(tensor.size for tensor in model_tensors(QWEN2).values())
     assert whole / 2 < found["text_encoder"] < whole
     assert found["peak"] >= found["arguments"] + found["temporaries"] + found["text_encoder"]
+
+
+@needs_libtpu
+def test_a_tiny_training_with_captions_over_two_slices(tmp_path):
+    config = write_config(tmp_path, write_folder(tmp_path / "qwen2", QWEN2), context_dim=24)
+    mesh = ["--config.mesh.fsdp=2", "--config.train.batch_size=8"]
+    done = run(f"--config={config}", "--topology=2*v5e:2x2", "--json", *mesh)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1} and found["chips"] == 8
+    # The encoder's weights are shared over fsdp, as far as they can be split.
+    whole = 2 * sum(tensor.size for tensor in model_tensors(QWEN2).values())
+    assert whole / 2 <= found["text_encoder"] < whole
+    # Two samples' states of 4 x 24 floats; the compiler fills them up.
+    assert found["text_states"] >= 8 // 8 * 4 * 24 * 4
+    assert found["text_flops"] > 0 and found["text_seconds"] >= found["text_compute_seconds"] > 0
+    assert found["peak"] >= sum(found[name] for name in ("arguments", "temporaries", "text_encoder", "text_states"))
+    # Every gradient crosses once, a part of it from each chip; beside them scalars, filled up to tiles.
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_transformer(transformer_config(context_dim=24))))
+    assert 4 * parameters / 4 < found["sent_slowly"] < 4 * parameters / 4 + 2**18
+    assert found["sent_slowly"] <= sum(size for kind, size in found["sent"].items() if "all-reduce over data" in kind)
+    assert 0 <= found["overlapped_slowly"] <= found["sent_slowly"]
+    assert found["slow_link_seconds"] == pytest.approx(found["sent_slowly"] / 3.125e9)
 
 
 @needs_libtpu
