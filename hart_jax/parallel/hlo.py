@@ -114,9 +114,9 @@ class _Program:
                 kind = op.kind.removesuffix("-start")
                 found: tuple[Collective, float] | None = None
                 if kind in KINDS:
-                    started = op.kind.endswith("-start")
-                    size = max(_sizes_anywhere(op.result), default=0) if started else sum(_sizes_anywhere(op.result))
-                    found = collective_of(op.line, kind, size, mesh, island)
+                    results = _sizes_anywhere(op.result)
+                    result = max(results, default=0) if op.kind.endswith("-start") else sum(results)
+                    found = collective_of(op.line, kind, result, mesh, island)
                 elif kind == "send":
                     found = transfer_of(op.line, max(_sizes_anywhere(op.result), default=0), mesh, island)
                 if found is not None:

@@ -92,7 +92,9 @@ def encoding_job(
 ) -> Job:
     """Encoding a batch of captions as training does on the fly, or prompts as drawing does: of a large encoder at most
     `ROWS_PER_DEVICE` of each device at a time."""
-    dtype, rows = "bfloat16" if training else experiment.train.dtype, batch_size
+    dtype, rows = experiment.train.dtype, batch_size
+    if training or dtype == "auto":
+        dtype = "bfloat16"
     if isinstance(config, MiniLMConfig):
         dtype = "float32"
     elif not training:
