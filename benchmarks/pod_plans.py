@@ -4,7 +4,8 @@ For each size of the 0.7B model and each topology it compiles the training step,
 can keep included, for ever smaller batches until one fits. A compilation takes minutes, so that batches are left out
 whose temporaries, in proportion to those of a batch that is known, do not fit by far. Nothing runs, and no device is
 needed; libtpu or JAX's CUDA plug-in is. Each compilation is appended to the results file, and the same command goes on
-where it ended.
+where it ended. Captions are encoded on the fly, as the configs have it. `--topologies "v5e:16x16" "4*v5e:16x16"
+"16*v5e:16x16" --sizes 1024 --each 4` gives rows for several slices, at so many pictures a chip.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.chips import CHIPS, GiB
-from hart_jax.parallel.plan import Plan
+from hart_jax.parallel.plans import Plan
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
@@ -33,11 +34,16 @@ CLEARLY = 1.25
 
 
 def sides(topology: str) -> list[int]:
+    """Of one slice."""
     return [int(side) for side in topology.partition(":")[2].split("x")]
 
 
 def chips(topology: str) -> int:
-    return math.prod(sides(topology))
+    return int(topology.rpartition("*")[0] or 1) * math.prod(sides(topology))
+
+
+def kind(topology: str) -> str:
+    return topology.rpartition("*")[2].partition(":")[0]
 
 
 def fsdp_of(topology: str) -> int:
@@ -68,11 +74,14 @@ def compile_one(size: int, topology: str, batch: int) -> Plan:
 def row(size: int, plan: Plan) -> str:
     mesh = "x".join(str(side) for side in plan.mesh.values())
     memory = f"{plan.peak / GiB:.1f} of {plan.memory / GiB:.0f}"
+    encoder = f"{(plan.text_encoder + plan.text_states) / GiB:.2f}"
     floor, rate = f"{plan.step_seconds:.2f}", f"{plan.batch_size / plan.step_seconds:.0f}"
-    share = plan.flops / plan.chips / 1e12
+    shares = f"{plan.flops / plan.chips / 1e12:.0f} + {plan.text_flops / plan.chips / 1e12:.0f}"
+    slow = f"{plan.sent_slowly / 1e6:.0f}" if plan.sent_slowly else ""
+    hosts = f"{plan.host_images:.0f} | {plan.host_bytes / 1e6:.0f} | {plan.host_cores:.1f}"
     return (
-        f"| {size} | {plan.topology} | {mesh} | {plan.batch_size} | {memory} | {share:.0f} | {floor} | {rate} | "
-        f"{plan.utilisation:.0%} |"
+        f"| {size} | {plan.topology} | {mesh} | {plan.batch_size} | {memory} | {encoder} | {shares} | {slow} | "
+        f"{floor} | {rate} | {plan.mfu:.0%} | {plan.hfu:.0%} | {hosts} |"
     )
 
 
@@ -103,8 +112,8 @@ def search(
 
 
 def _scaled(plan: Plan, batch: int) -> float:
-    """Bytes with temporaries in proportion to the batch."""
-    return plan.arguments + plan.temporaries * batch / plan.batch_size
+    """Bytes with temporaries and states of captions in proportion to the batch."""
+    return plan.arguments + plan.text_encoder + (plan.temporaries + plan.text_states) * batch / plan.batch_size
 
 
 def main() -> None:
@@ -112,6 +121,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--results", type=Path, default=Path("pod_plans.jsonl"))
+    parser.add_argument("--each", type=int, nargs="+", default=EACH, help="pictures of a chip to try, from the most")
     parser.add_argument("--known", action="store_true", help="Only the rows of what the results file holds.")
     arguments = parser.parse_args()
     lines = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
@@ -124,11 +134,12 @@ def main() -> None:
         return plan
 
     print(f"JAX {importlib.metadata.version('jax')}; compiled, not run")
-    heads = ["px", "chips", "data x fsdp x tensor", "global batch", "GiB per chip", "TFLOP per chip"]
-    heads += ["s/step, at least", "images/s, at most", "utilisation, at most"]
+    heads = ["px", "chips", "data x fsdp x tensor", "global batch", "GiB per chip", "of them text encoder"]
+    heads += ["TFLOP per chip, step + captions", "MB over slow links", "s/step, at least", "images/s, at most"]
+    heads += ["mfu, at most", "hfu, at most", "images/s of a host", "MB/s of a host", "cores that decode them"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for topology in arguments.topologies:
-        batches = [chips(topology) * each for each in EACH]
+        batches = [chips(topology) * each for each in arguments.each]
         for size in arguments.sizes:
             plans = [Plan(**record["plan"]) for record in records if record["size"] == size]
             known = {plan.batch_size: plan for plan in plans if plan.topology == topology}
@@ -137,13 +148,13 @@ def main() -> None:
             else:
                 # Refusals say less of memory than programs.
                 alike = [p for p in plans if p.chips == chips(topology) and p.executed and p.batch_size > p.chips]
-                memory = CHIPS[topology.partition(":")[0]].memory
+                memory = CHIPS[kind(topology)].memory
                 compile_batch = functools.partial(compile_and_keep, size, topology)
                 best = search(known, alike, memory, batches, compile_batch)
             if best is not None:
                 print(row(size, best), flush=True)
             elif known:
-                print(f"| {size} | {topology} | | one picture a chip does not fit | | | | | |", flush=True)
+                print(f"| {size} | {topology} | | one picture a chip does not fit |", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,48 @@ def test_a_transposed_iota_groups_over_the_outer_axis():
     assert sent["all-gather over data"] == 24 * 16 * 4 * 2 / 2 + 16 * 4 * 4 / 2
 
 
+SLICES = """HloModule step, is_scheduled=true
+
+%gathering (a: f32[8]) -> f32[16] {
+  %a = f32[8]{0} parameter(0)
+  %product = f32[8]{0} dot(%a, %a), lhs_contracting_dims={}, rhs_contracting_dims={}
+  ROOT %fused = f32[16]{0} all-gather(%a), channel_id=7, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %after = token[] after-all()
+  %send = (f32[64]{0}, u32[], token[]) send(%p, %after), channel_id=2, is_host_transfer=true, TRANSFER
+  %sent = token[] send-done(%send), channel_id=2
+  %recv = (f32[64]{0}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, TRANSFER
+  WORK
+  %received = (f32[64]{0}, token[]) recv-done(%recv), channel_id=1
+  %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%p), channel_id=3, replica_groups={{0,2},{1,3}}
+  %done = f32[32]{0} all-gather-done(%start)
+  %both = f32[16]{0} fusion(%p), kind=kOutput, calls=%gathering
+  ROOT %r = f32[8]{0} copy(%p)
+}
+"""
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_slices_send_each_other_and_what_goes_on_beside_it(beside):
+    """Two slices of four devices, mesh (data 4, fsdp 2): the program's text is of one slice's devices."""
+    work = "%work = f32[8]{0} fusion(%p), kind=kLoop, calls=%gone" if beside else ""
+    transfer = '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = SLICES.replace("WORK", work).replace("TRANSFER", f"frontend_attributes={{{transfer}}}")
+    sent = count_work(text, {"data": 4, "fsdp": 2}, island=4).sent
+    found = {(str(kind), kind.slow, kind.overlaps): size for kind, size in sent.items()}
+    assert found == {
+        # Each half of the devices sends its sum once and the other's once.
+        ("all-reduce over data", True, beside): 2 * 64 * 4 / 2,
+        # Nothing stands between its start and its end.
+        ("all-gather over data", False, False): 32 * 4 / 2,
+        # In one kernel with a product.
+        ("all-gather over fsdp", False, True): 16 * 4 / 2,
+    }
+
+
 FUSED = """HloModule step
 
 %sliced (a: f32[10,64], i: s32[]) -> f32[64] {

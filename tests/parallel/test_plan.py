@@ -368,5 +368,5 @@ def test_a_mesh_splits_the_sides_of_a_torus_where_none_multiply_to_its_size():
 
 
 def test_the_state_is_shared_over_whole_sides_of_a_pod():
-    sizes = {"v5e:16x16": 16, "v6e:16x16": 16, "v5p:8x8x4": 8, "v5p:4x4x4": 16, "h200:8": 8}
+    sizes = {"v5e:16x16": 16, "v6e:16x16": 16, "v5p:8x8x4": 8, "v5p:4x4x4": 16, "h200:8": 8, "4*v5e:16x16": 16}
     assert {topology: fsdp_of(topology) for topology in sizes} == sizes
