@@ -45,10 +45,10 @@ LAYERED_BYTES = 2**28
 def use_compilation_cache() -> None:
     """Keeps compiled functions on disk, so that the next process starts quickly.
 
-    In $JAX_COMPILATION_CACHE_DIR where that is set, else in `cache_folder`, or nowhere if there is none.
+    In $JAX_COMPILATION_CACHE_DIR where that is set, else in a subfolder of `cache_folder`, or nowhere if there is none.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()) is not None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from hart_jax.archives import check_unpacked
 from hart_jax.errors import UserError
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -151,6 +152,7 @@ def _member(archive: zipfile.ZipFile, name: str, bytes_N: np.ndarray) -> np.ndar
     """The bytes of a file in the archive, in place; torch.save does not compress."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
+        check_unpacked(str(archive.filename), [info.file_size])
         return np.frombuffer(archive.read(info), np.uint8)
     with archive.open(info):  # checks the local header
         header = bytes_N[info.header_offset : info.header_offset + 30].tobytes()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
+from hart_jax.archives import check_unpacked
 from hart_jax.data import packages
 from hart_jax.data.captions import caption_variants, plain_names, tidy, word_set
 from hart_jax.data.pictures import Picture
@@ -164,6 +165,7 @@ def furniture_pictures(folder: Path | None) -> Iterator[Picture]:
     for name, data in packages.read_files(packages.SWEETHOME3D, path, suffixes=(".sh3f",), under=_FURNITURE_ROOT):
         try:
             catalogue = zipfile.ZipFile(io.BytesIO(data))
+            check_unpacked(path, [info.file_size for info in catalogue.infolist()])
         except zipfile.BadZipFile as error:
             raise UserError(f"{name} in {path} is damaged ({error}); fetch the package again") from error
         for entry in _catalogue_entries(catalogue.read("PluginFurnitureCatalog.properties").decode("latin-1")):

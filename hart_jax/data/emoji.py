@@ -29,12 +29,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from hart_jax.config import read_json
 from hart_jax.data import packages
 from hart_jax.data.captions import COLOURLESS_PHRASE, STYLE_PHRASES, word_set
 from hart_jax.data.clipart_sources import clipart_pictures, furniture_pictures
 from hart_jax.data.emoji_sources import ICONIFY_STYLES, emoji_pictures, split_key
 from hart_jax.data.pictures import Picture, is_colourless, render, require_svg_library
 from hart_jax.errors import UserError, run_cli
+from hart_jax.ownership import OWNER_FILE, owned
 from hart_jax.paths import local_only
 
 SOURCES = {
@@ -103,15 +105,21 @@ def build(
     packages.locate(packages.EMOJIBASE, folder)
     if not set(styles) <= RASTER_STYLES:
         require_svg_library()
-    if _claim(out, settings):
-        report(f"{out} is complete already")
-        return _finished_counts(out)
+    with owned(out, "a run that builds the picture set"):
+        if _claim(out, settings):
+            report(f"{out} is complete already")
+            return _finished_counts(out)
+        return _build(out, folder, settings, workers, report)
 
+
+def _build(
+    out: Path, folder: Path | None, settings: dict, workers: int | None, report: Callable[[str], None]
+) -> dict[str, Counter]:
     counts: dict[str, Counter] = {"train": Counter(), "test": Counter(), "skipped": Counter()}
     metadata: dict[str, dict] = {"train": {}, "test": {}}
     digests: dict[str, str] = {}
     report("reading packages")
-    pictures = list(all_pictures(styles, folder, skin_tones=skin_tones))
+    pictures = list(all_pictures(settings["styles"], folder, skin_tones=settings["skin_tones"]))
     splits = ["test" if is_test(picture.concept) else "train" for picture in pictures]
     targets = [
         out / split / picture.category / f"{picture.id}.png" for split, picture in zip(splits, pictures, strict=True)
@@ -119,7 +127,7 @@ def build(
     for target in set(target.parent for target in targets):
         target.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(_render_to_file, pictures, targets, [image_size] * len(pictures), chunksize=16)
+        results = pool.map(_render_to_file, pictures, targets, [settings["image_size"]] * len(pictures), chunksize=16)
         progress = tqdm(zip(pictures, splits, targets, results, strict=True), total=len(pictures), unit="picture")
         for picture, split, target, result in progress:
             problem = result.problem
@@ -154,19 +162,18 @@ def _claim(out: Path, settings: dict) -> bool:
     """Marks `out` as a build of these settings; True if it holds a finished one."""
     record = out / BUILD_FILE
     if record.exists():
-        known = json.loads(record.read_text())
+        known = read_json(record)
         if {key: known.get(key) for key in settings} != settings:
             raise UserError(f"--out {out} holds a set built with other settings (see {record}); use another folder")
         return bool(known.get("complete"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(path.name != OWNER_FILE for path in out.iterdir()):
         raise UserError(f"--out {out} is not empty and not a set built by this command; use another folder")
-    out.mkdir(parents=True, exist_ok=True)
     _write_json(record, settings)
     return False
 
 
 def _finished_counts(out: Path) -> dict[str, Counter]:
-    return {split: Counter(styles) for split, styles in json.loads((out / BUILD_FILE).read_text())["counts"].items()}
+    return {split: Counter(styles) for split, styles in read_json(out / BUILD_FILE)["counts"].items()}
 
 
 @dataclass(frozen=True)
@@ -179,12 +186,12 @@ class _Rendered:
 
 
 def _render_to_file(picture: Picture, target: Path, image_size: int) -> _Rendered:
-    """Renders one picture unless its file is there already."""
+    """Renders one picture unless its file is there already, and whole."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError(f"drawing took over {_RENDER_SECONDS} s")
 
-    if not target.exists():
+    if not _is_whole(target):
         # Counted in processor time, so that a busy machine leaves out no more than an idle one.
         signal.signal(signal.SIGVTALRM, give_up)
         signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
@@ -202,6 +209,15 @@ def _render_to_file(picture: Picture, target: Path, image_size: int) -> _Rendere
     data = target.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         return _Rendered(hashlib.sha256(data).hexdigest(), is_colourless(image))
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError):
+        return False
+    return True
 
 
 def _write_json(path: Path, content: dict) -> None:

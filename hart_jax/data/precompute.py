@@ -41,6 +41,7 @@ from hart_jax.data.shards import (
 )
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
+from hart_jax.ownership import owned
 from hart_jax.paths import as_path
 from hart_jax.text.encoder import load_text_encoder, text_options
 
@@ -112,6 +113,13 @@ def precompute(
         "precomputed": {**source.precomputed[0], **{field.field: field.about for field in fields}},
         "shards_sha256": hashlib.sha256(checksums(shards)).hexdigest(),
     }
+    with owned(out, "a run that adds to shards"):
+        return _precompute(source, out, fields, about, max_bad_records)
+
+
+def _precompute(
+    source: RecordSource, out: Path, fields: list[AddTokens | AddTexts], about: dict[str, Any], max_bad_records: int
+) -> int:
     settings = {name: about[name] for name in ("format", "count", "shards_sha256", "precomputed")}
     sums = resume(out, settings)
     if sums is None:

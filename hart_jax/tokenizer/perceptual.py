@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.archives import check_unpacked
 from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
 
@@ -155,5 +156,6 @@ def _checkpoint_bytes(path: Path) -> bytes:
     with tarfile.open(path) as archive:
         for member in archive:
             if member.name.endswith("/vgg16.ckpt") and (content := archive.extractfile(member)):
+                check_unpacked(path, [member.size])
                 return content.read()
     raise UserError(f"LPIPS archive {path} holds no vgg16.ckpt; {_DOWNLOAD}")

@@ -1,10 +1,13 @@
 """The picture set, built from packages made here in the layout of the real ones."""
 
+import fnmatch
+import hashlib
 import io
 import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from hart_jax import archives
 from hart_jax.data import packages
 from hart_jax.data.clipart_sources import title_stem
-from hart_jax.data.emoji import ALWAYS_TRAIN, build, is_test
+from hart_jax.data.emoji import ALWAYS_TRAIN, SOURCES, build, is_test
 from hart_jax.data.emoji_sources import emoji_pictures, has_skin_tone, normalise, split_key
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.pictures import Picture, is_colourless, render
 from hart_jax.errors import UserError
+from hart_jax.ownership import owned
 
 LABELS = {
     "1F34E": ("red apple", ["apple", "fruit", "red"], 4, 42),
@@ -54,7 +59,7 @@ def webp(colour: tuple[int, int, int, int]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("packages")
     groups = {0: "smileys-emotion", 1: "people-body", 3: "animals-nature", 4: "food-drink", 5: "travel-places"}
     groups |= {7: "objects", 9: "flags"}
@@ -83,7 +88,10 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     icons["icon-1f926"] = {"body": "<rect x="}
     content = {"icons.json": to_json({"icons": icons, "width": 32, "height": 32}), "chars.json": to_json(names)}
     write_package(folder, packages.FLUENT_FLAT, content)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        for path in folder.iterdir():
+            patch.setitem(packages.SHA256, path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+        yield folder
 
 
 def test_build_has_the_layout_and_holds_out_concepts(package_folder: Path, tmp_path: Path):
@@ -134,9 +142,16 @@ def test_build_resumes_and_refuses_other_folders(package_folder: Path, tmp_path:
     (out / "build.json").write_text(json.dumps(record))
     (out / "train" / "meta_data.json").unlink()
     (out / "train" / "food-drink" / "fluent3d-1f34e.png").unlink()
+    # As a power cut leaves them.
+    heart = out / "train" / "smileys-emotion" / "fluent3d-2764.png"
+    whole = heart.read_bytes()
+    heart.write_bytes(whole[:60])
     assert build(out, image_size=32, **options) == counts
     assert (out / "train" / "meta_data.json").read_bytes() == before
     assert (out / "train" / "food-drink" / "fluent3d-1f34e.png").exists()
+    assert heart.read_bytes() == whole
+    with owned(out, "another run"), pytest.raises(UserError, match="belongs to another run on host"):
+        build(out, image_size=32, **options)
 
     assert build(out, image_size=32, **options) == counts
     with pytest.raises(UserError, match="other settings"):
@@ -184,6 +199,48 @@ def test_failing_download_is_one_clear_error(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"npm pack .* failed: no network"):
         packages.locate(packages.NOTO)
     assert not list((tmp_path / "cache").rglob("*.tgz"))
+
+
+def test_a_package_that_is_not_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    name = packages.NOTO.file_pattern
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(UserError, match=f"{name} is not the one that was published"):
+        packages.locate(packages.NOTO, tmp_path)
+    # As fetched, it never gets into the cache.
+    npm = tmp_path / "npm"
+    npm.write_text(f"#!/bin/sh\nprintf else > {name}\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("HART_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="is not the one that was published"):
+        packages.locate(packages.NOTO)
+    assert not list((tmp_path / "cache" / "packages").iterdir())
+    monkeypatch.setitem(packages.SHA256, name, hashlib.sha256(b"else").hexdigest())
+    assert packages.locate(packages.NOTO) == tmp_path / "cache" / "packages" / name
+    # Debian has other versions, which apt-get verifies.
+    (tmp_path / "openclipart-svg_2_all.deb").write_bytes(b"")
+    packages.locate(packages.OPENCLIPART, tmp_path)
+    assert "no checksum of" in capsys.readouterr().err
+
+
+def test_all_packages_that_are_fetched_have_a_checksum():
+    for package in {packages.EMOJIBASE, *SOURCES.values()}:
+        assert any(fnmatch.fnmatch(name, package.file_pattern) for name in packages.SHA256)
+
+
+def test_a_package_of_which_too_much_would_be_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_package(tmp_path, packages.NOTO, {"a.json": bytes(600), "b.json": bytes(600)})
+    path = tmp_path / packages.NOTO.file_pattern
+    assert len(list(packages.read_files(packages.NOTO, path, suffixes=(".json",)))) == 2
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(UserError, match="unpacked it has 1200 bytes, more than 1000"):
+        list(packages.read_files(packages.NOTO, path, suffixes=(".json",)))
+
+
+def test_packages_without_any_folder_to_keep_them_in(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packages, "cache_folder", lambda: None)
+    with pytest.raises(UserError, match="set HART_CACHE_DIR, or give --packages"):
+        packages.locate(packages.NOTO)
 
 
 def test_damaged_package(tmp_path: Path):

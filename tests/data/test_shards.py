@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgpack
 import pytest
 from PIL import Image
 
+from hart_jax.data import precompute
 from hart_jax.data import shards as shards_module
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.errors import UserError
+from hart_jax.ownership import owned
 from tests.data.conftest import file_size_limit, zipped
 
 
@@ -278,3 +281,59 @@ def test_folder_that_is_not_one(tmp_path: Path):
     (tmp_path / "dataset.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="damaged"):
         open_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": "23"},
+        {"count": -1},
+        {"shards": 5},
+        {"shards": [{"file": "x"}]},
+        {"shards": [["x", 1, 2]]},
+        {"shards": [{"file": "../out/x", "count": 1, "bytes": 1}]},
+        {"shards": [{"file": "/etc/passwd", "count": 1, "bytes": 1}]},
+        {"shards": [{"file": "x", "count": True, "bytes": 1.5}]},
+        {"precomputed": [1]},
+        {"categories": "animals"},
+    ],
+)
+def test_a_listing_of_another_shape(copy: Path, change: dict):
+    about = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps({**about, **change}))
+    with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+        RecordSource(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["dataset.json", "unfinished.json"])
+def test_a_listing_that_is_no_json(folder: Path, copy: Path, text: str, name: str):
+    (copy / "dataset.json").unlink()
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        write_shards(folder, copy, records_per_shard=8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"category": "birds"}, {"image": "text"}, {"captions": "text"}, {"id": None}],
+)
+def test_a_record_of_another_shape(copy: Path, change: dict):
+    shard = copy / "train-00001-of-00003.array_record"
+    source = RecordSource(copy)
+    records = [{name: value for name, value in source[index].items() if name != "label"} for index in range(8, 16)]
+    shards_module.write_records(shard, [msgpack.packb({**record, **change}) for record in records])
+    about = json.loads((copy / "dataset.json").read_text())
+    about["shards"][1]["bytes"] = shard.stat().st_size
+    (copy / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record is damaged"):
+        RecordSource(copy)[8]
+    assert RecordSource(copy)[0]["id"] == "pic000"
+
+
+def test_two_runs_do_not_write_the_same_folder(folder: Path, tmp_path: Path):
+    with owned(tmp_path / "out", "another run"):
+        for write in (write_shards, lambda source, out: precompute.precompute(tmp_path / "done", out, [])):
+            write_shards(folder, tmp_path / "done")
+            with pytest.raises(UserError, match=r"out: belongs to another run on host"):
+                write(folder, tmp_path / "out")

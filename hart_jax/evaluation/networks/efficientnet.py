@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hart_jax.archives import check_unpacked
 from hart_jax.buckets import local_copy
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
@@ -252,9 +253,12 @@ def _unpack(path: Path, scratch: Path) -> None:
         if tarfile.is_tarfile(path):
             with tarfile.open(path) as archive:
                 wanted = [member for member in archive if member.name.endswith(_SUFFIXES)]
+                check_unpacked(path, [member.size for member in wanted])
                 archive.extractall(scratch, wanted, filter="data")
         else:
             with zipfile.ZipFile(path) as wheel:
-                wheel.extractall(scratch, [name for name in wheel.namelist() if name.endswith(_SUFFIXES)])
+                infos = [info for info in wheel.infolist() if info.filename.endswith(_SUFFIXES)]
+                check_unpacked(path, [info.file_size for info in infos])
+                wheel.extractall(scratch, infos)  # type: ignore[arg-type]
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path}: neither a weight file nor a whole wheel ({error}); {_DOWNLOAD}") from error

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hart_jax.archives import check_unpacked
 from hart_jax.buckets import local_copy
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
@@ -274,6 +275,8 @@ def _open_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
+        with zipfile.ZipFile(path) as members:
+            check_unpacked(path, [info.file_size for info in members.infolist()])
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
