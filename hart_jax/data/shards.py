@@ -126,12 +126,11 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
     for name in sums.keys() - {path.name for path in paths}:
         # Of a source that had other images when it was begun.
         (out / name).unlink(missing_ok=True)
-    # One after the other unless asked otherwise: there is one disk.
+    # One after the other unless asked otherwise: one disk.
     write_all = pool.map if isinstance(pool, ProcessPoolExecutor) else map
     work = [(path, group, [digests[name] for name in _ids(group)]) for path, group in unwritten]
     written = write_all(_write_shard, *zip(*work, strict=True)) if work else []
-    kept = len(paths) - len(unwritten)
-    progress = tqdm(written, total=len(paths), initial=kept, unit="shard", desc="writing")
+    progress = tqdm(written, total=total, initial=total - len(unwritten), unit="shard", desc="writing")
     for (path, _), digest in zip(unwritten, progress, strict=True):
         sums[path.name] = digest
         write_checksums(out, sums)
