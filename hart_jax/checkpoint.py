@@ -13,6 +13,7 @@ The digests are looked at when a checkpoint is read (`hart_jax.digests`), so tha
 that was saved without them is read as it is.
 """
 
+import fnmatch
 import json
 import math
 import os
@@ -64,7 +65,8 @@ class Checkpoints:
       keep_best: name of a metric; of the checkpoints saved with a finite value of it, the one with the lowest stays as
         well. Empty for none.
       save_every: steps between checkpoints.
-      may_change: dotted config keys ("train.num_steps") that a resumed run may change.
+      may_change: dotted config keys ("train.num_steps", or "sample.*" for all of a section) that a resumed run may
+        change.
       defaults: a whole configuration, of whose settings a run has those that its own, of an older version, lacks.
 
     Raises:
@@ -248,7 +250,10 @@ def load_config(workdir: str | os.PathLike) -> dict[str, Any]:
     """
     path = as_path(workdir) / CONFIG_FILE
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise UserError(f"{path} holds no settings; put back the run's own, or start in another workdir")
+        return config
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {workdir} is not a training workdir") from None
     except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
@@ -300,7 +305,7 @@ def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    keys = [key for key in {**old, **new} if key not in may_change]
+    keys = [key for key in {**old, **new} if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)]
     pairs = ((key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys)
     return [f"{key} is {after!r}, the run has {before!r}" for key, before, after in pairs if before != after]
 

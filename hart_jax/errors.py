@@ -6,6 +6,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
+from hart_jax.interrupts import never_swallow_interrupts
+
 # What to do about an operating system's error, by its number. Others are taken for faults of the program.
 _FIXES = {
     errno.EACCES: "change its owner or mode, or give another path",
@@ -42,6 +44,7 @@ def run_cli(main: Callable[[], None]) -> None:
     names its file, and a device that JAX was asked for and does not find. Ctrl-C is exit code 130. All else is a fault
     of the program and keeps its traceback.
     """
+    never_swallow_interrupts()
     try:
         main()
     except UserError as error:

@@ -44,7 +44,7 @@ TAIL = 40
 # Steps of the same place in the data on another mesh, or before and after a restart.
 SAME_LOSS = 1e-4
 # How a run ends that SIGTERM asked to.
-STOPPED = 0
+STOPPED = 143
 
 # Two heads of keys, as the published one has, so that a mesh's `tensor` axis can split them.
 QWEN2 = tiny_qwen2.Case(

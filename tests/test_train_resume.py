@@ -94,7 +94,7 @@ def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
 
     process = start(*again)
     code, out, err = signal_when(process, lambda: logged_steps(tmp_path) >= 6, signal.SIGTERM)
-    assert code == 0, err
+    assert code == 143, err
     first = int(re.search(r"saved step (\d+); the same command resumes there", out)[1])
     assert 6 <= first < 32 and (tmp_path / CHECKPOINT_DIR / str(first)).is_dir()
 

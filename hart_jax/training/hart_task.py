@@ -43,6 +43,11 @@ class HartTask:
         self._classes = config.num_classes
         if not (experiment.sample_prompts or self._classes):
             raise UserError("sample_prompts is empty: give the prompts that sample grids show")
+        for prompt in experiment.sample_prompts:
+            if not prompt.strip():
+                raise UserError(
+                    f"sample_prompts={experiment.sample_prompts}: an entry is empty; give words, or leave it out"
+                )
         self._config, self._cache_folder, self._placement = experiment, cache_folder, placement
         self._program = hart_program(experiment, placement)
         self.init, self.places = self._program.init, self._program.places

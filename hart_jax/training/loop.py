@@ -2,6 +2,7 @@
 
 import io
 import signal
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,11 @@ from hart_jax.checkpoint import Checkpoints, check_workdir
 from hart_jax.config import TrainConfig
 from hart_jax.data.batches import Batches
 from hart_jax.experiment import experiment_from
+from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import Placement, on_host, to_global
+from hart_jax.restoring import first_line
 from hart_jax.training.flops import StepFlops
+from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests
 from hart_jax.training.manifest import append_manifest
 from hart_jax.training.metrics import MetricsWriter, Progress
 from hart_jax.training.stop import StopSignals
@@ -36,15 +40,26 @@ MAY_CHANGE = (
     "train.max_skipped",
     "train.profile_steps",
     "train.log_records",
+    "train.remat",
+    "train.attention",
+    "train.unroll",
     "data.workers",
     "data.cache",
     "data.max_bad_records",
     "data.stage_gib",
+    # Of a tokenizer's run, only what its grids show.
+    "data.test",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
     "mesh.slices",
     "mesh.rules",
+    # How grids are drawn, and with what; the model that `sample.py` draws from.
+    "sample.*",
+    "sample_prompts",
+    "model",
+    # Read by a new run alone.
+    "init_from",
 )
 
 
@@ -78,10 +93,17 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
     Args:
       placement: of the batches.
       config: the whole experiment as plain values; a workdir of another experiment is an error.
+
+    Raises:
+      UserError: the workdir, its data or its checkpoints are not those of this run, or too many steps are skipped.
+      SystemExit: a SIGTERM ended the run, after it was saved; the code is 143. Ctrl-C is a `KeyboardInterrupt`.
     """
     # Before `batches`, which may fill the workdir with text states.
     defaults = experiment_from({"transformer": {}} if "transformer" in config else {}).to_dict()
-    if not check_workdir(workdir, config, MAY_CHANGE, defaults):
+    may_change = MAY_CHANGE + (("data.train", "data.sources") if (workdir / INPUTS_FILE).exists() else ())
+    resumed = check_workdir(workdir, config, may_change, defaults)
+    check_inputs(workdir, data_digests(config["data"]), resumed)
+    if not resumed:
         task.load_previous()
     batches = task.batches()
     with Checkpoints(
@@ -89,7 +111,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         config,
         train.keep_checkpoints,
         train.save_every,
-        MAY_CHANGE,
+        may_change,
         train.keep_every,
         train.keep_best,
         defaults,
@@ -103,12 +125,20 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         append_manifest(workdir, first, train.steps)
         resumed_step = first if restored else None
         window, stopwatch = Window(train.max_skipped, log), Stopwatch(train.batch_size)
+        grids = _Grids(task)
+
+        def due(every: int, step: int) -> bool:
+            return bool(every) and (step % every == 0 or step == train.steps)
+
         with (
             MetricsWriter(workdir, resumed_step, main, train.log_records) as writer,
             Progress(train.steps, first, None if main else io.StringIO()) as progress,
             Profile(workdir, train.profile_steps) as profile,
             StopSignals() as stop,
         ):
+            # The run may have ended between a checkpoint and its grid.
+            if restored and due(train.sample_every, first) and _said_by_first(not writer.has_image(first)):
+                grids.draw(writer, state, first)
             for step in range(first + 1, train.steps + 1):
                 profile.before(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -124,25 +154,24 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                 last = step == train.steps
                 stopping = stop.due(step)
                 values = None
-                if step % train.log_every == 0 or last:
+                if due(train.log_every, step):
                     values = window.close()
                     writer.scalars(step, values)
                     progress.update(step, values["loss"], stopwatch.images)
                     flops = StepFlops(values["model_flops"], values["hardware_flops"])
                     writer.timings(step, {**stopwatch.read(flops), "bad_records": _bad_records(batches)})
-                if train.sample_every and (step % train.sample_every == 0 or last):
-                    with stopwatch.waiting("pictures"):
-                        for name, picture in task.pictures(state).items():
-                            writer.image(step, name, picture)
-                if step % train.save_every == 0 or last or stopping:
+                # Before the grid, which may fail.
+                if due(train.save_every, step) or stopping:
                     writer.flush()
                     unlogged = window.stored()
                     with stopwatch.waiting("checkpoint"):
                         checkpoints.save(step, state, batches, unlogged, values, force=True)
+                if due(train.sample_every, step) and (last or not stopping):
+                    with stopwatch.waiting("pictures"):
+                        grids.draw(writer, state, step)
                 if stopping and not last:
                     checkpoints.wait()
                     _stop(stop.received, f"{workdir}: saved step {step}; the same command resumes there")
-                    break
 
 
 def _abstract(task: Task) -> Any:
@@ -159,7 +188,32 @@ def _bad_records(batches: Batches) -> int:
     return len(set(np.ravel(multihost_utils.process_allgather(padded)).tolist()) - {-1})
 
 
+class _Grids:
+    """The task's sample grids. One that fails costs a warning, and the run goes on; each reason is said once."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._said: set[str] = set()
+
+    def draw(self, writer: MetricsWriter, state: Any, step: int) -> None:
+        try:
+            for name, picture in self._task.pictures(state).items():
+                writer.image(step, name, picture)
+        except Exception as error:  # out of memory, a full disk, a prompt that no encoder takes, ...
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            if reason not in self._said:
+                self._said.add(reason)
+                print(f"warning: step {step}: no sample grid ({reason}); training goes on", file=sys.stderr, flush=True)
+
+
+def _said_by_first(value: bool) -> bool:
+    """The first process's value, in every process."""
+    return gather_texts("yes" if value else "")[0] == "yes"
+
+
 def _stop(received: signal.Signals | None, message: str) -> None:
+    """Ends the program: what was saved is not the end of the run, so that a scheduler starts it again."""
     if received == signal.SIGINT:
         raise KeyboardInterrupt(message)
     print(message, flush=True)
+    raise SystemExit(128 + signal.SIGTERM)

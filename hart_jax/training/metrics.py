@@ -2,8 +2,8 @@
 
 A workdir gets
 
-    metrics.jsonl     one JSON object per logged step; nothing in it depends on the clock, so that an interrupted and
-                      resumed run ends with the same bytes as an undisturbed one
+    metrics.jsonl     one JSON object per logged step, null for what is not finite; nothing in it depends on the clock,
+                      so that an interrupted and resumed run ends with the same bytes as an undisturbed one
     timings.jsonl     speeds and durations, by step
     records.jsonl     which images every step took, if asked for; like metrics.jsonl
     samples/          PNG pictures, <name>_<step>.png
@@ -12,6 +12,7 @@ A workdir gets
 
 import collections
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from hart_jax.errors import UserError
 from hart_jax.files import whole_file
 from hart_jax.images import save_png
 from hart_jax.paths import as_path
@@ -94,6 +96,10 @@ class MetricsWriter:
             return
         save_png(self._workdir / SAMPLES_DIR / f"{name}_{step:08d}.png", image_HWC, overwrite=True)
         self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
+
+    def has_image(self, step: int) -> bool:
+        """Whether there is a picture of this step."""
+        return any((self._workdir / SAMPLES_DIR).glob(f"*_{step:08d}.png"))
 
     def flush(self) -> None:
         """Returns when every line is on disk, also against loss of power; call it before saving a checkpoint."""
@@ -191,28 +197,46 @@ class Progress:
 
 
 def read_metrics(workdir: str | os.PathLike, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, oldest first; an unfinished last line is left out."""
-    return [json.loads(line) for line in _whole_lines(as_path(workdir) / file)]
+    """The whole lines of a metrics file, oldest first; an unfinished last line is left out.
+
+    What was not finite is NaN.
+
+    Raises:
+      UserError: a line is damaged.
+    """
+    lines = [values for values, _ in _whole_lines(as_path(workdir) / file)]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _whole_lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """What each line says, and its bytes."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [(_values(line, path, number), line + b"\n") for number, line in enumerate(lines, 1)]
+
+
+def _values(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            raise ValueError("it says no step")
+        return values
+    except ValueError as error:
+        raise UserError(f"{path}: line {number} is damaged ({error}); remove that line") from None
 
 
 def _open_after(path: Path, resumed_step: int | None):
     """Opens a file for appending after the last line of step `resumed_step` or earlier."""
     kept = []
     if resumed_step is not None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resumed_step]
+        kept = [line for values, line in _whole_lines(path) if values["step"] <= resumed_step]
     with whole_file(path) as temporary:
         temporary.write_bytes(b"".join(kept))
     return open(path, "ab", buffering=0)  # stays open for the whole run; unbuffered, a line is one write
 
 
 def _write_line(file, record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record).encode() + b"\n")
+    plain = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
+    file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
 
 
 def _duration(seconds: float) -> str:

@@ -97,27 +97,37 @@ def apply_gradients(
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step and its metrics.
 
-    Where the loss or the gradients' norm is not finite, only the step counter moves and `skipped_steps` is 1. The
-    average warms up as (1 + step) / (10 + step), so that a short run has one too.
+    Where the loss, the gradients' norm or the learning rate is not finite, only the step counter moves and
+    `skipped_steps` is 1. To look at the new parameters too before the old ones are given up would hold both in memory:
+    `param_norm` says what became of them, and `Window` ends the run.
+
+    The average warms up as (1 + step) / (10 + step), so that a short run has one too.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
     gradient_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-    moved = state.replace(params=params, ema=ema, opt_state=opt_state)
-    kept = keep_if(finite, moved, state).replace(step=state.step + 1)
     # Skipped steps do not count for optax, all of whose counters agree.
     [(_, updates_done), *_] = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    rate = optimizer.learning_rate(updates_done)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(rate)
+    moved = state.replace(params=params, ema=ema, opt_state=opt_state)
+    kept = keep_if(finite, moved, state).replace(step=state.step + 1)
     metrics = {
-        "learning_rate": optimizer.learning_rate(updates_done),
+        "learning_rate": rate,
         "gradient_norm": gradient_norm,
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(kept.params),
         "skipped_steps": jnp.where(finite, 0.0, 1.0),
     }
     return kept, metrics
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a tree holds infinity or NaN."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def keep_if(finite: jax.Array, after: Tree, before: Tree) -> Tree:

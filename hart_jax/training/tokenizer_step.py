@@ -16,7 +16,15 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
 from hart_jax.training.accumulate import in_parts
 from hart_jax.training.flops import StepFlops, count_flops, flops_of
-from hart_jax.training.state import Optimizer, Params, TrainState, apply_gradients, keep_if, new_state
+from hart_jax.training.state import (
+    Optimizer,
+    Params,
+    TrainState,
+    all_finite,
+    apply_gradients,
+    keep_if,
+    new_state,
+)
 
 
 class TokenizerState(flax.struct.PyTreeNode):
@@ -194,6 +202,12 @@ def make_tokenizer_step(
             disc, judged = apply_gradients(state.disc, means["disc"], metrics["discriminator"], optimizer, ema_decay)
             state = state.replace(disc=disc, disc_stats=means["stats"])
             metrics["skipped_steps"] = jnp.maximum(metrics["skipped_steps"], judged["skipped_steps"])
+        # What else may not be finite any more shows in the norm too.
+        others = [state.disc.params, state.disc_stats] if adversarial else []
+        if loss.restart_below > 0:
+            others.append(state.model.params["quantizer"])
+        if others:
+            metrics["param_norm"] = jnp.where(all_finite(others), metrics["param_norm"], jnp.nan)
         # If one of them is skipped, all are: codes, statistics and the other network.
         kept = keep_if(metrics["skipped_steps"] == 0, state, before)
         if kept.disc:

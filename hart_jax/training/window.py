@@ -33,14 +33,19 @@ class Window:
         """The window as JSON values; waits for the device.
 
         Raises:
-          UserError: too many steps in a row were skipped.
+          UserError: too many steps in a row were skipped, or the parameters (`param_norm`) are not finite.
         """
         for step, metrics in jax.device_get(self._on_device):
+            if not np.isfinite(metrics.get("param_norm", 0.0)):
+                raise UserError(
+                    f"step {step}: the parameters are not finite any more, though the loss and the gradients were. The "
+                    "latest checkpoint is from before it; start anew with a lower learning rate"
+                )
             self._steps.append({name: float(value) for name, value in metrics.items()})
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
             if self._skipped_in_a_row >= self._max_skipped:
                 raise UserError(
-                    f"step {step}: the loss or the gradients were not finite, as in all of the last "
+                    f"step {step}: the loss, the gradients or the learning rate were not finite, as in all of the last "
                     f"{self._skipped_in_a_row} steps (train.max_skipped); none of them changed the model. "
                     "Start anew with a lower learning rate or train.dtype=float32"
                 )

@@ -68,10 +68,30 @@ def test_float32_survives_json(value):
     assert np.float32(json.loads(json.dumps({"x": float(np.float32(value))}))["x"]) == np.float32(value)
 
 
-def test_nan_loss_is_recorded(tmp_path):
+def test_what_is_not_finite_is_null(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.scalars(1, {"loss": math.nan})
-    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+        writer.scalars(1, {"loss": math.nan, "norm": np.float32(np.inf), "rate": 0.5})
+        writer.timings(1, {"seconds": math.inf})
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "norm": None, "rate": 0.5}
+    [line] = read_metrics(tmp_path)
+    assert math.isnan(line["loss"]) and math.isnan(line["norm"]) and line["rate"] == 0.5
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\0\n", b'{"step": \n', b"3\n", b'{"loss": 1.0}\n', b"\xff\n"])
+def test_a_damaged_log_is_one_error_that_names_it(tmp_path, damage):
+    with MetricsWriter(tmp_path) as writer:
+        writer.scalars(1, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + damage + b'{"step": 3, "loss": 1.0}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        MetricsWriter(tmp_path, resumed_step=3)
+    assert path.read_bytes() == before
 
 
 def test_images_and_tensorboard_files(tmp_path):

@@ -53,6 +53,16 @@ def test_a_run_shorter_than_its_warm_up_has_a_schedule():
     np.testing.assert_allclose([learning_rate_schedule(config, 5)(step) for step in (0, 4)], [0.0, 0.4], atol=1e-6)
 
 
+def test_an_infinite_learning_rate_changes_nothing():
+    """The loss and the gradients are finite here."""
+    rate = optax.constant_schedule(float("inf"))
+    optimizer = Optimizer(*optax.adam(rate), rate)
+    state = new_state({"w": jnp.ones(3)}, optimizer)
+    after, metrics = jax.jit(lambda s: apply_gradients(s, {"w": jnp.ones(3)}, LOSS, optimizer, 0.9))(state)
+    assert metrics["skipped_steps"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after, state.replace(step=state.step + 1))
+
+
 def test_only_matrices_decay():
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
     params = {

@@ -51,3 +51,13 @@ def test_too_many_in_a_row_name_the_step():
     add(window, 8, 1.0)
     with pytest.raises(UserError, match="step 7: the loss or the gradients were not finite, as in all of the last 3"):
         window.stored()
+
+
+def test_parameters_that_are_not_finite_end_the_run_before_they_are_saved():
+    window = Window(max_skipped=3)
+    good = {"loss": jnp.float32(1.0), "param_norm": jnp.float32(2.0), "skipped_steps": jnp.float32(0.0)}
+    window.add(1, good)
+    window.stored()
+    window.add(2, good | {"param_norm": jnp.float32(jnp.inf)})
+    with pytest.raises(UserError, match="step 2: the parameters are not finite any more"):
+        window.stored()

@@ -1,0 +1,72 @@
+"""What a run is trained on, known by content: a resumed run goes on with the same data, wherever it lies."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hart_jax.data.shards import CHECKSUM_FILE, checksums
+from hart_jax.errors import UserError
+from hart_jax.files import write_whole
+from hart_jax.parallel.agree import gather_texts
+
+INPUTS_FILE = "inputs.json"
+
+
+def data_digests(data: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of the training shards of a config's `data`, by their checksum files, in their order.
+
+    Of a folder that has none, the names and sizes of its files.
+    """
+    folders: Sequence[str] = data["sources"] or [data["train"]]
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update(hashlib.sha256(_content(Path(folder))).digest())
+    return {"data": digest.hexdigest()[:16]}
+
+
+def _content(folder: Path) -> bytes:
+    if (folder / CHECKSUM_FILE).exists() or not folder.is_dir():
+        return checksums(folder)
+    return json.dumps([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]).encode()
+
+
+def check_inputs(workdir: Path, digests: Mapping[str, str], resumed: bool) -> None:
+    """Keeps the digests of a new run; compares them with its own where a run is resumed. All processes call it.
+
+    A run of an older version, which has none, gets them now.
+
+    Raises:
+      UserError: in every process: the data are others, or the file that says so is damaged.
+    """
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            _check(workdir / INPUTS_FILE, digests, resumed)
+        except UserError as error:
+            problem = str(error)
+    problem = gather_texts(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _check(path: Path, digests: Mapping[str, str], resumed: bool) -> None:
+    if not resumed or not path.exists():
+        write_whole(path, json.dumps(digests, indent=2) + "\n")
+        return
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it holds no digests")
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it to go on with the data as they are") from None
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise UserError(
+                f"{name}: the training shards are not those that the run in {path.parent} was trained on (the digest "
+                f"of their checksums is {digest}, was {known[name]}); give those, or another workdir. To go on with "
+                f"these, remove {path}"
+            )
