@@ -167,7 +167,7 @@ class Checkpoints:
         items = {"state": jax.tree.map(_with_sharding, abstract_state)}
         if data_iterator is not None:
             items["data"] = data_iterator
-        directory = Path(self._orbax.directory)
+        directory = as_path(self._orbax.directory)
         damaged: list[int] = []
         for step in _steps_of_all(directory):
             loaded = read_together(directory / str(step), lambda path: read_items(path, items), check_items)
@@ -204,7 +204,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 for step in steps:
-                    path = Path(self._orbax.directory) / str(step)
+                    path = as_path(self._orbax.directory) / str(step)
                     path.rename(_free_name(path.with_name(path.name + UNREADABLE_SUFFIX)))
             except OSError as error:
                 problem = f"{path}: cannot be renamed ({error.strerror}); move it away by hand"

@@ -12,6 +12,7 @@ from hart_jax.data.shards import CHECKSUM_FILE, checksums
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
 from hart_jax.parallel.agree import gather_texts
+from hart_jax.paths import as_path, is_remote
 
 INPUTS_FILE = "inputs.json"
 
@@ -24,12 +25,12 @@ def data_digests(data: Mapping[str, Any]) -> dict[str, str]:
     folders: Sequence[str] = data["sources"] or [data["train"]]
     digest = hashlib.sha256()
     for folder in folders:
-        digest.update(hashlib.sha256(_content(Path(folder))).digest())
+        digest.update(hashlib.sha256(_content(as_path(folder))).digest())
     return {"data": digest.hexdigest()[:16]}
 
 
 def _content(folder: Path) -> bytes:
-    if (folder / CHECKSUM_FILE).exists() or not folder.is_dir():
+    if is_remote(folder) or (folder / CHECKSUM_FILE).exists() or not folder.is_dir():
         return checksums(folder)
     return json.dumps([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]).encode()
 

@@ -45,7 +45,7 @@ class Window:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if metrics["skipped_steps"] else 0
             if self._skipped_in_a_row >= self._max_skipped:
                 raise UserError(
-                    f"step {step}: the loss, the gradients or the learning rate were not finite, as in all of the last "
+                    f"step {step}: the loss or the gradients were not finite, as in all of the last "
                     f"{self._skipped_in_a_row} steps (train.max_skipped); none of them changed the model. "
                     "Start anew with a lower learning rate or train.dtype=float32"
                 )

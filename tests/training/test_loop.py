@@ -49,7 +49,12 @@ class Counting:
         if step in self._at_step:
             self._at_step[step]()
         total = state["total"] + batch["index"].sum()
-        return {"total": total}, {"loss": total, "flops": jnp.float32(1), "skipped_steps": jnp.float32(0)}
+        return {"total": total}, {
+            "loss": total,
+            "model_flops": jnp.float32(1),
+            "hardware_flops": jnp.float32(1),
+            "skipped_steps": jnp.float32(0),
+        }
 
     def pictures(self, state: Any) -> dict[str, np.ndarray]:
         step = int(state["total"])
