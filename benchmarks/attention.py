@@ -7,6 +7,7 @@ run. All implementations alternate, and times are medians. Gradients are those o
 """
 
 import argparse
+import datetime
 import functools
 import time
 from collections.abc import Callable
@@ -16,15 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.config import ATTENTION
 from hart_jax.errors import UserError, run_cli
 from hart_jax.training.flops import peak_flops
-from pallas_kernels.attention import attention
-from pallas_kernels.attention.cudnn import by_groups
+from pallas_kernels.attention import attention, tokamax
+from pallas_kernels.attention.conformance import Case, errors, gradients
 from pallas_kernels.attention.mask import Layout, row_ends
+from pallas_kernels.attention.measured import TABLE_FILE, Row, write_rows
 from pallas_kernels.attention.shapes import SHAPES, Shape
 from pallas_kernels.attention.tiles import by_keys, by_queries, tiles_of
 
-IMPLEMENTATIONS = {"cpu": ("xla",), "gpu": ("xla", "cudnn", "cudnn whole", "gpu"), "tpu": ("xla", "splash", "tpu")}
+IMPLEMENTATIONS = {
+    "cpu": ("xla",),
+    "gpu": ("xla", "cudnn", "cudnn whole", "gpu", "tokamax"),
+    "tpu": ("xla", "splash", "tpu"),
+}
 WIDTH = 64
 SCALE = 0.25 / WIDTH**0.5
 
@@ -43,8 +50,6 @@ def jax_runs(name: str, shape: Shape, batch: int, heads: int, dtype: Any) -> Run
     # "cudnn whole" computes all that is masked, and so is wrong: it shows what skipping can save.
     kv_end = None if name == "cudnn whole" else shape.segments
     run = functools.partial(attention, kv_end=kv_end, scale=SCALE, implementation=name.split()[0])
-    if name == "tokamax":
-        run = functools.partial(by_groups, tokamax_call, segments=shape.segments)
 
     def both(q, k, v, dout):
         out, pull = jax.vjp(run, q, k, v)
@@ -53,18 +58,6 @@ def jax_runs(name: str, shape: Shape, batch: int, heads: int, dtype: Any) -> Run
     forward = jax.jit(run).lower(*qkv).compile()
     gradient = jax.jit(both).lower(*qkv, dout).compile()
     return Runs(lambda: jax.block_until_ready(forward(*qkv)), lambda: jax.block_until_ready(gradient(*qkv, dout)))
-
-
-def tokamax_call(q: jax.Array, k: jax.Array, v: jax.Array, seen_QM: np.ndarray | None) -> jax.Array:
-    """The package tokamax, with what it takes for the fastest here: its functions know no end of keys per query."""
-    import tokamax
-    from absl import flags
-
-    # It has flags of its own, and would look for them among this command's.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["attention.py"])
-    mask = None if seen_QM is None else jnp.asarray(seen_QM)[None, None]
-    return tokamax.dot_product_attention(q, k, v, mask=mask, scale=SCALE)
 
 
 def torch_runs(shape: Shape, batch: int, heads: int) -> Runs:
@@ -117,7 +110,24 @@ def medians(runs: dict[str, Runs], repeats: int) -> tuple[dict[str, tuple[float,
     return {name: tuple(np.median(spent[1:], axis=0)) for name, spent in times.items()}, float(np.median(rates))
 
 
-def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: bool, with_tokamax: bool) -> None:
+def runnable(name: str) -> bool:
+    """Whether what an implementation needs is installed; says so where it is not."""
+    if name == "tokamax" and not tokamax.installed():
+        print(f"tokamax: not installed (pip install tokamax=={tokamax.VERSION}, Python 3.12 or newer); not measured")
+        return False
+    return True
+
+
+def error_of(name: str, shape: Shape, dtype: str) -> float:
+    """The largest of output and gradients, of one head of one sample, against `reference`."""
+    case = Case(shape.queries, shape.keys, shape.segments, heads=1, groups=1, batch=1, width=WIDTH, scale=SCALE)
+    ours, theirs = (
+        gradients(functools.partial(attention, implementation=which), case, dtype) for which in (name, "reference")
+    )
+    return max(errors(ours, theirs).values())
+
+
+def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: bool, write: bool) -> None:
     device = jax.devices()[0]
     platform = device.platform
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
@@ -126,10 +136,17 @@ def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: 
     )
     print("| shape | implementation | forward ms | TFLOP/s | of peak | with backward ms | TFLOP/s | of peak |")
     print("|---|---|---|---|---|---|---|---|")
+    ours = tuple(filter(runnable, IMPLEMENTATIONS[platform]))
     for name in names:
-        shape = SHAPES[name]
-        ours = IMPLEMENTATIONS[platform] + ("tokamax",) * with_tokamax
-        runs = {which: jax_runs(which, shape, batch, heads, dtype) for which in ours}
+        shape, runs = SHAPES[name], {}
+        for which in ours:
+            try:
+                runs[which] = jax_runs(which, shape, batch, heads, dtype)
+                for run in runs[which]:
+                    run()
+            except Exception as error:  # whatever a compiler or driver raises: the others' times are still wanted
+                runs.pop(which, None)
+                print(f"| {name} | {which} | FAILED: {str(error).splitlines()[0][:200]} | | | | | |", flush=True)
         if with_torch:
             runs["PyTorch"] = torch_runs(shape, batch, heads)
         times, rate = medians(runs, repeats)
@@ -140,6 +157,13 @@ def measure(names: list[str], batch: int, heads: int, repeats: int, with_torch: 
             cells = [f"{1e3 * forward:.2f}", *(f"{speeds[0] / 1e12:.3g}", f"{speeds[0] / peak:.0%}")]
             cells += [f"{1e3 * both:.2f}", *(f"{speeds[1] / 1e12:.3g}", f"{speeds[1] / peak:.0%}")]
             print(f"| {name} | {which} | {' | '.join(cells)} |", flush=True)
+            if write and which in ATTENTION:
+                kind = device.device_kind, name, which, jnp.dtype(dtype).name, WIDTH
+                milliseconds = 1e3 * float(forward), 1e3 * float(both)
+                today = datetime.date.today().isoformat()
+                error = error_of(which, shape, jnp.dtype(dtype).name)
+                write_rows([Row(*kind, error, *milliseconds, jax.__version__, today)])
+                print(f"{name}, {which}: error {error:.1e}, written into {TABLE_FILE.name}", flush=True)
         if with_torch:
             faster = [theirs / xla for theirs, xla in zip(times["PyTorch"], times["xla"], strict=True)]
             print(f"{name}: {faster[0]:.2f} times as fast as PyTorch forward, {faster[1]:.2f} times with backward")
@@ -169,17 +193,18 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--torch", action="store_true", help="Beside PyTorch, on a CPU.")
-    parser.add_argument("--tokamax", action="store_true", help="Beside the package tokamax, called for every scale.")
+    parser.add_argument("--write", action="store_true", help=f"Puts errors and times into {TABLE_FILE.name}.")
     parser.add_argument("--tiles", action="store_true", help="Only counts the tiles that kernels visit; runs nothing.")
     arguments = parser.parse_args()
+    if arguments.write and jax.default_backend() == "cpu":
+        raise UserError("--write: the table is of accelerators; a CPU has one implementation")
     if arguments.torch and jax.default_backend() != "cpu":
         raise UserError("--torch: compares on a CPU; on this device it would compare unlike things")
     if arguments.tiles:
         count_tiles(arguments.shapes, [(128, 128), (256, 256), (256, 512), (512, 512), (512, 1024)])
     else:
-        measure(
-            arguments.shapes, arguments.batch, arguments.heads, arguments.repeats, arguments.torch, arguments.tokamax
-        )
+        sizes = arguments.batch, arguments.heads, arguments.repeats
+        measure(arguments.shapes, *sizes, arguments.torch, arguments.write)
 
 
 if __name__ == "__main__":

@@ -102,12 +102,14 @@ def step_of(name: str, static: dict[str, Any], experiment: HartExperiment) -> st
     raise AssertionError(static)
 
 
-def report_parts(experiment: HartExperiment, draw: Callable[[], object], spent: dict[str, float], limit: float) -> None:
+def report_parts(
+    experiment: HartExperiment, batch: int, draw: Callable[[], object], spent: dict[str, float], limit: float
+) -> None:
     seconds(draw)
     spent.clear()
     total = seconds(draw)
-    print("| step | s | GFLOP | GFLOP/s | of the matrix product |\n|---|---|---|---|---|")
-    for step, flops in flops_by_step(experiment, 1).items():
+    print(f"batch {batch}\n| step | s | GFLOP | GFLOP/s | of the matrix product |\n|---|---|---|---|---|")
+    for step, flops in flops_by_step(experiment, batch).items():
         rate = flops / spent[step] / 1e9
         print(f"| {step} | {spent[step]:.2f} | {flops / 1e9:.4g} | {rate:.0f} | {rate / limit:.0%} |")
     print(f"| between stages | {total - sum(spent.values()):.2f} | | | |", flush=True)
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--config", help="Draws with random weights of this experiment's sizes.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", action="store_true", help="Time by part and scale, of one picture.")
+    parser.add_argument("--parts", action="store_true", help="Time by part and scale.")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--torch", action="store_true", help="PyTorch's matrix product beside JAX's.")
     arguments = parser.parse_args()
@@ -158,7 +160,8 @@ def main() -> None:
         return functools.partial(sampler, params, condition, 0, jnp.arange(batch))
 
     if arguments.parts:
-        report_parts(experiment, drawing(1), spent, rates["JAX's"]())
+        for batch in arguments.batch_sizes:
+            report_parts(experiment, batch, drawing(batch), spent, rates["JAX's"]())
     else:
         columns = ["batch", "s/batch", "images/s", "GFLOP/image", "GFLOP/s"]
         columns += [f"{name} matrix product, GFLOP/s | of it" for name in rates]

@@ -20,7 +20,7 @@ RIGHT = 2e-2
 @dataclasses.dataclass(frozen=True)
 class Row:
     """`device` is `jax.Device.device_kind`; `shape` a name in `shapes.SHAPES`; `error` the largest of output and
-    gradients, a share of the largest value, against `xla` in float32; times are medians, in ms, of a forward pass and
+    gradients, a share of the largest value, against `reference`; times are medians, in ms, of a forward pass and
     of forward and backward together; `jax` and `date` (ISO) say with what and when."""
 
     device: str

@@ -30,8 +30,17 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-def tune(implementation: str, shape: Shape, batch: int, heads: int, width: int, dtype: Any, repeats: int) -> Blocks:
-    """The fastest tiles that compile. Raises `RuntimeError` if none does."""
+def tune(
+    implementation: str,
+    shape: Shape,
+    batch: int,
+    heads: int,
+    width: int,
+    dtype: Any,
+    repeats: int,
+    seconds: float = float("inf"),
+) -> Blocks:
+    """The fastest tiles that compile within `seconds` for each pass. Raises `RuntimeError` if none does."""
     random = np.random.default_rng(0)
     sizes = (shape.queries, shape.keys, shape.keys, shape.queries)
     *qkv, dout = (jnp.asarray(random.standard_normal((batch, size, heads, width)), dtype) for size in sizes)
@@ -48,10 +57,10 @@ def tune(implementation: str, shape: Shape, batch: int, heads: int, width: int, 
     alike = [Blocks(tile, tile, tile) for tile in tiles]
     if implementation == "xla":
         # It has the same tiles in both passes.
-        return fastest("with gradients", alike, both, (*qkv, dout), repeats)
-    best = fastest("forward", alike, forward, tuple(qkv), repeats)
+        return fastest("with gradients", alike, both, (*qkv, dout), repeats, seconds)
+    best = fastest("forward", alike, forward, tuple(qkv), repeats, seconds)
     changed = (dataclasses.replace(best, dq=tile, dkv=tile) for tile in tiles)
-    return fastest("with gradients", changed, both, (*qkv, dout), repeats)
+    return fastest("with gradients", changed, both, (*qkv, dout), repeats, seconds)
 
 
 def fastest(
@@ -60,10 +69,15 @@ def fastest(
     make: Callable[[Blocks], Callable[..., Any]],
     arguments: tuple[jax.Array, ...],
     repeats: int,
+    seconds: float,
 ) -> Blocks:
-    """The candidate with the smallest median time; those that compile run in turns."""
-    compiled = {}
+    """The candidate with the smallest median time; those that compile, begun within `seconds`, run in turns."""
+    compiled: dict[Blocks, Callable[..., Any]] = {}
+    until = time.perf_counter() + seconds
     for blocks in tqdm(list(candidates), desc=f"compiling {name}"):
+        if compiled and time.perf_counter() > until:
+            tqdm.write(f"{blocks}: not tried: {seconds:.0f} s are over")
+            continue
         try:
             compiled[blocks] = jax.jit(make(blocks)).lower(*arguments).compile()
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
@@ -92,13 +106,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dtype", help="Default: float32 on a CPU, bfloat16 elsewhere.")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="Of compiling candidates, in each pass.")
     parser.add_argument("--write", action="store_true", help=f"Puts the best into {TABLE_FILE.name}.")
     arguments = parser.parse_args()
     kind = jax.devices()[0].device_kind
     dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     sizes = arguments.batch, arguments.heads, arguments.width
     try:
-        best = tune(arguments.implementation, SHAPES[arguments.shape], *sizes, dtype, arguments.repeats)
+        best = tune(
+            arguments.implementation, SHAPES[arguments.shape], *sizes, dtype, arguments.repeats, arguments.seconds
+        )
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     print(f"{kind}, heads of {arguments.width}: {best}")
