@@ -1,17 +1,21 @@
 """What compilers make of the attention kernels, without a device: `python benchmarks/attention_compiled.py --tpu`.
 
 `--tpu` compiles them for one chip of every kind with libtpu and prints the VMEM that each uses; `--gpu` compiles them
-for an H200 down to machine code with JAX's CUDA plug-in and ptxas and prints registers and spills. Nothing runs.
+for an H200 down to machine code with JAX's CUDA plug-in and ptxas and prints registers and spills; with
+`--implementation tokamax` that package's kernels. Nothing runs.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from hart_jax.errors import UserError, run_cli
 
@@ -19,8 +23,26 @@ KINDS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 HEADS, BATCH = 24, 2
 
 
-def compiled(topology: str, name: str, width: int, dtype: str, traced: bool) -> tuple[Any, float]:
-    """Forward and gradients at one shape, of one device of a topology, and the seconds of compiling."""
+class Hopper:
+    """What tokamax asks the default device, which is this machine's, for."""
+
+    platform, device_kind, compute_capability, core_count = "gpu", "NVIDIA H200", "9.0", 132
+
+
+@contextlib.contextmanager
+def as_on_hopper() -> Iterator[None]:
+    """Within it, tokamax traces what it runs on an H200."""
+    with mock.patch("jax.extend.backend.get_default_device", lambda: Hopper()):
+        yield
+
+
+def compiled(
+    topology: str, name: str, width: int, dtype: str, traced: bool, implementation: str = ""
+) -> tuple[Any, float]:
+    """Forward and gradients at one shape, of one device of a topology, and the seconds of compiling.
+
+    `implementation`: by default the kernels of this project for the kind of device.
+    """
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -43,14 +65,14 @@ def compiled(topology: str, name: str, width: int, dtype: str, traced: bool) -> 
     def both(q, k, v, dout, *ends):
         def run(*qkv):
             kv_end = ends[0] if ends else shape.segments
-            implementation = "gpu" if topology.startswith("h") else "tpu"
-            return attention(*qkv, kv_end=kv_end, scale=width**-0.5, implementation=implementation)
+            ours = "gpu" if topology.startswith("h") else "tpu"
+            return attention(*qkv, kv_end=kv_end, scale=width**-0.5, implementation=implementation or ours)
 
         out, pull = jax.vjp(run, q, k, v)
         return out, pull(dout)
 
     start = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), as_on_hopper() if implementation == "tokamax" else contextlib.nullcontext():
         return jax.jit(both).lower(q, k, k, q, *ends).compile(), time.monotonic() - start
 
 
@@ -69,13 +91,13 @@ def tpu_table(kinds: list[str], names: list[str], widths: list[int], dtypes: lis
         print(f"| {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
-def gpu_table(names: list[str], widths: list[int], dtypes: list[str]) -> None:
+def gpu_table(names: list[str], widths: list[int], dtypes: list[str], implementation: str) -> None:
     """ptxas prints past Python, so each shape has a process of its own."""
     print(
         "| shape | type | width | kernel | registers | spilled bytes | temporaries MiB |\n|---|---|---|---|---|---|---|"
     )
     for name, dtype, width in itertools.product(names, dtypes, widths):
-        command = [sys.executable, __file__, "--one", name, dtype, str(width)]
+        command = [sys.executable, __file__, "--one", name, dtype, str(width), "--implementation", implementation]
         environment = {**os.environ, "MOSAIC_GPU_DUMP_PTXAS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -98,16 +120,17 @@ def main() -> None:
     where.add_argument("--tpu", nargs="*", metavar="TOPOLOGY", help=f"Default: {' '.join(KINDS)}.")
     where.add_argument("--gpu", action="store_true")
     where.add_argument("--one", nargs=3, metavar=("SHAPE", "TYPE", "WIDTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--implementation", choices=("gpu", "tokamax"), default="gpu", help="With --gpu.")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--widths", type=int, nargs="+", default=[64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     arguments = parser.parse_args()
     if arguments.one:
         name, dtype, width = arguments.one
-        program, _ = compiled("h200:1", name, int(width), dtype, traced="decode" in name)
+        program, _ = compiled("h200:1", name, int(width), dtype, "decode" in name, arguments.implementation)
         print("temporaries", program.memory_analysis().temp_size_in_bytes >> 20)
     elif arguments.gpu:
-        gpu_table(arguments.shapes, arguments.widths, arguments.dtypes)
+        gpu_table(arguments.shapes, arguments.widths, arguments.dtypes, arguments.implementation)
     else:
         tpu_table(arguments.tpu or list(KINDS), arguments.shapes, arguments.widths, arguments.dtypes)
 
