@@ -5,7 +5,7 @@
 Weights are as training starts, images and text states are random and already there: neither changes times. The step is
 the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens of the
 last scale that the run would; the text encoder, which the data of a run may bring, is not in it. The FLOPs are the
-step's own metrics. Prints a row as soon as it is known.
+step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far. Prints a row as soon as it is known.
 """
 
 import argparse
@@ -62,12 +62,12 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     seconds, device = float(np.median(spent[1:])), jax.devices()[0]
     peak, memory = peak_flops(device.device_kind), device.memory_stats() or {}
     shares = []
-    for name in sorted(name for name in metrics if name.endswith("flops")):
+    for name in ("model_flops", "hardware_flops"):
         flops = float(metrics[name])
-        shares.append(f"{name} {flops / 1e12:.3g} T" + (f" ({flops / seconds / peak:.1%} of peak)" if peak else ""))
+        shares.append(f"{flops / 1e12:.4g} | " + (f"{flops / seconds / peak:.1%}" if peak else "peak not known"))
     most = memory.get("peak_bytes_in_use")
     cells = [str(side), str(batch), str(kept), f"{spent[0]:.1f}", f"{seconds:.4f}", f"{batch / seconds:.2f}"]
-    cells += ["; ".join(shares), "not reported" if most is None else f"{most / 2**30:.1f}", f"{metrics['loss']:.3f}"]
+    cells += [*shares, "not reported" if most is None else f"{most / 2**30:.1f}", f"{metrics['loss']:.3f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -87,8 +87,10 @@ def main() -> None:
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
     print(f"{device.device_kind}, JAX {jax.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'not known'}")
-    print("| px | batch | kept | first step s | step s | images/s | FLOPs of a step | most memory GiB | loss |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| px | batch | kept | first step s | step s | images/s | model TFLOP | mfu | device TFLOP | hfu | GiB | loss |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for batch in arguments.batch_size:
         train = dataclasses.replace(
             experiment.train, batch_size=batch, dtype=arguments.dtype, attention=arguments.attention
