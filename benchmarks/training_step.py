@@ -5,7 +5,7 @@
 Weights are as training starts, images and text states are random and already there: neither changes times. The step is
 the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens of the
 last scale that the run would; the text encoder, which the data of a run may bring, is not in it. The FLOPs are the
-step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far. Prints a row as soon as it is known.
+step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far. Ready is when the step is compiled. Prints a row as soon as it is known.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def one_device(experiment: HartExperiment, batch: int) -> Placement:
 
 def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     """Compiles and runs `steps` steps after a first one, and prints their median time."""
+    began = time.perf_counter()
     placement, config = one_device(experiment, batch), experiment.transformer
     program = hart_program(experiment, placement)
     state = jax.jit(program.init, out_shardings=program.places)()
@@ -50,23 +51,25 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     condition = jnp.zeros(batch, jnp.int32) if config.num_classes else (text, jnp.ones((batch, length), jnp.int32))
     kept = keep_buckets(config.patch_nums[-1] ** 2, experiment.loss)[-1]
     data = jax.device_put((tokenizer, image, condition), placement.whole)
-    key = jax.random.key(0)
-    spent = []
+    arguments, key = (state, *data), jax.random.key(0)
+    with placement.tracing():
+        traced = program.step.trace(*arguments, key, kept)
+        flops = program.flops(traced, (*arguments, key), kept)
+        run = traced.lower().compile()
+    compiled, spent = time.perf_counter() - began, []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        with placement.tracing():
-            state, metrics = program.step(state, *data, key, kept)
+        state, metrics = run(state, *data, key)
         jax.block_until_ready((state, metrics))
         spent.append(time.perf_counter() - start)
-    # The first one compiles.
+    # The first one warms up.
     seconds, device = float(np.median(spent[1:])), jax.devices()[0]
     peak, memory = peak_flops(device.device_kind), device.memory_stats() or {}
     shares = []
-    for name in ("model_flops", "hardware_flops"):
-        flops = float(metrics[name])
-        shares.append(f"{flops / 1e12:.4g} | " + (f"{flops / seconds / peak:.1%}" if peak else "peak not known"))
+    for amount in (flops.model, flops.hardware):
+        shares.append(f"{amount / 1e12:.4g} | " + (f"{amount / seconds / peak:.1%}" if peak else "peak not known"))
     most = memory.get("peak_bytes_in_use")
-    cells = [str(side), str(batch), str(kept), f"{spent[0]:.1f}", f"{seconds:.4f}", f"{batch / seconds:.2f}"]
+    cells = [str(side), str(batch), str(kept), f"{compiled:.1f}", f"{seconds:.4f}", f"{batch / seconds:.2f}"]
     cells += [*shares, "not reported" if most is None else f"{most / 2**30:.1f}", f"{metrics['loss']:.3f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
 
