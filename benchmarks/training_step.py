@@ -5,7 +5,8 @@
 Weights are as training starts, images and text states are random and already there: neither changes times. The step is
 the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens of the
 last scale that the run would; the text encoder, which the data of a run may bring, is not in it. The FLOPs are the
-step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far. Ready is when the step is compiled. Prints a row as soon as it is known.
+step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far; "ready" is when the step is compiled.
+Prints a row as soon as it is known.
 """
 
 import argparse
@@ -90,10 +91,9 @@ def main() -> None:
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
     print(f"{device.device_kind}, JAX {jax.__version__}, peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'not known'}")
-    print(
-        "| px | batch | kept | first step s | step s | images/s | model TFLOP | mfu | device TFLOP | hfu | GiB | loss |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    columns = ["px", "batch", "kept", "ready after s", "step s", "images/s"]
+    columns += ["model TFLOP", "mfu", "device TFLOP", "hfu", "GiB", "loss"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for batch in arguments.batch_size:
         train = dataclasses.replace(
             experiment.train, batch_size=batch, dtype=arguments.dtype, attention=arguments.attention
