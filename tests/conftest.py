@@ -18,6 +18,7 @@ SLOW = frozenset(
         "test_train_stages.py",
         "test_notebooks.py",
         "test_real_shapes.py",
+        "test_gpu_check.py",
     }
 )
 
