@@ -33,6 +33,8 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 # What a PNG has where it says how to turn it. Pillow looks behind the pixels for it, and decodes them to get there.
 _PNG_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+# Where its header has the bits of a channel.
+_PNG_BITS = 24
 _DRAFT_SCALES = (8, 4, 2)
 
 
@@ -87,6 +89,18 @@ def square_image(data: bytes, size: int) -> np.ndarray:
     else:
         square = image.resize((size, size), Image.Resampling.LANCZOS, box)
     return np.asarray(square, dtype=np.uint8)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether any decoder gives `rgb_image(data)`: a PNG or JPEG of RGB with 8 bits, upright and opaque.
+
+    Raises:
+      UserError: the bytes are not an image.
+    """
+    with _opened(data) as (file, orientation):
+        opaque = file.mode == "RGB" and not file.has_transparency_data and orientation == _UPRIGHT
+        # Pillow reduces a PNG of 16 bits itself.
+        return opaque and (file.format == "JPEG" or (file.format == "PNG" and data[_PNG_BITS] == 8))
 
 
 @contextmanager

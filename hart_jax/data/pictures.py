@@ -80,13 +80,28 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _draw_svg(data: bytes, longest_side: int) -> Image.Image:
+    image = _decode(_svg_to_png(data, output_width=longest_side, output_height=None))
+    if image.height > longest_side:
+        image = _decode(_svg_to_png(data, output_width=None, output_height=longest_side))
+    return image
+
+
+def _svg_to_png(data: bytes, **size: int | None) -> bytes:
     # Imported here so that reading a finished set needs no cairo library.
     import cairosvg
 
-    image = _decode(cairosvg.svg2png(bytestring=data, output_width=longest_side, output_height=None))
-    if image.height > longest_side:
-        image = _decode(cairosvg.svg2png(bytestring=data, output_width=None, output_height=longest_side))
-    return image
+    try:
+        return cairosvg.svg2png(bytestring=data, **size)
+    except MemoryError as error:
+        if b"skew" not in data:
+            raise
+        # Two of the glossy icons have a gradient with skewY(-90), whose matrix holds tan(90 degrees): 1.6e16.
+        raise ValueError(
+            "a skew of 90 degrees in it is beyond cairo's numbers, which it calls out of memory"
+        ) from error
+    except ZeroDivisionError as error:
+        # CairoSVG divides by the distance of an arc's ends to find a gradient's box; SVG says such an arc is nothing.
+        raise ValueError("an arc in it ends where it begins, and cairosvg divides by its length") from error
 
 
 def _ink_box(image: Image.Image) -> tuple[int, int, int, int]:

@@ -86,10 +86,18 @@ def pack(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of `pack`."""
-    return {
-        name: np.frombuffer(array["bytes"], array["dtype"]).reshape(array["shape"]) for name, array in packed.items()
-    }
+    """The arrays of `pack`.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        return {
+            name: np.frombuffer(array["bytes"], array["dtype"]).reshape(array["shape"])
+            for name, array in packed.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"what was computed ahead is damaged ({error}); compute it anew") from error
 
 
 class StoredTokens:

@@ -8,6 +8,7 @@ writes a folder in the layout of `hart_jax.data.mjhq`, and in any program then
 
 serves {image: uint8 (H, W, 3), prompt, captions, label, id} by index, in the order of the ids, as Grain and PyTorch
 take it. Texts are bytes, as TFDS has them; `decoders={"image": tfds.decode.SkipDecoding()}` gives the image files' own.
+Of images that it would decode to something else (grey, transparent, turned, of 16 bits), PNGs of what they show are kept.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from etils import epath
 
 from hart_jax.buckets import local_copy
 from hart_jax.data.check_images import check_images
+from hart_jax.data.image_files import is_plain, rgb_image
 from hart_jax.data.mjhq import Example, read_folder
 from hart_jax.errors import UserError, run_cli
 from hart_jax.paths import local_only
@@ -76,14 +78,25 @@ class CaptionedImages(tfds.core.ShardBasedBuilder, skip_registration=True):  # t
 def _records(examples: Sequence[Example]) -> Iterator[tuple[str, dict[str, Any]]]:
     for example in examples:
         record = {
-            # TFDS keeps what is given here until the shard is counted: better a path than the bytes.
-            "image": str(example.path) if example.archive is None else io.BytesIO(example.read()),
+            "image": _image(example),
             "prompt": example.prompt,
             "captions": list(example.captions),
             "label": example.category,
             "id": example.id,
         }
         yield example.id, record
+
+
+def _image(example: Example) -> str | io.BytesIO:
+    """The image file, or where TFDS would decode it to something else, a PNG of what it shows."""
+    data = example.read()
+    if not is_plain(data):
+        png = io.BytesIO()
+        rgb_image(data).save(png, format="PNG")
+        png.seek(0)
+        return png
+    # TFDS keeps what is given here until the shard is counted: better a path than the bytes.
+    return str(example.path) if example.archive is None else io.BytesIO(data)
 
 
 def build(source: str | Path, data_dir: str | Path, *, records_per_shard: int = 1024, workers: int = 0) -> Path:

@@ -292,6 +292,32 @@ def test_clip_art_is_cropped_to_its_ink_and_kept_in_proportion():
     assert abs(rows[0] + rows[-1] - 99) <= 1
 
 
+GRADIENT = '<defs><{0} id="g" {1}><stop stop-color="red"/></{0}></defs>'
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            GRADIENT.format(
+                "radialGradient",
+                'cx="0" cy="0" r="1" gradientUnits="userSpaceOnUse" gradientTransform="translate(9 9)skewY(-90)"',
+            )
+            + '<path d="M10 10h50v50h-50z" fill="url(#g)"/>',
+            "a skew of 90 degrees",
+        ),
+        (
+            GRADIENT.format("linearGradient", "") + '<path d="M10 10A5 5 0 1 1 10 10L50 60z" fill="url(#g)"/>',
+            "an arc in it ends where it begins",
+        ),
+    ],
+)
+def test_drawings_that_cairo_cannot_draw_say_why(body: str, reason: str):
+    pytest.importorskip("cairosvg")
+    with pytest.raises(ValueError, match=reason):
+        render(svg(body), 64)
+
+
 def test_an_empty_drawing_is_an_error():
     pytest.importorskip("cairosvg")
     with pytest.raises(ValueError, match="empty"):

@@ -11,7 +11,7 @@ from hart_jax.data import precompute as tool
 from hart_jax.data.pipeline import load_captions, make_loader
 from hart_jax.data.precompute import AddTexts, AddTokens, main, precompute
 from hart_jax.data.shards import RecordSource, open_shards, verify
-from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
+from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from, unpack
 from hart_jax.data.text_states import precompute as text_table
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
@@ -102,6 +102,23 @@ def test_other_models_are_refused(shards, stored, params, encoder_folder):
         is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, random_like(params, seed=5)))
     with pytest.raises(UserError, match="the texts in its records were computed with another positions"):
         is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS + 1))
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        5,
+        {"a": 5},
+        {"a": {"dtype": "<f2", "shape": (3,)}},
+        {"a": {"dtype": "<f2", "shape": (3,), "bytes": b"12345"}},
+        {"a": {"dtype": "<f2", "shape": (3,), "bytes": b"12"}},
+        {"a": {"dtype": "O", "shape": (1,), "bytes": bytes(8)}},
+        {"a": {"dtype": "nonsense", "shape": (1,), "bytes": bytes(8)}},
+    ],
+)
+def test_arrays_of_another_shape_are_damage(packed):
+    with pytest.raises(UserError, match="computed ahead is damaged"):
+        unpack(packed)
 
 
 def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):

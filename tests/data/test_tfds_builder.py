@@ -1,5 +1,6 @@
 """The TFDS data set has the records of the folder, and needs no TensorFlow."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hart_jax.data.mjhq import read_folder
 from hart_jax.data.tfds_builder import build
 from hart_jax.errors import UserError
 from tests.data.conftest import zipped
+from tests.data.test_image_files import KINDS, exif
 
 READ = """
 import sys
@@ -50,6 +52,23 @@ def test_a_program_that_only_knows_tfds_reads_it(folder: Path, tmp_path: Path):
     build(folder, tmp_path)
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["23 [5, 10, 15] a thing 5 1", "False"]
+
+
+def test_images_of_all_kinds_are_what_they_show(tmp_path: Path):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    entries = {}
+    for number, (data, _) in enumerate(KINDS.values()):
+        (tmp_path / "in" / "cat" / f"{number:02d}.png").write_bytes(data)
+        entries[f"{number:02d}"] = {"category": "cat", "prompt": "a thing"}
+    turned = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    turned.save(tmp_path / "in" / "cat" / "turned.png", exif=exif(6))
+    entries["turned"] = {"category": "cat", "prompt": "a thing"}
+    (tmp_path / "in" / "meta_data.json").write_text(json.dumps(entries))
+    build(tmp_path / "in", tmp_path / "tfds")
+    source = tfds.data_source("captioned_images", split="train", data_dir=str(tmp_path / "tfds"))
+    for index, (_, expected) in enumerate(KINDS.values()):
+        np.testing.assert_array_equal(source[index]["image"], expected)
+    np.testing.assert_array_equal(source[len(KINDS)]["image"], np.rot90(np.asarray(turned), -1))
 
 
 def test_bad_input_leaves_nothing(folder: Path, tmp_path: Path):
