@@ -8,7 +8,7 @@ writes a folder in the layout of `hart_jax.data.mjhq`, and in any program then
 
 serves {image: uint8 (H, W, 3), prompt, captions, label, id} by index, in the order of the ids, as Grain and PyTorch
 take it. Texts are bytes, as TFDS has them; `decoders={"image": tfds.decode.SkipDecoding()}` gives the image files' own.
-Of images that it would decode to something else (grey, transparent, turned, of 16 bits), PNGs of what they show are kept.
+Of images that it would decode to something else (grey, transparent, turned, 16 bits), PNGs of what they show are kept.
 """
 
 import argparse
