@@ -81,6 +81,7 @@ def main() -> None:
         seed=_SEED.value,
         image_size=_IMAGE_SIZE.value,
         by=_BY.value,
+        by_given=_BY.present,
         batch_size=_BATCH_SIZE.value,
         draw_batch_size=_DRAW_BATCH_SIZE.value,
         out=as_path(_OUT.value, "--out"),

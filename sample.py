@@ -1,13 +1,17 @@
 """Draws pictures: `python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"`.
 
-Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG. Exits
-with 3 where --prompt_filter refused a prompt; the others are drawn.
+Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG. While a
+run writes into a folder, another one is refused. Exits with 3 where --prompt_filter refused a prompt; the others are
+drawn.
 """
 
 import dataclasses
 import functools
 import json
+import re
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -16,9 +20,14 @@ from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import WEIGHTS, HartExperiment, SampleConfig
 from hart_jax.paths import as_path
 
+if TYPE_CHECKING:
+    from hart_jax.sampling import Asked
+
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, 'One prompt per line, or SEED<tab>prompt; of a .jsonl, {"prompt": "...", "seed": 3}.'
+    "prompts_file",
+    None,
+    'A prompt or SEED<tab>prompt per line, # is no comment; of a .jsonl, {"prompt": "x", "seed": 3}.',
 )
 _LABELS = flags.DEFINE_list("labels", [], "Classes to draw, for a class-conditional model: --labels=3,17.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or label.")
@@ -66,7 +75,7 @@ def wishes(experiment: HartExperiment) -> list[tuple[str | int, int]]:
     if classes:
         if prompted or not _LABELS.value:
             raise UserError(f"--config: a model of {classes} classes, not of prompts; give --labels=3,17")
-        if not all(label.isdigit() and int(label) < classes for label in _LABELS.value):
+        if not all(re.fullmatch("[0-9]{1,9}", label) and int(label) < classes for label in _LABELS.value):
             raise UserError(f"--labels={','.join(_LABELS.value)}: needs numbers from 0 to {classes - 1}")
         return [(int(label), _SEED.value) for label in _LABELS.value]
     if _LABELS.value:
@@ -90,8 +99,9 @@ def allowed(asked: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
 
     may_be_drawn = load_prompt_filter(_FILTER.value, _ALLOWS.value)
     kept = [(wish, seed) for wish, seed in asked if may_be_drawn(str(wish))]
+    through = {wish for wish, _ in kept}
     for wish, _ in asked:
-        if wish not in dict(kept):
+        if wish not in through:
             print(f"refused by --prompt_filter, not drawn: {wish!r}", file=sys.stderr)
     return kept
 
@@ -111,30 +121,31 @@ def main() -> None:
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax import drawing
     from hart_jax.parallel.launch import check_devices
-    from hart_jax.sampling import (
-        Asked,
-        Painter,
-        check_model,
-        check_text,
-        load_model,
-        text_source,
-        use_compilation_cache,
-    )
+    from hart_jax.sampling import Asked, check_text, use_compilation_cache
 
     drawing.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
     check_text(_TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     kept = allowed(given)
     asked = [Asked(wish, seed, index) for wish, seed in kept for index in range(_NUM_IMAGES.value)]
-    refused = len(kept) < len(given)
-    if not asked:
-        sys.exit(3)
-    check_devices()
-    use_compilation_cache()
+    if asked:
+        check_devices()
+        use_compilation_cache()
+        with drawing.owned_out(out):
+            print(draw(experiment, chosen, asked, out))
+    sys.exit(3 if len(kept) < len(given) else 0)
+
+
+def draw(experiment: HartExperiment, chosen: SampleConfig, asked: "list[Asked]", out: Path) -> Path:
+    """Draws the images; gives the path of their grid, of the only one, or of their folder."""
+    from hart_jax import drawing
+    from hart_jax.sampling import Painter, check_model, load_model, text_source
+
     source = _CHECKPOINT.value or experiment.model
     model = load_model(source, cache=_CACHE.value)
     check_model(model, experiment, source)
     text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
-    about = drawing.identity(model, chosen, text)
+    # A single image has no record of its run.
+    about = drawing.identity(model, chosen, text) if len(asked) > 1 or _RESUME.value else {}
     painter = Painter(model, chosen, *text, mesh=experiment.mesh)
     # The painter has its own copy.
     del model
@@ -143,8 +154,7 @@ def main() -> None:
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": str(source), "settings": json.dumps(chosen.to_dict())}
     drawing.draw(painter, album, asked, kind, common)
-    print(album.grid or (album.paths[0] if len(album.paths) == 1 else out))
-    sys.exit(3 if refused else 0)
+    return album.grid or (album.paths[0] if len(album.paths) == 1 else out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from hart_jax.errors import UserError
-from hart_jax.files import check_readable
+from hart_jax.files import read_json
 from hart_jax.paths import check_path
 
 # What is computed in: see `hart_jax.training.state.compute_dtype`.
@@ -46,7 +46,8 @@ class Settings:
             elif isinstance(value, list):
                 value = tuple(value)
             elif kind is float and type(value) is int:
-                value = float(value)
+                # What is too large for a float is not finite.
+                value = float(value) if abs(value) < 2**1023 else math.inf
             _require(type(value) is kind, f"{cls.__name__}.{name}={value!r}: expected {kind.__name__}")
             if isinstance(value, tuple):
                 (item, _) = typing.get_args(fields[name].type)
@@ -233,25 +234,6 @@ def check_fit(tokenizer: TokenizerConfig, transformer: TransformerConfig) -> Non
     for name in ("patch_nums", "vocab_size", "latent_channels"):
         ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
         _require(ours == theirs, f"transformer.{name}={ours} does not match tokenizer.{name}={theirs}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `UserError` if it is missing or is not one, or holds NaN or an infinity."""
-    check_readable(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite, parse_float=_finite)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    _require(isinstance(values, dict), f"{path}: expected a JSON object")
-    return values
-
-
-def _finite(text: str) -> float:
-    return float(text) if math.isfinite(float(text)) else _not_finite(text)
-
-
-def _not_finite(text: str) -> float:
-    raise ValueError(f"{text} is no finite number")
 
 
 @dataclasses.dataclass(frozen=True)

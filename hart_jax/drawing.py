@@ -8,6 +8,7 @@ Numbers go on after those of other runs in the folder. A run that is resumed dra
 as it was, and writes those that are missing: the same files, to the last bit, as without the interruption.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -16,12 +17,12 @@ import os
 import re
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
@@ -29,18 +30,19 @@ from tqdm import tqdm
 
 from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
-from hart_jax.files import write_whole
-from hart_jax.images import grid, save_png
+from hart_jax.files import check_can_write, content_digest, write_whole
+from hart_jax.images import grid, is_whole_png, save_png
 from hart_jax.model_folder import Model
+from hart_jax.ownership import owned
 from hart_jax.sampling import Asked, Painter, Picture
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.training.stop import StopSignals
+from hart_jax.weights import tree_digest
 
 MANIFEST = "pictures.jsonl"
 LARGEST_GRID = 64
 _COLUMNS = 8
-# Files of a text encoder that are compared to the last byte; of others the size is.
-_SMALL = 2**20
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +55,25 @@ class Album:
 
     @property
     def done(self) -> int:
-        return sum(path.exists() for path in self.paths)
+        return sum(map(is_whole_png, self.paths))
+
+
+def is_one_file(out: Path) -> bool:
+    """Whether --out names a PNG file, and not a folder."""
+    return out.suffix.lower() == ".png" and not out.is_dir()
+
+
+def owned_out(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Within it, the folder or file belongs to this run alone: see `hart_jax.ownership.owned`."""
+    return owned(out.with_name(f".{out.name}.owner") if is_one_file(out) else out, "a run that draws images")
 
 
 def check_out(out: Path, count: int, resume: bool) -> None:
-    """Raises `UserError` where so many pictures cannot go; looks at names alone."""
-    if out.suffix == ".png":
+    """Raises `UserError`, or `OSError` of the file system, where so many pictures cannot go; writes nothing."""
+    if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
+        raise UserError(f"--out={out}: images are written as PNG; give a folder, or a name that ends in .png")
+    check_can_write(out.parent if is_one_file(out) else out)
+    if is_one_file(out):
         if resume:
             raise UserError(f"--out={out}: --resume goes on in a folder, not in one file")
         if count > 1:
@@ -71,18 +86,14 @@ def check_out(out: Path, count: int, resume: bool) -> None:
 
 def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | Path | None]) -> dict[str, Any]:
     """What a picture depends on beside its prompt, seed and index, as JSON: digests of the models, and the settings."""
-    digest = hashlib.sha256(json.dumps([model.tokenizer_config.to_dict(), model.transformer_config.to_dict()]).encode())
-    for leaf in jax.tree.leaves((model.tokenizer, model.transformer)):
-        # A few of each: a model that was trained further differs in them.
-        digest.update(np.array(leaf[(0,) * (leaf.ndim - 1)] if leaf.ndim else leaf).tobytes())
+    configs = [model.tokenizer_config.to_dict(), model.transformer_config.to_dict()]
+    parameters = tree_digest(model.tokenizer, model.transformer)
+    digest = hashlib.sha256(json.dumps([configs, parameters]).encode())
     about = {"model": digest.hexdigest()[:16], "settings": settings.to_dict()}
     folder, system_prompt = text
     if folder and not model.transformer_config.num_classes:
         files = sorted(path for path in local_copy(folder).iterdir() if path.is_file())
-        digest = hashlib.sha256(json.dumps([(path.name, path.stat().st_size) for path in files]).encode())
-        for path in files:
-            if path.stat().st_size < _SMALL:
-                digest.update(path.read_bytes())
+        digest = hashlib.sha256(json.dumps([(path.name, content_digest(path)) for path in files]).encode())
         about["text_encoder"] = digest.hexdigest()[:16]
         if system_prompt:
             about["system_prompt"] = hashlib.sha256(read_system_prompt(system_prompt).encode()).hexdigest()[:16]
@@ -110,7 +121,7 @@ def open_album(
       UserError: see `check_out`; or the folder holds runs, but none of this.
     """
     check_out(out, len(asked), resume)
-    if out.suffix == ".png":
+    if is_one_file(out):
         return Album([out], size_of(batch_size), None)
     manifests = sorted(out.glob(f"[0-9]*-{MANIFEST}"), reverse=True)
     if resume and manifests:
@@ -130,11 +141,11 @@ def open_album(
 
 
 def _album(out: Path, names: list[str], batch_size: int) -> Album:
-    number = names[0].partition("-")[0]
+    grid = f"{names[0].partition('-')[0]}-grid.png"
     return Album(
         [out / name for name in names],
         batch_size,
-        out / f"{number}-grid.png" if 1 < len(names) <= LARGEST_GRID else None,
+        out / grid if 1 < len(names) <= LARGEST_GRID and grid not in names else None,
     )
 
 
@@ -178,18 +189,21 @@ def draw(
     Raises:
       SystemExit: a signal ended the run early; the code is 128 plus its number.
     """
-    size, paths = album.batch_size, dict(zip(range(len(asked)), album.paths, strict=True))
+    size, paths = album.batch_size, album.paths
+    assert len(paths) == len(asked)
     _remove_unfinished(album)
-    starts = [at for at in range(0, len(asked), size) if not all(path.exists() for path in album.paths[at : at + size])]
+    whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
+    starts = [at for at in range(0, len(asked), size) if not all(whole[at : at + size])]
 
     def save(number: int, picture: Picture) -> int:
-        if paths[number].exists():
+        if whole[number]:
             return 0
         own = {kind: str(picture.wish), "index": str(picture.index), "seed": str(picture.seed)}
-        save_png(paths[number], picture.image, {**own, **about})
+        # What a power cut tore is drawn again; what comes there meanwhile is not ours.
+        save_png(paths[number], picture.image, {**own, **about}, overwrite=there[number])
         return 1
 
-    done, count = album.done, len(asked)
+    done, count = sum(whole), len(asked)
     with (
         StopSignals() as stop,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -207,11 +221,18 @@ def draw(
         name = signal.Signals(stop.received).name
         print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
-    if album.grid is not None and not album.grid.exists():
-        images = np.stack([np.asarray(Image.open(io.BytesIO(path.read_bytes()))) for path in album.paths])
+    if album.grid is not None and not is_whole_png(album.grid):
+        images = np.stack([_decoded(path) for path in album.paths])
         wishes = [one.wish for one in asked]
         tiles = grid(images, columns=min(_COLUMNS, count), captions=[str(wish) for wish in wishes])
-        save_png(album.grid, tiles, {f"{kind}s": json.dumps(wishes), **about})
+        save_png(album.grid, tiles, {f"{kind}s": json.dumps(wishes), **about}, overwrite=True)
+
+
+def _decoded(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: does not decode ({error}); remove it, and --resume draws it again") from None
 
 
 def _remove_unfinished(album: Album) -> None:
@@ -225,12 +246,15 @@ def _remove_unfinished(album: Album) -> None:
 def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         run, *lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        if "run" not in run or "batch_size" not in run or not all("file" in line for line in lines):
+        if not isinstance(run["run"], dict) or not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
             raise ValueError("it is not of a run")
-    except (OSError, ValueError, TypeError) as error:
+        if not lines or not all(Path(line["file"]).name == line["file"] for line in lines):
+            raise ValueError("it does not name files beside it")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{manifest}: cannot be read ({error}); remove it, or give another --out") from None
     return run, lines
 
 
 def _slug(wish: str | int) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60]
+    slug = re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60]
+    return "grid-image" if slug == "grid" else slug

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from hart_jax.errors import UserError, run_cli
+from hart_jax.files import check_can_write
 from hart_jax.model_folder import write_model
 from hart_jax.paths import as_path
 from hart_jax.training.workdir import read_workdir
@@ -21,6 +22,7 @@ def export(workdir: str | Path, out: str | Path, dtype: str = "bfloat16", params
     """
     if as_path(out, "--out").exists():
         raise UserError(f"{out}: already exists; give a new folder or remove it")
+    check_can_write(as_path(out))
     model = read_workdir(workdir, params)
     if model.text_encoder is None and not model.transformer_config.num_classes:
         raise UserError(f"{workdir}: its text encoder's folder is gone; a model folder needs one")

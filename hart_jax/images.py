@@ -1,5 +1,6 @@
 """Pictures in and out: value ranges, grids with captions, PNG files that remember how they were made."""
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from hart_jax.errors import UserError
 from hart_jax.files import whole_file
-from hart_jax.paths import as_path, make_folder
+from hart_jax.paths import as_path, is_remote, make_folder
 
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
 _CAPTION_SIZE = 12
 _CAPTION_MARGIN = 2
 _CAPTION_MAX_LINES = 5
@@ -91,6 +93,28 @@ def save_png(
         chunks.add_text(key, value)  # text outside Latin-1 becomes an iTXt chunk
     with whole_file(path) as temporary:
         Image.fromarray(np.asarray(image)).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def is_whole_png(path: str | os.PathLike) -> bool:
+    """Whether a PNG file is there from its first to its last byte, as far as its two ends tell.
+
+    In a bucket it is whole if it is there.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        return path.exists()
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_PNG_START))
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return (start, file.read()) == (_PNG_START, _PNG_END)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        # What is shorter than its end cannot be read from there.
+        if error.errno == errno.EINVAL:
+            return False
+        raise
 
 
 def read_png_metadata(path: str | os.PathLike) -> dict[str, str]:

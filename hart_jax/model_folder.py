@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.buckets import local_copy, upload_folder
+from hart_jax.classes import read_classes, write_classes
 from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
+from hart_jax.files import sync
 from hart_jax.paths import as_path, is_remote
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE
 from hart_jax.text.system_prompt import read_system_prompt
@@ -32,6 +34,7 @@ class Model:
     """Settings and parameters (float32) of the two trained parts; `text_encoder` is the third's folder, or None.
 
     `system_prompt` is the file of the text encoder's system prompt where it does not lie in that folder.
+    `classes` are the names of a class-conditional model's classes, in the order of their labels, where they are known.
     """
 
     tokenizer_config: TokenizerConfig
@@ -40,6 +43,7 @@ class Model:
     transformer: Any
     text_encoder: Path | None
     system_prompt: Path | None = None
+    classes: tuple[str, ...] = ()
 
 
 def abstract_tokenizer(config: TokenizerConfig) -> Any:
@@ -101,7 +105,12 @@ def read_model(folder: str | Path) -> Model:
     check_fit(tokenizer_config, transformer_config)
     text_encoder = folder / "text_encoder"
     return Model(
-        tokenizer_config, tokenizer, transformer_config, transformer, text_encoder if text_encoder.is_dir() else None
+        tokenizer_config,
+        tokenizer,
+        transformer_config,
+        transformer,
+        text_encoder if text_encoder.is_dir() else None,
+        classes=read_classes(folder / "transformer") if transformer_config.num_classes else (),
     )
 
 
@@ -111,6 +120,7 @@ def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> Non
     def write(target: Path) -> None:
         write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer, dtype)
         write_part(target / "transformer", model.transformer_config, model.transformer, dtype)
+        write_classes(target / "transformer", model.classes)
         if model.text_encoder is not None:
             shutil.copytree(model.text_encoder, target / "text_encoder")
             if model.system_prompt is not None:
@@ -137,6 +147,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
+        for file in temporary.rglob("*"):
+            # On disk before the folder has its name, so that a power cut leaves no empty files under it.
+            if file.is_file():
+                sync(file)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -86,12 +86,18 @@ def text_source(
     """Folder of the text encoder and file of its system prompt, None for none or the one in the folder.
 
     What is given comes before what a model brings along, and that before what the experiment names.
+
+    Raises:
+      UserError: the folder is not there, of a model that draws prompts.
     """
     if not text_encoder and model.text_encoder:
         beside = model.text_encoder / SYSTEM_PROMPT_FILE
         carried = model.system_prompt or (beside if beside.is_file() else None)
         return model.text_encoder, system_prompt or carried or experiment.system_prompt or None
-    return text_encoder or experiment.text_encoder or None, system_prompt or experiment.system_prompt or None
+    folder = text_encoder or experiment.text_encoder or None
+    if folder and not as_path(folder).is_dir() and not model.transformer_config.num_classes:
+        raise UserError(f"{folder}: no such folder; the model needs its text encoder: give it with --text_encoder")
+    return folder, system_prompt or experiment.system_prompt or None
 
 
 def check_text(text_encoder: str | None, system_prompt: str | None) -> None:

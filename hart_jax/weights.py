@@ -169,7 +169,7 @@ def tree_digest(*trees: Any) -> str:
     def one(entry: tuple[str, Any]) -> str:
         name, array = entry[0], np.asarray(entry[1])
         digest = hashlib.sha256(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -1,5 +1,6 @@
 """Settings: built from plain values, every value checked, each error naming the setting and its value."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -18,6 +19,7 @@ from hart_jax.config import (
     read_json,
 )
 from hart_jax.errors import UserError
+from hart_jax.experiment import SampleConfig
 
 ALL = (
     TokenizerConfig,
@@ -205,11 +207,20 @@ def test_transformer_of_another_tokenizer(name, value):
         check_fit(TokenizerConfig(), TransformerConfig(**{name: value}))
 
 
-@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[" * 100_000])
+@pytest.mark.parametrize("text", ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', "[" * 100_000, f'{{"a": {2**63}}}'])
 def test_json_of_numbers_that_are_not_finite(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: not a readable JSON file"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, [[1]], [None], 1e308, True, 10**400, -(2**70), {"a": 1}, -1])
+@pytest.mark.parametrize("kind", [TokenizerConfig, TransformerConfig, SampleConfig])
+def test_whatever_a_setting_is_there_is_an_error_or_none(kind, value):
+    """None but ours, that is."""
+    for name in kind().to_dict():
+        with contextlib.suppress(UserError):
+            kind.from_dict({**kind().to_dict(), name: value})
 
 
 def test_read_json(tmp_path):

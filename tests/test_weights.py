@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from hart_jax.errors import UserError
+from hart_jax.evaluation.networks.base import checked_tensors
 from hart_jax.weights import check_tree, load_weights, save_weights, tree_digest
 
 
@@ -114,3 +115,9 @@ def test_a_digest_is_of_every_number_and_name():
     changed[299, 39] += 1
     others = [{**tree, "a": {"kernel": changed}}, {"a": tree["a"], "c": tree["b"]}, {**tree, "b": np.zeros((2, 1))}]
     assert len({digest, *map(tree_digest, others), tree_digest(tree, tree)}) == 5
+
+
+def test_networks_that_judge_are_finite_too():
+    tensor = np.array([1, np.inf], np.float32)
+    with pytest.raises(UserError, match=r"net\.pth: tensor 'w' has values that are not finite"):
+        checked_tensors({"w": tensor}, {"w": (2,)}, [], source="net.pth", network="a net")

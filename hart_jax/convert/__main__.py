@@ -11,6 +11,7 @@ import jax
 from hart_jax.buckets import local_copy
 from hart_jax.convert.released import TRANSFORMER, read_released, weight_file
 from hart_jax.errors import UserError, run_cli
+from hart_jax.files import check_can_write
 from hart_jax.model_folder import write_model
 from hart_jax.paths import as_path
 from hart_jax.text.system_prompt import read_system_prompt
@@ -39,6 +40,7 @@ def main() -> None:
     # All before the minutes that reading takes.
     if out.exists():
         raise UserError(f"--out={args.out}: already exists; give a new folder or remove it")
+    check_can_write(out)
     if text_encoder is not None and not (text_encoder / "config.json").is_file():
         raise UserError(f"--text_encoder={args.text_encoder}: not a text encoder's folder, it has no config.json")
     if system_prompt is not None:

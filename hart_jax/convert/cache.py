@@ -7,12 +7,9 @@ from: a changed release has another.
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hart_jax.buckets import local_copy
@@ -21,7 +18,7 @@ from hart_jax.config import TokenizerConfig, TransformerConfig, check_fit, read_
 from hart_jax.convert.released import TOKENIZER, TRANSFORMER, Weights, read_released, weight_file
 from hart_jax.convert.tensor_files import read_weight_map
 from hart_jax.errors import UserError
-from hart_jax.files import check_readable, sync
+from hart_jax.files import check_readable, content_digest
 from hart_jax.model_folder import (
     CONFIG,
     WEIGHTS,
@@ -39,8 +36,6 @@ CHECKSUMS = "checksums.json"
 _PARTS = ("tokenizer", "transformer")
 _FILES = tuple(f"{part}/{name}" for part in _PARTS for name in (CONFIG, WEIGHTS))
 _DAY_SECONDS = 86400
-# What is read at a time for a checksum, and in how many pieces a file is divided among threads.
-_CHUNK_BYTES, _PIECE_BYTES = 2**22, 2**28
 
 
 def read_released_cached(source: str | Path, weights: Weights = "ema") -> Model:
@@ -98,7 +93,7 @@ def _read(folder: Path) -> Model:
     sums = read_json(folder / CHECKSUMS)
     for name in _FILES:
         check_readable(folder / name)
-        if checksum(folder / name) != sums.get(name):
+        if content_digest(folder / name) != sums.get(name):
             raise UserError(f"{folder / name} has another checksum")
     tokenizer_config = TokenizerConfig.read(folder / "tokenizer" / CONFIG)
     transformer_config = TransformerConfig.read(folder / "transformer" / CONFIG)
@@ -114,32 +109,14 @@ def _write(folder: Path, model: Model) -> None:
     def write(target: Path) -> None:
         write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer)
         write_part(target / "transformer", model.transformer_config, model.transformer)
-        sums = {name: checksum(target / name) for name in _FILES}
+        sums = {name: content_digest(target / name) for name in _FILES}
         (target / CHECKSUMS).write_text(json.dumps(sums))
-        for name in (*_FILES, CHECKSUMS):
-            # On disk before the folder has its name, so that a power cut leaves no empty files under it.
-            sync(target / name)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".*"):
         if time.time() - left.stat().st_mtime > _DAY_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
     write_folder(folder, write)
-
-
-def checksum(path: Path) -> list[int]:
-    """CRC-32 of every piece of a file (about 0.3 s a GiB and core)."""
-
-    def of_piece(start: int) -> int:
-        crc, left = 0, _PIECE_BYTES
-        with path.open("rb") as file:
-            file.seek(start)
-            while chunk := file.read(min(_CHUNK_BYTES, left)):
-                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-        return crc
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(of_piece, range(0, path.stat().st_size, _PIECE_BYTES)))
 
 
 def _warn(message: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hart_jax import drawing
+from hart_jax.classes import normalized
 from hart_jax.errors import UserError
 from hart_jax.evaluation.alignment import alignment, attributes_of
 from hart_jax.evaluation.judge import Judges
@@ -23,15 +24,10 @@ from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import Asked, Painter
 
 
-def asked_of(abouts: Sequence[About], experiment: HartExperiment, categories: Sequence[str], seed: int) -> list[Asked]:
-    """What to draw for each: its prompt, or for a class-conditional model the place of its category among `categories`.
-
-    A wish that comes again is drawn again: as the next picture of the same seed.
-
-    Raises:
-      UserError: a picture has no prompt, or no category.
-    """
-    classes, seen, asked = experiment.transformer.num_classes, Counter[str | int](), []
+def check_wishes(abouts: Sequence[About], categories: Sequence[str], experiment: HartExperiment) -> None:
+    """Raises `UserError` where a picture has no prompt, or for a class-conditional model no category, to be drawn from;
+    or where there are more categories than classes."""
+    classes = experiment.transformer.num_classes
     for about in abouts:
         if not (about.category if classes else about.prompt):
             what = "category" if classes else "prompt"
@@ -39,7 +35,20 @@ def asked_of(abouts: Sequence[About], experiment: HartExperiment, categories: Se
                 f"--reference: picture {about.name!r} has no {what} to draw from; give shards or a folder "
                 "with meta_data.json"
             )
-        wish = categories.index(about.category) if classes else about.prompt
+    if classes and len(categories) > classes:
+        raise UserError(f"--reference: has {len(categories)} categories, the model {classes} classes; leave some out")
+
+
+def asked_of(abouts: Sequence[About], experiment: HartExperiment, names: Sequence[str], seed: int) -> list[Asked]:
+    """What to draw for each: its prompt, or for a class-conditional model the label of its category.
+
+    `names` are those of the model's classes, in the order of their labels, among which every category is. A wish that
+    comes again is drawn again: as the next picture of the same seed.
+    """
+    classes, seen, asked = experiment.transformer.num_classes, Counter[str | int](), []
+    label_of = {normalized(name): label for label, name in enumerate(names)}
+    for about in abouts:
+        wish = label_of[normalized(about.category)] if classes else about.prompt
         asked.append(Asked(wish, seed, seen[wish]))
         seen[wish] += 1
     return asked

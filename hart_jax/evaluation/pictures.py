@@ -6,6 +6,7 @@ A set knows its content by a digest, so that what was computed of it once is fou
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from hart_jax.data.image_files import rgb_image, square_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
 from hart_jax.data.shards import DATASET_FILE, RecordSource, checksums
 from hart_jax.errors import UserError
+from hart_jax.images import read_png_metadata
 from hart_jax.paths import as_path
 
 # So many files are hashed without a progress bar.
@@ -56,6 +58,8 @@ class Pictures(Protocol):
 def open_pictures(path: str | Path) -> Pictures:
     """The pictures of shards, of a folder with `meta_data.json`, or of all image files in a folder and below it.
 
+    Hidden files and folders are left out, and so are the grids that `sample.py` puts beside its samples.
+
     Raises:
       UserError: nothing there, no pictures in it, or what `RecordSource` and `read_folder` say.
     """
@@ -67,11 +71,23 @@ def open_pictures(path: str | Path) -> Pictures:
     path = local_copy(path)
     if (path / CAPTION_FILE).is_file():
         return _Captioned(read_folder(path))
-    return Files(sorted(file for file in path.rglob("*") if _is_picture(file)), path)
+    return Files(sorted(file for file in path.rglob("*") if _is_picture(file, path)), path)
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+def _is_picture(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file() and not _is_grid(file)
+
+
+def _is_grid(file: Path) -> bool:
+    """Whether it shows all samples of a run of `sample.py`, and is none."""
+    if not re.fullmatch(r"[0-9]{5,}-grid\.png", file.name):
+        return False
+    try:
+        about = read_png_metadata(file)
+    except UserError:
+        return False
+    return about.get("software") == "hart_jax" and not about.keys().isdisjoint(("prompts", "labels"))
 
 
 class _Shards(Pictures):

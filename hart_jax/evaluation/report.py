@@ -1,6 +1,5 @@
 """What an evaluation leaves in its folder: `run.json` (of what), `results.json`, `results.md` (rows for a table)."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +7,12 @@ from typing import Any
 
 import jax
 
+from hart_jax.config import read_json
 from hart_jax.drawing import differences
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
+from hart_jax.ownership import OWNER_FILE
+from hart_jax.training.manifest import package_version
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
 
@@ -24,18 +26,18 @@ def begin(out: Path, run: Mapping[str, Any]) -> None:
     run = json.loads(json.dumps(run))
     path = out / RUN
     if path.is_file():
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), run)
+        differing = differences(read_json(path), run)
         if differing:
             raise UserError(f"--out={out}: holds another evaluation ({'; '.join(differing[:4])}); give another folder")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != OWNER_FILE for path in out.iterdir())):
         raise UserError(f"--out={out}: is there already and holds no evaluation; give another folder")
     write_whole(path, json.dumps(run, indent=1) + "\n")
 
 
 def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
     """Writes results.json and results.md; returns the table."""
-    software = {name: importlib.metadata.version(name) for name in ("hart_jax", "jax")}
+    software = {name: package_version(name) for name in ("hart_jax", "jax")}
     device = jax.devices()[0].device_kind
     report = {**run, **results, "software": software, "devices": f"{jax.device_count()} x {device}"}
     table = markdown(rows)

@@ -1,6 +1,7 @@
 """One evaluation from beginning to end: what `evaluate.py` calls."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,19 @@ import jax
 import numpy as np
 
 from hart_jax import drawing
+from hart_jax.classes import CLASSES, class_names, normalized
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report
 from hart_jax.evaluation.boards import show_drawn, show_groups
-from hart_jax.evaluation.generation import asked_of, draw_pictures, judge
-from hart_jax.evaluation.judge import Judges, load_judges
+from hart_jax.evaluation.generation import asked_of, check_wishes, draw_pictures, judge
+from hart_jax.evaluation.judge import Judge, Judges, load_judges
 from hart_jax.evaluation.networks.inception import Resize
 from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, choose, open_pictures
 from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
+from hart_jax.evaluation.scores import NEIGHBOURS
 from hart_jax.experiment import Experiment, HartExperiment
+from hart_jax.model_folder import Model
+from hart_jax.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import Painter, check_model, load_model, text_source
 from hart_jax.tokenizer.perceptual import load_lpips
@@ -41,6 +46,7 @@ class Request:
     seed: int
     image_size: int | None
     by: str
+    by_given: bool
     batch_size: int
     draw_batch_size: int
     out: Path
@@ -56,9 +62,30 @@ def evaluate(request: Request) -> tuple[str, list[str]]:
       UserError: bad input, before anything is drawn or written; or `out` holds something else.
     """
     reference = open_pictures(request.reference)
+    _check_by(request, reference)
     kinds = {"reconstruction": _reconstruction, "generation": _generation, "pictures": _pictures}
-    table, results = kinds[request.what](request, reference)
+    with owned(request.out, "an evaluation"):
+        table, results = kinds[request.what](request, reference)
     return table, results["warnings"]
+
+
+def _check_by(request: Request, reference: Pictures) -> None:
+    """Raises `UserError` where --by was given, not left at its default, and no picture has such an attribute."""
+    if request.by_given and request.by and not any(about.value(request.by) for about in reference.abouts):
+        known = sorted({name for about in reference.abouts for name in about.attributes})
+        known += ["category"] if any(about.category for about in reference.abouts) else []
+        raise UserError(f"--by={request.by}: no picture of --reference has it; they have {', '.join(known) or 'none'}")
+
+
+def _check_enough(judges: Judges | Sequence[Judge], **counts: int) -> None:
+    """Raises `UserError` where sets are too small for what is measured, before anything is drawn."""
+    features = judges.features if isinstance(judges, Judges) else judges
+    for name, count in counts.items():
+        if features and count <= NEIGHBOURS:
+            raise UserError(
+                f"{count} {name} pictures: distances, precision and recall need {NEIGHBOURS + 1} or more; "
+                "give more, or judge by --clip or --lpips alone"
+            )
 
 
 def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
@@ -73,6 +100,7 @@ def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[st
     places = choose(len(reference.abouts), request.count, request.seed)
     chosen = Chosen(reference, places.tolist())
     judges = request.judges(config.image_size).features if any(request.networks) else ()
+    _check_enough(judges, chosen=len(places))
     lpips = load_lpips(request.lpips) if request.lpips else None
     run = {
         "what": request.what,
@@ -106,12 +134,15 @@ def _generation(request: Request, reference: Pictures) -> tuple[str, dict[str, A
     assert isinstance(experiment, HartExperiment)
     places = choose(len(reference.abouts), request.count, request.seed)
     abouts = [reference.abouts[place] for place in places]
-    categories = sorted({about.category for about in reference.abouts})
-    asked = asked_of(abouts, experiment, categories, request.seed)
+    categories = sorted({about.category for about in reference.abouts} - {""})
+    check_wishes(abouts, categories, experiment)
     size = experiment.tokenizer.image_size if request.image_size is None else request.image_size
     judges = request.judges(size)
+    _check_enough(judges, real=len(reference.abouts), drawn=len(places))
     model = load_model(request.checkpoint)
     check_model(model, experiment, request.checkpoint)
+    classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
+    asked = asked_of(abouts, experiment, classes, request.seed)
     text = text_source(model, experiment, request.text_encoder, request.system_prompt)
     about = drawing.identity(model, experiment.sample, text)
     run = {
@@ -156,6 +187,8 @@ def _pictures(request: Request, reference: Pictures) -> tuple[str, dict[str, Any
         pictures = Described(pictures, [reference.abouts[place] for place in places])
     chosen = choose(len(pictures.abouts), request.count, request.seed)
     pictures, places = Chosen(pictures, chosen.tolist()), None if places is None else places[chosen]
+    _check_enough(judges, real=len(reference.abouts), chosen=len(chosen))
+    _check_prompts_for_clip(judges, pictures)
     run = {
         "what": request.what,
         "pictures": {"path": request.pictures, "digest": pictures.digest},
@@ -168,11 +201,36 @@ def _pictures(request: Request, reference: Pictures) -> tuple[str, dict[str, Any
     return _judged(request, run, reference, pictures, places, judges, size, request.pictures)
 
 
+def _classes(model: Model, experiment: HartExperiment, categories: Sequence[str]) -> Sequence[str]:
+    """The names of the model's classes in the order of their labels: its own, or those of its training shards.
+
+    A model that has lost them can still be asked for the classes of a reference that has just as many.
+
+    Raises:
+      UserError: the reference has others, or the names are not known.
+    """
+    classes = model.classes or class_names(experiment.data.train_folders)
+    if not classes and len(categories) == experiment.transformer.num_classes:
+        return categories
+    if not classes:
+        raise UserError(
+            f"the names of the model's {experiment.transformer.num_classes} classes are not known, and --reference has "
+            f"{len(categories)} categories; write them, in the order of their labels, into transformer/{CLASSES}"
+        )
+    unknown = sorted(set(map(normalized, categories)) - set(map(normalized, classes)))
+    if unknown:
+        raise UserError(
+            f"--reference: category {', '.join(unknown[:5])} is no class of the model, whose classes are "
+            f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+        )
+    return classes
+
+
 def _same_names(real: list[About] | Any, fake: list[About] | Any) -> np.ndarray | None:
     """Where each picture's namesake is among the real ones; None unless all have one. Folders and suffixes are no part
     of a name."""
-    of_name = {Path(about.name).stem: place for place, about in enumerate(real)}
-    places = [of_name.get(Path(about.name).stem, -1) for about in fake]
+    of_name = {normalized(Path(about.name).stem): place for place, about in enumerate(real)}
+    places = [of_name.get(normalized(Path(about.name).stem), -1) for about in fake]
     return np.array(places) if len(of_name) == len(real) and min(places) >= 0 else None
 
 
@@ -198,16 +256,19 @@ def _judged(
     size: int,
     name: str,
 ) -> tuple[str, dict[str, Any]]:
-    if judges.clip is not None and not all(about.prompt for about in fake.abouts):
-        raise UserError(
-            "--clip: a CLIP score needs a prompt for every picture; give captioned pictures, or leave it out"
-        )
     results = judge(real, fake, places, judges, by=request.by, keep=request.out / "kept", seed=request.seed)
     if jax.process_index() == 0:
         show_drawn(real, fake, places, size, request.out / "drawn.png", request.seed)
         if request.by:
             show_groups(fake, request.by, size, request.out / f"by_{request.by}.png", request.seed)
     return _finish(request, run, results, report.generation_rows(name, results))
+
+
+def _check_prompts_for_clip(judges: Judges, pictures: Pictures) -> None:
+    if judges.clip is not None and not all(about.prompt for about in pictures.abouts):
+        raise UserError(
+            "--clip: a CLIP score needs a prompt for every picture; give captioned pictures, or leave it out"
+        )
 
 
 def _finish(

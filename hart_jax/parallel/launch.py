@@ -9,6 +9,7 @@ from jax.distributed import initialize
 
 from hart_jax.errors import UserError, missing_device
 
+_OF_INITIALIZE = initialize.__module__
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -50,7 +51,7 @@ def _initialize() -> None:
     except ValueError as error:
         # Of JAX's own checks and not of a cluster's: no cluster was found.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__") != initialize.__module__:
+        if frame.f_globals.get("__name__") != _OF_INITIALIZE:
             raise
 
 

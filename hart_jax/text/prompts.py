@@ -21,10 +21,16 @@ def check_prompts(prompts: Sequence[str]) -> None:
         if not prompt.strip():
             where = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
             raise UserError(f"{where} is empty ({prompt!r}); describe the picture in words")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {prompt!r} is not Unicode text; write it in UTF-8") from None
 
 
 def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
-    """One prompt per line of a UTF-8 text file, stripped; blank lines are skipped.
+    """One prompt per line of a UTF-8 text file, stripped; blank lines are skipped, and a `#` begins no comment.
+
+    A line ends with a line feed, a carriage return or both, and with nothing else that Unicode calls a line's end.
 
     Raises:
       UserError: the file is missing, is not UTF-8 text, or holds no prompt.
@@ -35,7 +41,7 @@ def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
         raise UserError(f"prompts file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"prompts file {path} is not UTF-8 text ({error})") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompt; write one per line")
     return prompts
@@ -44,8 +50,8 @@ def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
 def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | None]]:
     """Prompts of a file, each with its seed or None.
 
-    One per line, with `SEED<tab>` in front or without; of a `.jsonl`, an object {"prompt": "...", "seed": 3} per line,
-    `seed` being optional.
+    One per line, with `SEED<tab>` in front or without, where SEED is a whole number from 0 to 2**32 - 1; of a `.jsonl`,
+    an object {"prompt": "...", "seed": 3} per line, `seed` being optional.
 
     Raises:
       UserError: as `read_prompts_file`, or a line is wrong.
@@ -53,20 +59,30 @@ def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | N
     lines = read_prompts_file(path)
     if Path(path).suffix == ".jsonl":
         return [_from_json(line, f"prompts file {path}, line {line!r}") for line in lines]
-    found = [re.fullmatch(r"(?:(\d+)\t)?(.*)", line) for line in lines]
-    return [(match[2].strip(), int(match[1]) if match[1] else None) for match in found if match]
+    return [_from_line(line, f"prompts file {path}, line {line!r}") for line in lines]
+
+
+def _from_line(line: str, where: str) -> tuple[str, int | None]:
+    seed, tab, prompt = line.partition("\t")
+    if not tab:
+        return line, None
+    if not re.fullmatch("[0-9]+", seed.strip()) or int(seed) >= 2**32:
+        raise UserError(f"{where}: before the tab stands a seed, a whole number from 0 to 2**32 - 1, not {seed!r}")
+    return prompt.strip(), int(seed)
 
 
 def _from_json(line: str, where: str) -> tuple[str, int | None]:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict) or set(values) - {"prompt", "seed"} or not isinstance(values.get("prompt"), str):
         raise UserError(f'{where}: write {{"prompt": "a red apple", "seed": 3}}; seed may be left out')
     seed = values.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise UserError(f"{where}: seed must be a whole number")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise UserError(f"{where}: seed {seed} must be from 0 to 2**32 - 1")
     return values["prompt"], seed
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from hart_jax.archives import check_unpacked
 from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
+from hart_jax.weights import check_finite
 
 # Convolutions of each VGG16 stage; the features compared are those after a stage's last ReLU.
 STAGE_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -69,6 +70,8 @@ def load_lpips(path: str | os.PathLike[str]) -> Params:
     shapes = [tuple(bias.shape[0] for _, bias in stage) for stage in params["stages"]]
     if tuple(shapes) != STAGE_WIDTHS:
         raise UserError(f"LPIPS weights {path} have stages of {shapes} channels instead of VGG16's; {_DOWNLOAD}")
+    for leaf in jax.tree.leaves(params):
+        check_finite(leaf, f"LPIPS weights {path}: an array")
     return params
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.classes import CLASSES, class_names, read_classes, write_classes
 from hart_jax.conditions import Prompts, conditions_of
 from hart_jax.config import HartLossConfig
 from hart_jax.data.batches import Batches
@@ -66,6 +67,8 @@ class HartTask:
 
     def batches(self) -> Batches:
         data = self._config.data
+        if self._classes:
+            first_process_first(self._check_classes)
         return make_loader(
             data.train_folders,
             weights=data.weights,
@@ -80,6 +83,23 @@ class HartTask:
             workers=data.workers,
             max_bad_records=data.max_bad_records,
         )
+
+    def _check_classes(self) -> None:
+        """Keeps the names of the classes in the workdir.
+
+        Raises:
+          UserError: there are more than the model has, or the run that goes on had others.
+        """
+        folders, workdir = self._config.data.train_folders, self._cache_folder
+        names, before = class_names(folders), read_classes(workdir)
+        if len(names) > self._classes:
+            raise UserError(
+                f"transformer.num_classes={self._classes}: the shards hold a label {len(names) - 1} ({names[-1]})"
+            )
+        if before and before != names:
+            raise UserError(f"{workdir / CLASSES}: this run began with other classes than {folders} hold now")
+        if not before:
+            write_classes(workdir, names)
 
     def _text_function(self, encoder: TextEncoder) -> TextFunction:
         length, folder = self._config.transformer.context_tokens, self._cache_folder / "text_states"

@@ -20,7 +20,7 @@ def manifest() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
@@ -35,7 +35,8 @@ def append_manifest(workdir: str | os.PathLike, step: int, steps: int) -> None:
             file.write(json.dumps({"step": step, "steps": steps, **manifest()}) + "\n")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None of one that is not, as hart_jax is where it runs from its checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hart_jax.buckets import local_copy
 from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
+from hart_jax.classes import class_names, read_classes
 from hart_jax.config import Settings, TokenizerConfig, TransformerConfig
 from hart_jax.convert.released import is_released_tokenizer, read_released_tokenizer
 from hart_jax.errors import UserError
@@ -106,7 +107,15 @@ def read_workdir(path: str | Path, which: str = "ema") -> Model:
         params,
         text_encoder if text_encoder and text_encoder.is_dir() else None,
         local_copy(experiment.system_prompt, "system_prompt") if experiment.system_prompt else None,
+        _classes(as_path(path), experiment),
     )
+
+
+def _classes(workdir: Path, experiment: HartExperiment) -> tuple[str, ...]:
+    """Names of the classes that a run was trained on, none for one that is trained on text."""
+    if not experiment.transformer.num_classes:
+        return ()
+    return read_classes(workdir) or class_names(experiment.data.train_folders)
 
 
 def previous_stage(load: Callable[[str, Any], Any], init_from: str, expected: Settings) -> Any:

@@ -1,5 +1,6 @@
 """The released layout: which files are read, every tensor accounted for, every fault one clear error."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from hart_jax.convert import released
 from hart_jax.convert.cache import read_released_cached
 from hart_jax.convert.released import (
     is_released,
@@ -325,3 +327,16 @@ def test_an_index_names_files_beside_it_and_nothing_else(release, entry):
     for read in (read_released, read_released_cached):
         with pytest.raises(UserError, match=r"index\.json: tensor 'head\.weight' is said to be in .*, which is no"):
             read(release)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {"a": 1}, [[1]], 1e308, True, 2**63 - 1, -1])
+def test_whatever_a_released_setting_is_there_is_an_error_or_none(release, value):
+    """None but ours, that is."""
+    for part in ("tokenizer", "llm"):
+        path = release / part / "config.json"
+        before = path.read_text()
+        for name in json.loads(before):
+            path.write_text(json.dumps({**json.loads(before), name: value}))
+            with contextlib.suppress(UserError):
+                released._read_configs(release)
+        path.write_text(before)

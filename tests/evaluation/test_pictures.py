@@ -15,6 +15,7 @@ from hart_jax.data.shards import verify, write_shards
 from hart_jax.errors import UserError
 from hart_jax.evaluation.parts import Compiled, rows_of
 from hart_jax.evaluation.pictures import Chosen, Described, choose, decode, open_pictures
+from hart_jax.images import save_png
 
 EMOJI = Path(__file__).parents[1] / "emoji"
 
@@ -68,6 +69,16 @@ def test_a_digest_is_of_the_content_wherever_it_lies(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "b/dogs/002.png")
     digests = {open_pictures(tmp_path / "b").digest, Chosen(first, [0, 1]).digest, Chosen(first, [1, 0]).digest}
     assert len(digests | {first.digest}) == 4
+
+
+def test_samples_are_counted_without_their_grid_and_hidden_files(tmp_path):
+    image = np.zeros((4, 4, 3), np.uint8)
+    for name in (".trash/x.png", "00000-a-dog.png", ".00001-a-cat.png", "mine/00000-grid.png"):
+        save_png(tmp_path / name, image)
+    save_png(tmp_path / "00000-grid.png", image, {"software": "hart_jax", "prompts": '["a dog"]'})
+    save_png(tmp_path / "00007-grid.png", image, {"software": "hart_jax", "prompt": "grid"})
+    found = [about.name for about in open_pictures(tmp_path).abouts]
+    assert found == ["00000-a-dog.png", "00007-grid.png", "mine/00000-grid.png"]
 
 
 def test_choice_depends_on_the_seed_alone():

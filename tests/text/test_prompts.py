@@ -1,9 +1,11 @@
 """Prompts files and the report of what did not fit."""
 
+import json
+
 import pytest
 
 from hart_jax.errors import UserError
-from hart_jax.text.prompts import read_prompts_file, read_seeded_prompts, report_truncation
+from hart_jax.text.prompts import check_prompts, read_prompts_file, read_seeded_prompts, report_truncation
 
 
 def test_one_prompt_per_line_and_blank_lines_are_skipped(tmp_path):
@@ -23,8 +25,14 @@ def test_missing_empty_and_binary_files_are_user_errors(tmp_path, content):
 
 def test_seeds_stand_before_their_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("7\ta red apple\n\n3 blue dogs\n12\tof  which\tone\n")
-    expected = [("a red apple", 7), ("3 blue dogs", None), ("of  which\tone", 12)]
+    path.write_text("7\ta red apple\n\n3 blue dogs\n12 \tof  which\tone\n# 3\r\n4294967295\tx\u2028y", newline="")
+    expected = [
+        ("a red apple", 7),
+        ("3 blue dogs", None),
+        ("of  which\tone", 12),
+        ("# 3", None),
+        ("x\u2028y", 2**32 - 1),
+    ]
     assert read_seeded_prompts(path) == expected
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "7\\ta red\\napple", "seed": 3}\n{"prompt": "a blue dog"}\n')
@@ -47,3 +55,24 @@ def test_each_cut_prompt_is_reported_once(capsys):
     assert output.err.count("warning") == 1
     assert "first 16 tokens" in output.err
     assert "short" not in output.err
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "4294967296", "+3", "1e3", "\u0663", "\u00b2", "a dog"])
+def test_a_seed_is_a_whole_number(tmp_path, seed):
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a cat\n{seed}\ta blue dog\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"prompts\.txt, line .*a blue dog.*: before the tab stands a seed"):
+        read_seeded_prompts(path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_in_json_has_the_same_range(tmp_path, seed):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a dog", "seed": seed}))
+    with pytest.raises(UserError, match=r"must be from 0 to 2\*\*32 - 1"):
+        read_seeded_prompts(path)
+
+
+def test_a_prompt_is_unicode():
+    with pytest.raises(UserError, match="not Unicode text"):
+        check_prompts(["a dog", "a \udcff"])

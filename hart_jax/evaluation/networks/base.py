@@ -13,6 +13,7 @@ import numpy as np
 
 from hart_jax.convert.state_dict import transpose_conv
 from hart_jax.errors import UserError
+from hart_jax.weights import check_finite
 
 
 class Features(NamedTuple):
@@ -69,6 +70,7 @@ def checked_tensors(
         if tensor is None or tensor.shape != expected:
             found = "is missing" if tensor is None else f"has shape {tensor.shape} instead of {expected}"
             raise UserError(f"{source}: not {network}, where tensor {key!r} {found}")
+        check_finite(tensor, f"{source}: tensor {key!r}")
     left = sorted(set(stored) - set(shapes) - set(unused))
     if left:
         raise UserError(f"{source}: not {network}, which has no tensor {left[0]!r}")
