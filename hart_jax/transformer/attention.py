@@ -1,12 +1,11 @@
 """The one attention function of the model. HART's mask is one number per query: it sees the keys before its end."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from hart_jax.errors import UserError
 from hart_jax.layers import parts
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention import KVEnd, Segments
@@ -34,8 +33,18 @@ def attention(
     scale: float,
     implementation: str = "auto",
 ) -> jax.Array:
-    """`pallas_kernels.attention.attention`; each device of the mesh computes its own samples and heads."""
-    run = functools.partial(kernels.attention, kv_end=kv_end, scale=scale, implementation=implementation)
+    """`pallas_kernels.attention.attention`; each device of the mesh computes its own samples and heads.
+
+    Raises:
+      UserError: the implementation lacks this type, width or form of `kv_end`, or is not installed.
+    """
+
+    def run(*qkv: jax.Array) -> jax.Array:
+        try:
+            return kernels.attention(*qkv, kv_end=kv_end, scale=scale, implementation=implementation)
+        except NotImplementedError as error:
+            raise UserError(f"attention={implementation}: {error}") from error
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(q_BQHK, k_BMHK, v_BMHK)

@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from hart_jax.errors import UserError
 from hart_jax.parallel.rules import AXES, RULES
 from hart_jax.training.flops import flops_of
 from hart_jax.transformer.attention import attention, scale_causal_segments
@@ -49,3 +51,10 @@ def test_unmasked_with_more_keys_than_queries():
         weights = np.exp(0.25 * k[b, :, h] @ q[b, i, h])
         expected[b, i, h] = weights @ v[b, :, h] / weights.sum()
     np.testing.assert_allclose(attention(q, k, v, scale=0.25), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "cudnn", "tokamax"])
+def test_what_an_implementation_lacks_is_one_sentence(implementation):
+    q = jax.ShapeDtypeStruct((1, 128, 1, 64), "float32")
+    with pytest.raises(UserError, match=f"^attention={implementation}: .*float32"):
+        jax.eval_shape(lambda q: attention(q, q, q, scale=1.0, implementation=implementation), q)
