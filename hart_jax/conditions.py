@@ -29,7 +29,7 @@ class Conditions(Protocol):
 class Prompts:
     """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once.
 
-    `system_prompt` and `dtype` are those of `text_options`; `placement` lays out the encoder where it can be split.
+    `system_prompt` and `dtype` are those of `text_options`; `placement` lays out the encoder.
     """
 
     def __init__(
@@ -43,9 +43,7 @@ class Prompts:
         if not text_encoder:
             raise UserError("the model has no text encoder; give its folder (--text_encoder, or in the config)")
         options = text_options(text_encoder, system_prompt, dtype)
-        if "dtype" in options:
-            options["placement"] = placement
-        self.encoder = load_text_encoder(text_encoder, **options)
+        self.encoder = load_text_encoder(text_encoder, **options, placement=placement)
         if self.encoder.context_dim != config.context_dim:
             wide = f"its states are {self.encoder.context_dim} wide, the model's {config.context_dim}"
             raise UserError(f"{text_encoder}: {wide}")

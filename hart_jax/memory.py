@@ -4,14 +4,13 @@ Beside the weights a picture takes its keys and values and what the last scale's
 are gone, the decoder's widest activations, which `SampleConfig.decode_at_once` bounds.
 """
 
-from pathlib import Path
-
 import jax
 
 from hart_jax.config import TokenizerConfig, TransformerConfig
 from hart_jax.evaluation.work import BFLOAT16, FLOAT32, cache_bytes, passes
 from hart_jax.experiment import SampleConfig
 from hart_jax.generate import pictures_decoded_at_once
+from hart_jax.host_memory import available_bytes
 
 # More do not draw faster.
 MOST_PICTURES = 8
@@ -69,22 +68,4 @@ def free_bytes(device: jax.Device) -> int:
     if device.platform != "cpu":
         # One that does not say: of the smallest accelerators.
         return 8 * 2**30
-    found = [_system_bytes(), *_container_bytes()]
-    return max(0, min(found)) // jax.local_device_count()
-
-
-def _system_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 8 * 2**30
-
-
-def _container_bytes() -> list[int]:
-    """Of version 2 control groups, where there is a limit."""
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return [] if limit == "max" else [int(limit) - int(used)]
-    except (OSError, ValueError):
-        return []
+    return available_bytes() // jax.local_device_count()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
 from hart_jax.data.bad_records import BadRecords
@@ -27,6 +26,7 @@ class Batches(grain.DatasetIterator):
 
     Attributes:
       bad_records: those that were replaced.
+      prepare: a function of a batch, done to each as it is read; None for none.
 
     Raises:
       UserError: from `next`, naming some records, when more are replaced.
@@ -38,19 +38,35 @@ class Batches(grain.DatasetIterator):
         super().__init__()
         self._batches, self._workers = batches, workers
         self.bad_records = BadRecords(name_of, max_bad_records, "another takes its place")
+        self.prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self._given = 0
         self._iterator: grain.DatasetIterator | None = None
+        self._ahead: dict[str, Any] | Exception | None = None
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            self._iterator = self._iterate()
-        batch = next(self._iterator)
+    def __next__(self) -> dict[str, Any]:
+        self.look_ahead()
+        batch, self._ahead = self._ahead, None
+        if not isinstance(batch, dict):
+            assert batch is not None
+            raise batch
         self._given += 1
         if "wanted" in batch:
             wanted = batch.pop("wanted")
             for number in wanted[wanted != batch["index"]]:
                 self.bad_records.add(int(number))
         return batch
+
+    def look_ahead(self) -> None:
+        """Reads and prepares the batch that is given next. The position stays; an error is raised when it is due."""
+        if self._ahead is not None:
+            return
+        try:
+            if self._iterator is None:
+                self._iterator = self._iterate()
+            batch = next(self._iterator)
+            self._ahead = self.prepare(batch) if self.prepare else batch
+        except Exception as error:
+            self._ahead = error
 
     def _iterate(self) -> grain.DatasetIterator:
         # A few batches ahead suffice: with a cache there is nothing to wait for.
@@ -86,6 +102,7 @@ class Batches(grain.DatasetIterator):
         super().close()
 
     def _stop(self) -> None:
+        self._ahead = None
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None

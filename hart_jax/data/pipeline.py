@@ -1,9 +1,10 @@
 """Batches from shards, with Grain: shuffled, resized, one caption each, resumable to the exact batch."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -13,9 +14,21 @@ from hart_jax.data.batches import Batches, ProcessRows
 from hart_jax.data.image_files import square_image
 from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
+from hart_jax.host_memory import GIB, available_bytes
 
 TextFunction = Callable[[str], Mapping[str, np.ndarray]]
 TokenFunction = Callable[[int], Mapping[str, np.ndarray]]
+
+
+@runtime_checkable
+class PlacedText(Protocol):
+    """What a caption's arrays are found by where they lie beside it."""
+
+    def at(self, index: int, number: int) -> Mapping[str, np.ndarray]:
+        """Of caption `number` of record `index`."""
+        ...
+
+
 _SIDED_WORDS = re.compile(r"\b(left|right|leftwards|rightwards|left-facing|right-facing)\b")
 _CHANNELS = 3
 
@@ -33,6 +46,8 @@ class PictureSource:
         self._known: list[dict[str, Any] | None] = [None] * count if cache else []
         # Pages are only taken from the system when an image is written to them.
         shape = (count if cache else 0, image_size, image_size, _CHANNELS)
+        if cache:
+            _check_memory(shape)
         self._images = np.empty(shape, np.uint8)
         self._cache = cache
 
@@ -58,27 +73,34 @@ class PictureSource:
         return {"image": image, **known, "index": np.int32(index)}
 
 
+def _check_memory(shape: tuple[int, int, int, int]) -> None:
+    needed, free = math.prod(shape), available_bytes()
+    if needed > free:
+        raise UserError(
+            f"data.cache=True keeps {shape[0]} images of {shape[1]} px, {needed / GIB:.1f} GiB, and this machine has "
+            f"{free / GIB:.1f} GiB left: set data.cache=False, and data.workers to as many as decode fast enough"
+        )
+
+
 class TokenSource:
-    """Random access to {captions, index, label, and what `tokens` gives for the index}: no image is decoded."""
+    """Random access to {captions, index, label, and what `tokens` gives for the index}: no image is read."""
 
     def __init__(self, shards: Folders, tokens: TokenFunction):
         self.records = RecordSource(shards)
-        self._known = [self._read(index) for index in range(len(self.records))]
-        self._tokens = tokens
-
-    def _read(self, index: int) -> dict[str, Any] | None:
-        try:
-            return _without_image(self.records[index])
-        except UserError:
-            return None
+        # Here, so that a worker does not have to make it.
+        self._captions, self._tokens = self.records.captions, tokens
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self.records)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         index = int(index)
-        # Reading again says what is wrong.
-        known = self._known[index] or _without_image(self.records[index])
+        about = self._captions[index]
+        if about is None:
+            # Reading it says what is wrong.
+            known = _without_image(self.records[index])
+        else:
+            known = _without_image({"captions": about.captions, **self.records.label_of(about.category)})
         return {**self._tokens(index), **known, "index": np.int32(index)}
 
 
@@ -117,7 +139,7 @@ def make_loader(
     batch_size: int,
     seed: int = 0,
     train: bool = True,
-    text: TextFunction | None = None,
+    text: TextFunction | PlacedText | None = None,
     tokens: TokenFunction | None = None,
     flip: bool = False,
     cache: bool = False,
@@ -143,7 +165,8 @@ def make_loader(
       batch_size: B, of all processes together.
       seed: of order, captions and flips.
       train: as described above.
-      text: caption -> arrays that join the batch (token ids, masks or text states); must be picklable with `workers`.
+      text: caption -> arrays that join the batch (token ids, masks or text states), or the same by the caption's place;
+        must be picklable with `workers`.
       tokens: image number -> arrays that stand in the batch instead of `image`, or `UserError` for one that does not
         decode; must be picklable with `workers`; not with `flip`.
       flip: mirror every second training image, except where the caption says left or right.
@@ -203,13 +226,14 @@ def load_captions(shards: Folders, max_bad_records: int = 0) -> list[str]:
     Raises:
       UserError: naming some, if more than `max_bad_records` records are damaged; fewer are left out with a warning.
     """
-    records, captions = RecordSource(shards), set()
+    records, captions = RecordSource(shards), set[str]()
     bad = BadRecords(records.name_of, max_bad_records, "its captions are left out")
     for index in range(len(records)):
-        try:
-            captions.update(records[index]["captions"])
-        except UserError:
+        about = records.captions[index]
+        if about is None:
             bad.add(index)
+        else:
+            captions.update(about.captions)
     return sorted(captions)
 
 
@@ -221,27 +245,32 @@ class _RandomView:
 
     def __call__(self, picture: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         captions = picture.pop("captions")
-        caption = captions[rng.integers(len(captions))]
+        number = rng.integers(len(captions))
+        caption = captions[number]
         # Drawn in any case, so that captions do not depend on the setting.
         if rng.random() < 0.5 and self._flip and not _SIDED_WORDS.search(caption):
             picture["image"] = picture["image"][:, ::-1]
-        return {**picture, "caption": caption}
+        return {**picture, "caption": caption, "number": int(number)}
 
 
 def _plain_view(picture: dict[str, Any]) -> dict[str, Any]:
     captions = picture.pop("captions")
-    return {**picture, "caption": captions[0]}
+    return {**picture, "caption": captions[0], "number": 0}
 
 
 class _AddText:
     """Replaces the caption by the arrays that the text function makes of it."""
 
-    def __init__(self, text: TextFunction | None):
+    def __init__(self, text: TextFunction | PlacedText | None):
         self._text = text
 
     def __call__(self, view: dict[str, Any]) -> dict[str, np.ndarray]:
-        caption = view.pop("caption")
-        return view if self._text is None else {**view, **self._text(caption)}
+        caption, number = view.pop("caption"), view.pop("number")
+        if self._text is None:
+            return view
+        if isinstance(self._text, PlacedText):
+            return {**view, **self._text.at(int(view["index"]), number)}
+        return {**view, **self._text(caption)}
 
 
 def _check_arguments(

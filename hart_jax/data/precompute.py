@@ -42,6 +42,7 @@ from hart_jax.data.shards import (
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
 from hart_jax.ownership import owned
+from hart_jax.parallel.mesh import copies
 from hart_jax.paths import as_path
 from hart_jax.text.encoder import load_text_encoder, text_options
 
@@ -81,7 +82,8 @@ class AddTexts:
         self, encoder_folder: str | Path, positions: int, system_prompt: str | Path | None = None, dtype: str = "auto"
     ):
         options = text_options(encoder_folder, system_prompt, dtype)
-        self._encoder, self._positions = load_text_encoder(encoder_folder, **options), positions
+        encoder = load_text_encoder(encoder_folder, **options, placement=copies())
+        self._encoder, self._positions = encoder, positions
         self.about = texts_from(encoder_folder, positions, options)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[int]:

@@ -6,8 +6,9 @@
 A shard folder holds
 
     train-00000-of-00012.array_record   group_size:1, so that any record is read alone
+    train-00000-of-00012.captions.jsonl its captions, to be read without the images: `hart_jax.data.caption_column`
     SHA256SUMS                          as `sha256sum -c` reads it
-    dataset.json                        format, number of records, categories, each shard's name, records and bytes
+    dataset.json                        format, number of records, categories, each file's name, records and bytes
 
 A record is a msgpack map of `image` (the file's own bytes), `prompt`, `captions`, `category` and `id`, of `attributes`
 where the source has some, and after `hart_jax.data.precompute` also of `tokens` and `texts`. dataset.json is written
@@ -16,23 +17,25 @@ category among the sorted ones of dataset.json.
 """
 
 import argparse
+import functools
+import hashlib
 import json
-import math
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import msgpack
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from hart_jax.buckets import local_copy, object_sizes, upload
 from hart_jax.config import read_json
+from hart_jax.data.caption_column import CaptionColumn, caption_line, open_column
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
 from hart_jax.data.shard_content import (
@@ -43,7 +46,8 @@ from hart_jax.data.shard_content import (
     record_of,
     stored_digests,
 )
-from hart_jax.data.staging import Shard, open_records
+from hart_jax.data.shard_files import check_files, listed, record_count, whole_number
+from hart_jax.data.staging import Shard, captions_file, open_records
 from hart_jax.errors import UserError, run_cli
 from hart_jax.files import sha256, write_whole
 from hart_jax.ownership import OWNER_FILE, owned
@@ -113,7 +117,7 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
         if is_finished(path, sums):
             now = dict(zip(_ids(group), checked(pool, digest_of, group, f"comparing {path.name}"), strict=True))
             local = local_copy(path)
-            stored = stored_digests([Shard(local, len(group), 0)]) if _record_count(local) == len(group) else {}
+            stored = stored_digests([Shard(local, len(group), 0)]) if record_count(local) == len(group) else {}
             if list(now.items()) == list(stored.items()):
                 digests |= now
                 continue
@@ -126,6 +130,7 @@ def _write_shards(source: Path, out: Path, records_per_shard: int, max_aspect: f
     for name in sums.keys() - {path.name for path in paths}:
         # Of a source that had other images when it was begun.
         (out / name).unlink(missing_ok=True)
+        captions_file(out / name).unlink(missing_ok=True)
     # One after the other unless asked otherwise: one disk.
     write_all = pool.map if isinstance(pool, ProcessPoolExecutor) else map
     work = [(path, group, [digests[name] for name in _ids(group)]) for path, group in unwritten]
@@ -158,34 +163,17 @@ def open_shards(folder: str | Path) -> list[Shard]:
                 f"{path} has format {dataset['format']}, this version reads {FORMAT}; write the shards anew"
             )
         sums = _read_checksums(folder) if is_remote(folder) else {}
-        shards = [_listed(folder, sums, **item) for item in dataset["shards"]]
-        total = _whole_number(dataset["count"])
+        shards = [listed(folder, sums, **item) for item in dataset["shards"]]
+        total = whole_number(dataset["count"])
         for name, kind in (("precomputed", dict), ("categories", list)):
             if not isinstance(dataset.get(name, kind()), kind):
                 raise TypeError(f"{name} is {dataset[name]!r}")
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); write the shards anew") from error
-    if is_remote(folder):
-        _check_sizes(shards, object_sizes(folder))
-    else:
-        for shard in shards:
-            _check_shard(shard)
+    check_files(shards, object_sizes(folder) if is_remote(folder) else None)
     if sum(shard.count for shard in shards) != total:
         raise UserError(f"{path} says {total} records, its shards hold {sum(s.count for s in shards)}; write them anew")
     return shards
-
-
-def _listed(folder: Path, sums: dict[str, str], *, file: object, count: object, bytes: object) -> Shard:
-    """What dataset.json says of a shard, which must be beside it; `TypeError` if it is something else."""
-    if not isinstance(file, str) or Path(file).name != file or file == "..":
-        raise TypeError(f"a shard is called {file!r}")
-    return Shard(folder / file, _whole_number(count), _whole_number(bytes), sums.get(file, ""))
-
-
-def _whole_number(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r} should be a number")
-    return value
 
 
 def verify(folder: str | Path) -> int:
@@ -199,8 +187,9 @@ def verify(folder: str | Path) -> int:
     checksums(folder)
     sums = _read_checksums(folder)
     for shard in tqdm(shards, unit="shard", desc="verifying"):
-        if sums.get(shard.path.name) != sha256(local_copy(shard.path)):
-            raise UserError(f"shard {shard.path} does not match {CHECKSUM_FILE}; copy or write it again")
+        for file in (shard.path, shard.captions):
+            if file is not None and sums.get(file.name) != sha256(local_copy(file)):
+                raise UserError(f"shard {file} does not match {CHECKSUM_FILE}; copy or write it again")
     return len(shards)
 
 
@@ -232,6 +221,8 @@ class RecordSource:
       folder_starts: where each folder's records start, and where they all end.
       categories: of all folders, sorted; empty where one has no labels.
       precomputed: what each folder says of the fields that `hart_jax.data.precompute` added.
+      captions: what the records say, read without the images. Of shards without captions files all records are read
+        once, when this is first asked for.
 
     Raises:
       UserError: on opening, as `open_shards`; on reading, naming a shard whose record is damaged.
@@ -264,6 +255,16 @@ class RecordSource:
             shard = self.shards[bisect_right(self._starts, index) - 1]
             reason = str(error).split(";")[0][:200]
             raise UserError(f"shard {shard.path} is damaged ({reason}); copy or write it again") from error
+
+    @functools.cached_property
+    def captions(self) -> CaptionColumn:
+        return open_column(self.shards, self._records)
+
+    def label_of(self, category: str) -> dict[str, int]:
+        """The `label` of a record of this category; nothing where the folders give no labels."""
+        if self._labels and category not in self._labels:
+            raise UserError(f"the shards have no category {category!r}; copy or write them again")
+        return {"label": self._labels[category]} if self._labels else {}
 
     def name_of(self, index: int) -> str:
         """What to call a record in messages: its id where that can be read."""
@@ -303,7 +304,7 @@ def is_finished(path: Path, sums: dict[str, str]) -> bool:
     if is_remote(path):
         # Of what is uploaded, the checksum is written afterwards.
         return path.name in sums and path.is_file()
-    return path.is_file() and sums.get(path.name) == sha256(path)
+    return path.is_file() and captions_file(path).is_file() and sums.get(path.name) == sha256(path)
 
 
 def write_checksums(out: Path, sums: dict[str, str]) -> None:
@@ -312,9 +313,14 @@ def write_checksums(out: Path, sums: dict[str, str]) -> None:
 
 def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int]) -> None:
     """Completes a shard folder that holds the files `counts`, of so many records each."""
-    write_checksums(out, {name: sums[name] for name in counts})
-    sizes = object_sizes(out) if is_remote(out) else {name: (out / name).stat().st_size for name in counts}
-    listing = [{"file": name, "count": count, "bytes": sizes[name]} for name, count in counts.items()]
+    listing, all_sums, captions = [], dict[str, str](), {name: captions_file(out / name) for name in counts}
+    files = [*(out / name for name in counts), *captions.values()]
+    sizes = object_sizes(out) if is_remote(out) else {file.name: file.stat().st_size for file in files}
+    for name, count in counts.items():
+        beside = captions[name].name
+        listing.append({"file": name, "count": count, "bytes": sizes[name], "captions_bytes": sizes[beside]})
+        all_sums |= {name: sums[name], beside: hashlib.sha256(captions[name].read_bytes()).hexdigest()}
+    write_checksums(out, all_sums)
     write_whole(out / DATASET_FILE, json.dumps({**about, "shards": listing}, indent=1) + "\n")
     (out / UNFINISHED_FILE).unlink()
 
@@ -348,62 +354,32 @@ def _ids(examples: Iterable[Example]) -> list[str]:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> str:
-    """Writes a shard, whole or not at all, and returns its checksum."""
+    """Writes a shard and its captions, each whole or not at all, and returns the shard's checksum."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / path.name
             digest = write_records(local, records)
+            upload(captions_file(local), captions_file(path))
             upload(local, path)
             return digest
-    partial = path.with_name(path.name + ".partial")
+    partial, captions = (file.with_name(file.name + ".partial") for file in (path, captions_file(path)))
     writer = ArrayRecordWriter(str(partial), "group_size:1")
     try:
-        for record in records:
-            writer.write(record)
+        with captions.open("wb") as lines:
+            for record in records:
+                writer.write(record)
+                lines.write(caption_line(record))
         writer.close()
+        # A shard that has its name has its captions.
+        os.replace(captions, captions_file(path))
         os.replace(partial, path)
     except (RuntimeError, OSError) as error:
         problem = str(error).split(";")[0][:200]
         raise UserError(f"shard {path} cannot be written ({problem}); make room for it") from error
     finally:
         partial.unlink(missing_ok=True)
+        captions.unlink(missing_ok=True)
     return sha256(path)
-
-
-def _check_sizes(shards: Sequence[Shard], sizes: Mapping[str, int]) -> None:
-    for shard in shards:
-        if shard.path.name not in sizes:
-            raise UserError(f"shard {shard.path} is missing; copy or write it again")
-        if not shard.sha256:
-            raise UserError(f"{shard.path.parent / CHECKSUM_FILE} has no line for {shard.path.name}; copy it, too")
-        _check_size(shard, sizes[shard.path.name])
-
-
-def _check_size(shard: Shard, size: int) -> None:
-    if size != shard.bytes:
-        kind = "truncated" if size < shard.bytes else "damaged"
-        raise UserError(f"shard {shard.path} is {kind}: {size} bytes instead of {shard.bytes}; copy or write it again")
-
-
-def _check_shard(shard: Shard) -> None:
-    if not shard.path.is_file():
-        raise UserError(f"shard {shard.path} is missing; copy or write it again")
-    _check_size(shard, shard.path.stat().st_size)
-    count = _record_count(shard.path)
-    if count != shard.count:
-        found = "an unreadable index" if math.isnan(count) else f"{count} records"
-        raise UserError(f"shard {shard.path} is damaged: {found} instead of {shard.count}; copy or write it again")
-
-
-def _record_count(path: Path) -> float:
-    """NaN where the index cannot be read."""
-    reader = ArrayRecordReader(str(path))
-    try:
-        return reader.num_records() if reader.ok() else math.nan
-    finally:
-        # Closing a reader of a damaged file raises what its caller reports.
-        if reader.ok():
-            reader.close()
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:

@@ -33,14 +33,27 @@ def stage_at_most(gib: float) -> None:
     _limit_bytes = int(gib * GIB)
 
 
+def captions_file(shard: Path) -> Path:
+    """Where the captions of a shard are: see `hart_jax.data.caption_column`."""
+    return shard.with_suffix(".captions.jsonl")
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One file of a shard folder: its path, number of records, size in bytes and, in a bucket, SHA-256."""
+    """One file of a shard folder: its path, number of records, size in bytes and, in a bucket, SHA-256.
+
+    `captions_bytes` is the size of the file of its captions, None where an earlier version wrote none.
+    """
 
     path: Path
     count: int
     bytes: int
     sha256: str = ""
+    captions_bytes: int | None = None
+
+    @property
+    def captions(self) -> Path | None:
+        return None if self.captions_bytes is None else captions_file(self.path)
 
 
 def open_records(shards: Sequence[Shard]) -> Any:

@@ -39,8 +39,8 @@ def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
 
 def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What shards say of text states by the encoder in this folder, of so many positions; `options`: `text_options`."""
-    files = sorted(path for path in local_copy(encoder_folder).iterdir() if path.suffix in (".json", ".safetensors"))
-    digest = hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode())
+    listing = "".join(f"{path.name} {sha256(path)}\n" for path in _encoder_files(local_copy(encoder_folder)))
+    digest = hashlib.sha256(listing.encode())
     about = {"text_encoder": digest.hexdigest(), "positions": positions}
     options = options or {}
     # Encoders that have neither say nothing of them.
@@ -50,6 +50,17 @@ def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str,
         text = read_system_prompt(options["system_prompt"])
         about["system_prompt"] = hashlib.sha256(text.encode()).hexdigest()
     return about
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    """What an encoder's states depend on: its settings, its weights, and its vocabulary."""
+    files = sorted(folder.iterdir())
+    kinds = {".json", ".safetensors"}
+    if not any(path.suffix == ".safetensors" for path in files):
+        kinds.add(".bin")
+    # Read only where there is no tokenizer.json.
+    merges = {"merges.txt"} if not (folder / "tokenizer.json").is_file() else set()
+    return [path for path in files if path.suffix in kinds or path.name in merges]
 
 
 def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]]) -> bool:
@@ -119,19 +130,10 @@ class StoredTokens:
 
 
 class StoredTexts:
-    """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from a record that has this caption."""
+    """(record, number of its caption) -> {"text": (T, D) float16, "mask": (T,) int32}, from the record."""
 
     def __init__(self, shards: Folders):
         self._records = RecordSource(shards)
-        self._places: dict[str, tuple[int, int]] = {}
-        for index in range(len(self._records)):
-            try:
-                captions = self._records[index]["captions"]
-            except UserError:
-                # The loader names it when it comes to it.
-                continue
-            self._places.update({caption: (index, number) for number, caption in enumerate(captions)})
 
-    def __call__(self, caption: str) -> dict[str, np.ndarray]:
-        index, number = self._places[caption]
+    def at(self, index: int, number: int) -> dict[str, np.ndarray]:
         return unpack(self._records[index][TEXTS][number])

@@ -1,12 +1,16 @@
 """Text states of all captions, computed once and kept on disk as float16."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hart_jax.data.kept_table import fitting, new_table, opened, read_column
@@ -36,51 +40,90 @@ def text_states(encoder: TextEncoder, captions: Sequence[str], length: int) -> t
     return states, encoded.mask_BT[:count], sum(encoded.truncated[:count])
 
 
+def caption_keys(captions: Sequence[str]) -> np.ndarray:
+    """128 bits of each caption's digest, (n, 2) uint64: two captions never share them."""
+    digests = b"".join(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:16] for caption in captions)
+    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+
+
 class TextTable:
     """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from the files that `precompute` wrote.
 
+    All files stay on disk until a row is asked for: many workers read one table.
+
     Raises:
       FileNotFoundError: the folder has none.
-      ValueError, EOFError, TypeError: it is damaged.
+      ValueError, EOFError: it is damaged.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._rows = {caption: row for row, caption in enumerate(json.loads((folder / "captions.json").read_text()))}
-        self._states = read_column(folder / "states.npy", len(self._rows))
-        self._masks = read_column(folder / "masks.npy", len(self._rows), in_memory=True)
+        # (n, 3), sorted by the first half of the keys: the two halves, and the row of the states.
+        self._keys = np.load(folder / "keys.npy", mmap_mode="r")
+        if self._keys.ndim != 2 or self._keys.shape[1] != 3:
+            raise ValueError(f"keys.npy has shape {self._keys.shape}")
+        self._states = read_column(folder / "states.npy", len(self._keys))
+        self._masks = read_column(folder / "masks.npy", len(self._keys))
 
     def __call__(self, caption: str) -> dict[str, np.ndarray]:
-        row = self._rows[caption]
-        return {"text": np.asarray(self._states[row]), "mask": self._masks[row]}
+        row = self._row(caption)
+        return {"text": np.asarray(self._states[row]), "mask": np.asarray(self._masks[row])}
 
     def __reduce__(self) -> tuple:
         # A worker opens the files; pickling a mapped one would read it all.
         return TextTable, (self._folder,)
 
+    def _row(self, caption: str) -> int:
+        [(first, second)] = caption_keys([caption])
+        place = int(np.searchsorted(self._keys[:, 0], first))
+        while place < len(self._keys) and self._keys[place, 0] == first:
+            if self._keys[place, 1] == second:
+                return int(self._keys[place, 2])
+            place += 1
+        raise KeyError(caption)
 
-def precompute(encoder: TextEncoder, captions: Sequence[str], length: int, folder: Path) -> TextTable:
+
+def precompute(
+    encoder: TextEncoder, about: Mapping[str, Any], captions: Sequence[str], length: int, folder: Path
+) -> TextTable:
     """The table of these captions at `length` positions in `folder`, computed there unless it is complete already.
 
     Interrupted work is done again, and a damaged table, with a warning. A table of other captions or of another encoder
-    has another name.
+    has another name. Every process calls this with the same captions, and all of them encode where one has work to do:
+    first the first process, which writes the table, then those that do not see its files.
+
+    Args:
+      about: what tells the encoder and its options from others: `hart_jax.data.stored.texts_from`.
 
     Raises:
       UserError: the disk is full; nothing is left then. Or a state does not fit float16.
     """
-    probe = np.asarray(encoder([captions[0]], length).states_BTD[0])
-    digest = hashlib.sha256(probe.round(2).tobytes())
-    digest.update(json.dumps([length, *captions]).encode())
+    digest = hashlib.sha256(json.dumps([about, length], sort_keys=True).encode())
+    digest.update(caption_keys(captions).tobytes())
     folder = folder / digest.hexdigest()[:16]
     table = opened(folder, TextTable, "text states")
-    if table is not None:
-        return table
-    cut = 0
-    with new_table(folder, len(captions)) as (new, write):
-        for start in tqdm(range(0, len(captions), BATCH), desc="text states", unit_scale=BATCH, mininterval=5):
-            states, masks, cut_here = text_states(encoder, captions[start : start + BATCH], length)
-            write(states=states, masks=masks)
-            cut += cut_here
-        (new / "captions.json").write_text(json.dumps(list(captions)))
-    print(f"text states: {len(captions)} captions, {cut} cut to {length} positions", flush=True)
+    for first in (True, False):
+        writes = table is None and (jax.process_index() == 0) == first
+        if np.any(multihost_utils.process_allgather(writes)):
+            _encode_all(encoder, captions, length, folder if writes else None)
+            multihost_utils.sync_global_devices("text states")
+        table = table or opened(folder, TextTable, "text states")
     return TextTable(folder)
+
+
+def _encode_all(encoder: TextEncoder, captions: Sequence[str], length: int, folder: Path | None) -> None:
+    """Encodes the captions, and writes their table where this process has a folder for it."""
+    cut, starts = 0, range(0, len(captions), BATCH)
+    with contextlib.ExitStack() as stack:
+        new, write = stack.enter_context(new_table(folder, len(captions))) if folder else (None, None)
+        for start in tqdm(starts, desc="text states", unit_scale=BATCH, mininterval=5, disable=write is None):
+            states, masks, cut_here = text_states(encoder, captions[start : start + BATCH], length)
+            if write is not None:
+                write(states=states, masks=masks)
+            cut += cut_here
+        if new is not None:
+            keys = caption_keys(captions)
+            order = np.argsort(keys[:, 0], kind="stable")
+            np.save(new / "keys.npy", np.column_stack([keys[order], order.astype(np.uint64)]))
+    if folder is not None:
+        print(f"text states: {len(captions)} captions, {cut} cut to {length} positions", flush=True)

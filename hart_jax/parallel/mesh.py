@@ -148,6 +148,11 @@ class Placement:
             yield
 
 
+def copies() -> Placement | None:
+    """A mesh on which every device has whole weights and shares batches with the others; None for a single device."""
+    return Placement(make_mesh(MeshConfig(), 0), with_changes(())) if len(jax.devices()) > 1 else None
+
+
 def tracing(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
     """`placement.tracing()`, or nothing where there is no mesh."""
     return placement.tracing() if placement else contextlib.nullcontext()
@@ -160,9 +165,11 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
 
 
 def to_global(sharding: NamedSharding, batch: Any, batch_size: int) -> Any:
-    """A global batch (a tree of arrays) of which this process gives its `local_rows`."""
+    """A global batch (a tree of arrays) of which this process gives its `local_rows`; a global array stays as it is."""
 
-    def join(rows: np.ndarray) -> jax.Array:
+    def join(rows: np.ndarray | jax.Array) -> jax.Array:
+        if isinstance(rows, jax.Array):
+            return rows
         return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
 
     return jax.tree.map(join, batch)

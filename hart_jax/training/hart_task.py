@@ -1,5 +1,6 @@
 """Training the transformer on images and captions, with a frozen tokenizer and text encoder, as a task of the loop."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hart_jax.classes import CLASSES, class_names, read_classes, write_classes
 from hart_jax.conditions import Prompts, conditions_of
 from hart_jax.config import HartLossConfig
 from hart_jax.data.batches import Batches
-from hart_jax.data.pipeline import TextFunction, TokenFunction, load_captions, make_loader
+from hart_jax.data.pipeline import PlacedText, TextFunction, TokenFunction, load_captions, make_loader
 from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
 from hart_jax.data.text_states import CaptionTokens, precompute
 from hart_jax.data.token_table import precompute_tokens
@@ -54,10 +55,11 @@ class HartTask:
         self.init, self.places = self._program.init, self._program.places
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
         self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
-        self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt)
+        self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt, placement)
         self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
         self._key = jax.random.key(train.seed)
         self._flops: dict[int, StepFlops] = {}
+        self._last_loss: jax.Array | None = None
         sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
         self._draw = jax.jit(
             lambda params, condition, seed, indices, count: sampler(params, condition, seed, indices)[0][:count],
@@ -69,7 +71,7 @@ class HartTask:
         data = self._config.data
         if self._classes:
             first_process_first(self._check_classes)
-        return make_loader(
+        batches = make_loader(
             data.train_folders,
             weights=data.weights,
             image_size=self._config.tokenizer.image_size,
@@ -83,6 +85,9 @@ class HartTask:
             workers=data.workers,
             max_bad_records=data.max_bad_records,
         )
+        if self._encoder and not self._config.precompute_text:
+            batches.prepare = functools.partial(self._with_states, self._encoder)
+        return batches
 
     def _check_classes(self) -> None:
         """Keeps the names of the classes in the workdir.
@@ -101,17 +106,16 @@ class HartTask:
         if not before:
             write_classes(workdir, names)
 
-    def _text_function(self, encoder: TextEncoder) -> TextFunction:
+    def _text_function(self, encoder: TextEncoder) -> TextFunction | PlacedText:
         length, folder = self._config.transformer.context_tokens, self._cache_folder / "text_states"
         if not self._config.precompute_text:
             return CaptionTokens(encoder, length)
-        data = self._config.data
-        source = self._config.text_encoder
-        options = text_options(source, self._config.system_prompt)
-        if is_stored(data.train_folders, TEXTS, lambda: texts_from(source, length, options)):
+        data, source = self._config.data, self._config.text_encoder
+        about = functools.partial(texts_from, source, length, text_options(source, self._config.system_prompt))
+        if is_stored(data.train_folders, TEXTS, about):
             return StoredTexts(data.train_folders)
         captions = load_captions(data.train_folders, data.max_bad_records)
-        return first_process_first(lambda: precompute(encoder, captions, length, folder))
+        return precompute(encoder, about(), captions, length, folder)
 
     def _token_function(self) -> TokenFunction:
         data, config, params = self._config.data, self._config.tokenizer, self._tokenizer_host
@@ -139,10 +143,16 @@ class HartTask:
                 label = batch["label"].max()
                 raise UserError(f"transformer.num_classes={self._classes}: the shards hold a label {label}")
             return batch["label"]
-        if "text" in batch:
-            return batch["text"].astype(np.float32), batch["mask"]
-        states = np.asarray(self._encoder.encode(batch["input_ids"], batch["mask"]))
-        return states, batch["mask"][:, -self._config.transformer.context_tokens :]
+        return batch["text"].astype(np.float32), batch["mask"]
+
+    def _with_states(self, encoder: TextEncoder, batch: Batch) -> dict[str, Any]:
+        """The batch with `text`, states of its tokens that stay on the mesh; returns before the devices are done."""
+        if jax.default_backend() == "cpu" and jax.process_count() > 1:
+            # Programs of several processes on CPUs may overlap, and their collectives then meet the wrong ones.
+            jax.block_until_ready(self._last_loss)
+        rows = batch["input_ids"], batch["mask"]
+        states = encoder.encode_batch(*to_global(self._placement.batch, rows, self._config.train.batch_size))
+        return {**batch, "text": states, "mask": batch["mask"][:, -self._config.transformer.context_tokens :]}
 
     def load_previous(self) -> None:
         if self._config.init_from:
@@ -168,6 +178,7 @@ class HartTask:
                 traced = self._program.step.trace(*arguments, kept)
                 self._flops[kept] = self._program.flops(traced, arguments, kept)
             state, metrics = self._program.step(*arguments, kept)
+        self._last_loss = metrics["loss"]
         return state, {**metrics, **self._flops[kept].metrics()}
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:

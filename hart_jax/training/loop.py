@@ -145,6 +145,10 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                     with stopwatch.waiting("data"):
                         batch = next(batches)
                     state, metrics = task.step(state, batch, step)
+                    if step < train.steps:
+                        # Before anything waits for this step, so that what a batch needs of the device is under way.
+                        with stopwatch.waiting("data"):
+                            batches.look_ahead()
                 profile.after(step, metrics)
                 if train.log_records:
                     index = to_global(placement.batch, batch["index"], train.batch_size)

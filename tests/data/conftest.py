@@ -76,3 +76,16 @@ def corrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image.write_bytes(image.read_bytes()[:50])
         write_shards(folder, out)
     return out
+
+
+def without_captions_files(shards: Path) -> Path:
+    """Makes a shard folder one of an earlier version, which wrote no captions files."""
+    for path in shards.glob("*.captions.jsonl"):
+        path.unlink()
+    about = json.loads((shards / "dataset.json").read_text())
+    for shard in about["shards"]:
+        del shard["captions_bytes"]
+    (shards / "dataset.json").write_text(json.dumps(about))
+    sums = (shards / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (shards / "SHA256SUMS").write_text("".join(line for line in sums if "captions.jsonl" not in line))
+    return shards

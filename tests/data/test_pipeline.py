@@ -21,7 +21,7 @@ from hart_jax.data.image_files import square_image
 from hart_jax.data.pipeline import load_captions, make_loader
 from hart_jax.data.shards import RecordSource, write_shards
 from hart_jax.errors import UserError
-from tests.data.conftest import make_folder
+from tests.data.conftest import make_folder, without_captions_files
 
 
 def number_of(caption: str) -> dict[str, np.ndarray]:
@@ -286,7 +286,7 @@ def with_damaged_record(shards: Path, copy: Path) -> Path:
 
 
 def test_captions_of_damaged_records_are_left_out(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    damaged = with_damaged_record(shards, tmp_path / "copy")
+    damaged = without_captions_files(with_damaged_record(shards, tmp_path / "copy"))
     with pytest.raises(UserError, match=r"1 records do not decode, more than max_bad_records=0"):
         load_captions(damaged)
     capsys.readouterr()
@@ -450,3 +450,34 @@ def test_damaged_shard_while_reading_is_a_user_error(shards: Path, tmp_path: Pat
     copy = with_damaged_record(shards, tmp_path / "copy")
     with pytest.raises(UserError, match=r"train-00000-of-00003\.array_record is damaged"):
         list(make_loader(copy, image_size=8, batch_size=4, train=False))
+
+
+def test_looking_ahead_prepares_once_and_keeps_the_position_and_the_error():
+    source = grain.MapDataset.source([{"index": np.int32(number)} for number in range(4)])
+    prepared = []
+
+    def prepare(batch):
+        prepared.append(int(batch["index"][0]))
+        if batch["index"][0] == 2:
+            raise UserError("this batch is bad")
+        return batch
+
+    def make() -> Batches:
+        batches = Batches(source.batch(1), workers=0)
+        batches.prepare = prepare
+        return batches
+
+    batches = make()
+    assert next(batches)["index"] == 0
+    for _ in range(2):
+        batches.look_ahead()
+    assert prepared == [0, 1] and batches.get_state() == {"next_index": 1}
+    resumed = make()
+    resumed.set_state(batches.get_state())
+    assert next(resumed)["index"] == next(batches)["index"] == 1
+    # Found while looking ahead, said when it is due.
+    batches.look_ahead()
+    with pytest.raises(UserError, match="this batch is bad"):
+        next(batches)
+    batches.set_state({"next_index": 3})
+    assert [int(batch["index"][0]) for batch in batches] == [3]

@@ -49,7 +49,8 @@ def stored(shards, params, encoder_folder, tmp_path_factory):
 def test_records_hold_what_the_tables_hold(shards, stored, params, encoder_folder, tmp_path):
     assert verify(stored) == 3
     tokens = precompute_tokens(TOKENIZER, params, shards, tmp_path)
-    texts = text_table(load_text_encoder(encoder_folder), load_captions(shards), POSITIONS, tmp_path)
+    encoder, about = load_text_encoder(encoder_folder), texts_from(encoder_folder, POSITIONS)
+    texts = text_table(encoder, about, load_captions(shards), POSITIONS, tmp_path)
     stored_tokens, stored_texts = (pickle.loads(pickle.dumps(kind(stored))) for kind in (StoredTokens, StoredTexts))
     before, after = RecordSource(shards), RecordSource(stored)
     assert len(after) == len(before) and after.categories == before.categories
@@ -57,11 +58,12 @@ def test_records_hold_what_the_tables_hold(shards, stored, params, encoder_folde
         kept = {name: value for name, value in after[index].items() if name not in (TOKENS, TEXTS)}
         assert kept == before[index]
         jax.tree.map(np.testing.assert_array_equal, stored_tokens(index), tokens(index))
-        for caption in kept["captions"]:
-            assert stored_texts(caption)["mask"].dtype == texts(caption)["mask"].dtype
-            np.testing.assert_array_equal(stored_texts(caption)["mask"], texts(caption)["mask"])
+        for number, caption in enumerate(kept["captions"]):
+            found = stored_texts.at(index, number)
+            assert found["mask"].dtype == texts(caption)["mask"].dtype
+            np.testing.assert_array_equal(found["mask"], texts(caption)["mask"])
             # Other captions were encoded in the same batch.
-            np.testing.assert_allclose(stored_texts(caption)["text"], texts(caption)["text"], atol=2e-3)
+            np.testing.assert_allclose(found["text"], texts(caption)["text"], atol=2e-3)
 
 
 def test_interrupted_work_goes_on(shards, stored, params, encoder_folder, tmp_path, monkeypatch):
@@ -140,6 +142,10 @@ def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):
         for prompt in (None, tmp_path / "prompt.txt")
     ]
     np.testing.assert_array_equal(*states)
+    # Its vocabulary counts where it is read: beside a tokenizer.json it is not.
+    (folder / "merges.txt").write_text("a b")
+    assert texts_from(folder, 6, text_options(folder, None)) == behind
+    (folder / "merges.txt").unlink()
     fields = AddTexts(folder, 6, tmp_path / "prompt.txt", "float32").about
     assert fields == behind
     with pytest.raises(UserError, match="computed with another text_encoder, positions, dtype, system_prompt"):

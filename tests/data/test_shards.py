@@ -33,9 +33,10 @@ def test_round_trip(folder: Path, tmp_path: Path):
         assert (record["id"], record["category"], record["prompt"]) == (example.id, example.category, example.prompt)
         assert record["captions"] == list(example.captions)
     sums = (tmp_path / "out" / "SHA256SUMS").read_text()
-    assert [line.split("  ")[1] for line in sums.splitlines()] == [s.path.name for s in open_shards(tmp_path / "out")]
+    files = [f"train-{n:05d}-of-00003.{kind}" for n in range(3) for kind in ("array_record", "captions.jsonl")]
+    assert [line.split("  ")[1] for line in sums.splitlines()] == files
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"dataset.json", "SHA256SUMS", *(f"train-{n:05d}-of-00003.array_record" for n in range(3))}
+    assert names == {"dataset.json", "SHA256SUMS", *files}
 
 
 def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """Text states computed ahead: the table gives what the encoder gives, and an interrupted table is done again."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -12,6 +13,7 @@ from hart_jax.text.minilm import import_minilm
 from tests.data.conftest import file_size_limit
 from tests.tiny_bert import write_published
 
+ABOUT = {"text_encoder": "of its content", "positions": 6}
 CAPTIONS = ["a blue dog", "a red apple", "a red apple of a blue dog of a dog"]
 
 
@@ -23,42 +25,43 @@ def encoder(tmp_path_factory):
 
 
 def test_the_table_is_the_encoder(encoder, tmp_path, capsys):
-    table = precompute(encoder, CAPTIONS, 6, tmp_path)
+    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert "3 captions, 1 cut to 6 positions" in capsys.readouterr().out
     for caption in CAPTIONS:
         states = encoder([caption], 6)
         np.testing.assert_allclose(table(caption)["text"], np.asarray(states.states_BTD[0]), atol=2e-3)
         np.testing.assert_array_equal(table(caption)["mask"], states.mask_BT[0])
+    with pytest.raises(KeyError, match="a green dog"):
+        table("a green dog")
 
 
 def test_a_complete_table_is_read_and_an_incomplete_one_redone(encoder, tmp_path, capsys):
-    precompute(encoder, CAPTIONS, 6, tmp_path)
+    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     capsys.readouterr()
-    precompute(encoder, CAPTIONS, 6, tmp_path)
+    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert capsys.readouterr().out == ""
-    next(tmp_path.glob("*/captions.json")).unlink()
-    precompute(encoder, CAPTIONS, 6, tmp_path)
+    next(tmp_path.glob("*/keys.npy")).unlink()
+    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert "3 captions" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_no_table(encoder, tmp_path):
-    """Nor captions that are cut short, which would count as a complete table."""
-    captions = ["a blue dog", "a dog " * 4000]
+    captions = ["a blue dog", "a dog " * 4000] + [f"a {number}" for number in range(300)]
     for limit in (200, 10_000):
         with file_size_limit(limit), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-            precompute(encoder, captions, 6, tmp_path)
+            precompute(encoder, ABOUT, captions, 6, tmp_path)
         assert not list(tmp_path.iterdir())
-    assert precompute(encoder, captions, 6, tmp_path)(captions[1])["mask"].all()
+    assert precompute(encoder, ABOUT, captions, 6, tmp_path)(captions[1])["mask"].all()
 
 
-@pytest.mark.parametrize("name", ["captions.json", "states.npy", "masks.npy"])
+@pytest.mark.parametrize("name", ["keys.npy", "states.npy", "masks.npy"])
 def test_a_damaged_table_is_made_again(encoder, tmp_path, capsys, name):
     # Copied: what is mapped goes with the file.
-    whole = np.array(precompute(encoder, CAPTIONS, 6, tmp_path)(CAPTIONS[0])["text"])
+    whole = np.array(precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])["text"])
     (path,) = tmp_path.glob(f"*/{name}")
     for content in (b"", path.read_bytes()[:-20]):
         path.write_bytes(content)
-        again = precompute(encoder, CAPTIONS, 6, tmp_path)(CAPTIONS[0])
+        again = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])
         np.testing.assert_array_equal(again["text"], whole)
         assert "damaged and made again" in capsys.readouterr().err
 
@@ -67,18 +70,41 @@ def test_states_beyond_float16_are_refused(encoder, tmp_path, monkeypatch):
     encode = type(encoder).encode
     monkeypatch.setattr(type(encoder), "encode", lambda *arguments: encode(*arguments) * 1e6)
     with pytest.raises(UserError, match=r"text states: values up to .* do not fit float16"):
-        precompute(encoder, CAPTIONS, 6, tmp_path)
+        precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_other_captions_or_lengths_have_their_own_table(encoder, tmp_path):
-    for captions, length in ((CAPTIONS, 6), (CAPTIONS[:2], 6), (CAPTIONS, 8)):
-        precompute(encoder, captions, length, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+def test_other_captions_lengths_or_encoders_have_their_own_table(encoder, tmp_path):
+    for about, captions, length in (
+        (ABOUT, CAPTIONS, 6),
+        (ABOUT, CAPTIONS[:2], 6),
+        (ABOUT, CAPTIONS, 8),
+        (ABOUT | {"dtype": "bfloat16"}, CAPTIONS, 6),
+    ):
+        precompute(encoder, about, captions, length, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_table_belongs_to_the_encoder_by_content_not_by_what_it_computes(encoder, tmp_path, capsys):
+    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    capsys.readouterr()
+
+    class Elsewhere:
+        """The same encoder on other hardware, which rounds otherwise."""
+
+        context_dim, tokenize = encoder.context_dim, encoder.tokenize
+
+        def __call__(self, prompts, length):
+            states = encoder(prompts, length)
+            return dataclasses.replace(states, states_BTD=states.states_BTD + 0.004)
+
+    again = precompute(Elsewhere(), ABOUT, CAPTIONS, 6, tmp_path)
+    assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(again(CAPTIONS[0])["text"], table(CAPTIONS[0])["text"])
 
 
 def test_workers_read_the_table_and_tokenize_without_the_weights(encoder, tmp_path):
-    table = precompute(encoder, CAPTIONS, 6, tmp_path)
+    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     tokens = CaptionTokens(encoder, 6)
     for text in (table, tokens):
         sent = pickle.dumps(text)
@@ -88,3 +114,4 @@ def test_workers_read_the_table_and_tokenize_without_the_weights(encoder, tmp_pa
     states = encoder([CAPTIONS[1]], 6)
     ids, mask = tokens(CAPTIONS[1])["input_ids"], tokens(CAPTIONS[1])["mask"]
     np.testing.assert_array_equal(encoder.encode(ids[None], mask[None]), states.states_BTD)
+    np.testing.assert_array_equal(encoder.encode_batch(ids[None], mask[None]), states.states_BTD)

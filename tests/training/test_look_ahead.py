@@ -1,0 +1,60 @@
+"""The next batch is under way before anything waits for the current step."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import MeshConfig, TrainConfig
+from hart_jax.data.batches import Batches
+from hart_jax.parallel.mesh import Placement
+from hart_jax.training import loop
+from hart_jax.training.window import Window
+
+STEPS = 3
+
+
+class CountingTask:
+    """Adds the batch's number to its state, and notes what is done in which order."""
+
+    def __init__(self, placement: Placement, events: list[str]):
+        self.places, self._events = {"total": placement.whole}, events
+
+    def batches(self) -> Batches:
+        source = grain.MapDataset.source([{"index": np.int32(number)} for number in range(8)]).repeat()
+        batches = Batches(source.batch(2), workers=0)
+        batches.prepare = self._prepare
+        return batches
+
+    def _prepare(self, batch):
+        self._events.append(f"prepare {batch['index'][0] // 2 + 1}")
+        return batch
+
+    def init(self):
+        return {"total": jnp.zeros(())}
+
+    def load_previous(self) -> None: ...
+
+    def start(self):
+        return self.init()
+
+    def step(self, state, batch, step):
+        self._events.append(f"step {step}")
+        metrics = {"loss": jnp.ones(()), "model_flops": jnp.ones(()), "hardware_flops": jnp.ones(())}
+        metrics["skipped_steps"] = jnp.zeros(())
+        return {"total": state["total"] + batch["index"].sum()}, metrics
+
+    def pictures(self, state):
+        return {}
+
+
+def test_the_next_batch_is_prepared_before_anything_waits_for_the_step(tmp_path, monkeypatch):
+    events: list[str] = []
+    placement = Placement.of(MeshConfig(), 2 * jax.device_count())
+    stored = Window.stored
+    monkeypatch.setattr(Window, "stored", lambda window: events.append("wait") or stored(window))
+    train = TrainConfig(steps=STEPS, batch_size=2, log_every=1, save_every=STEPS, sample_every=0)
+    loop.run(CountingTask(placement, events), placement, train, {"train": {}}, tmp_path)
+    # At the last step it waits for its metrics, and for the window that its checkpoint keeps; nothing comes after it.
+    expected = ["prepare 1", "step 1", "prepare 2", "wait", "step 2", "prepare 3", "wait", "step 3", "wait", "wait"]
+    assert events == expected
