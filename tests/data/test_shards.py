@@ -325,7 +325,10 @@ def test_a_record_of_another_shape(copy: Path, change: dict):
     records = [{name: value for name, value in source[index].items() if name != "label"} for index in range(8, 16)]
     shards_module.write_records(shard, [msgpack.packb({**record, **change}) for record in records])
     about = json.loads((copy / "dataset.json").read_text())
-    about["shards"][1]["bytes"] = shard.stat().st_size
+    about["shards"][1] |= {
+        "bytes": shard.stat().st_size,
+        "captions_bytes": shard.with_suffix(".captions.jsonl").stat().st_size,
+    }
     (copy / "dataset.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record is damaged"):
         RecordSource(copy)[8]

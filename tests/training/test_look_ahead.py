@@ -54,7 +54,9 @@ def test_the_next_batch_is_prepared_before_anything_waits_for_the_step(tmp_path,
     stored = Window.stored
     monkeypatch.setattr(Window, "stored", lambda window: events.append("wait") or stored(window))
     train = TrainConfig(steps=STEPS, batch_size=2, log_every=1, save_every=STEPS, sample_every=0)
-    loop.run(CountingTask(placement, events), placement, train, {"train": {}}, tmp_path)
+    (tmp_path / "shards").mkdir()
+    config = {"train": {}, "data": {"sources": [], "train": str(tmp_path / "shards")}}
+    loop.run(CountingTask(placement, events), placement, train, config, tmp_path / "run")
     # At the last step it waits for its metrics, and for the window that its checkpoint keeps; nothing comes after it.
     expected = ["prepare 1", "step 1", "prepare 2", "wait", "step 2", "prepare 3", "wait", "step 3", "wait", "wait"]
     assert events == expected
