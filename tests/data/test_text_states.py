@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hart_jax.text.encoder import load_text_encoder
 from hart_jax.text.minilm import import_minilm
 from tests.data.conftest import file_size_limit
 from tests.tiny_bert import write_published
+from tests.train_runs import ROOT, loopback_job, outcome, quick_environment
 
 ABOUT = {"text_encoder": "of its content", "positions": 6}
 CAPTIONS = ["a blue dog", "a red apple", "a red apple of a blue dog of a dog"]
@@ -115,3 +118,47 @@ def test_workers_read_the_table_and_tokenize_without_the_weights(encoder, tmp_pa
     ids, mask = tokens(CAPTIONS[1])["input_ids"], tokens(CAPTIONS[1])["mask"]
     np.testing.assert_array_equal(encoder.encode(ids[None], mask[None]), states.states_BTD)
     np.testing.assert_array_equal(encoder.encode_batch(ids[None], mask[None]), states.states_BTD)
+
+
+_IN_TWO = """
+import sys
+from pathlib import Path
+import numpy as np
+from hart_jax.parallel.launch import join_processes
+join_processes()
+from hart_jax.config import MeshConfig
+from hart_jax.data.text_states import precompute
+from hart_jax.parallel.mesh import Placement
+from hart_jax.text.encoder import load_text_encoder
+from tests.data.test_text_states import ABOUT, CAPTIONS
+import jax
+encoder = load_text_encoder(sys.argv[1], placement=Placement.of(MeshConfig(data=2, fsdp=2), 4))
+for folder in sys.argv[2], f"{sys.argv[3]}/{jax.process_index()}":
+    table = precompute(encoder, ABOUT, CAPTIONS, 6, Path(folder))
+    np.save(f"{sys.argv[3]}/{jax.process_index()}.npy", [table(caption)["text"] for caption in CAPTIONS])
+"""
+
+
+def test_two_processes_encode_together_and_write_once_where_they_share_a_folder(encoder, tmp_path):
+    """Then each for itself, as on hosts that share none."""
+    folder, shared, own = (tmp_path / name for name in ("encoder", "shared", "own"))
+    import_minilm(write_published(tmp_path / "published"), folder)
+    own.mkdir()
+    command = [sys.executable, "-c", _IN_TWO, str(folder), str(shared), str(own)]
+    job = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**quick_environment(2), **meeting},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for meeting in loopback_job(2)
+    ]
+    code, out, err = outcome(job)
+    assert code == 0, err
+    assert out.count("text states: 3 captions") == 3 and len(list(shared.iterdir())) == 1
+    expected = [np.asarray(encoder([caption], 6).states_BTD[0]) for caption in CAPTIONS]
+    for process in range(2):
+        np.testing.assert_allclose(np.load(own / f"{process}.npy"), expected, atol=2e-3)
