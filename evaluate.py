@@ -8,6 +8,7 @@ Writes results.json, results.md (rows for a table) and PNGs into --out; the same
 Sampling settings are the config's: --config.sample.discrete_only=True leaves the residual out.
 """
 
+import signal
 import sys
 
 from absl import flags
@@ -64,6 +65,8 @@ def main() -> None:
     from hart_jax.sampling import use_compilation_cache
 
     join_processes()
+    # JAX leaves it to a service that only training asks.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_compilation_cache()
     model = experiment.model if isinstance(experiment, HartExperiment) else ""
     request = Request(

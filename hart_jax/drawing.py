@@ -36,7 +36,7 @@ from hart_jax.model_folder import Model
 from hart_jax.ownership import owned
 from hart_jax.sampling import Asked, Painter, Picture
 from hart_jax.text.system_prompt import read_system_prompt
-from hart_jax.training.stop import StopSignals
+from hart_jax.training.stop import StopAnyTime
 from hart_jax.weights import tree_digest
 
 MANIFEST = "pictures.jsonl"
@@ -180,7 +180,8 @@ def draw(
 ) -> None:
     """Draws and writes the pictures that the album lacks, then its grid; shows its progress.
 
-    A SIGINT or SIGTERM lets the batch at work end, a second one does not. What is written is whole in any case.
+    A SIGINT or SIGTERM, to any process, lets the batch at work end, a second one does not. What is written is whole in
+    any case.
 
     Args:
       kind: of the wishes, "prompt" or "label", for the metadata of the files; `about` is more of it.
@@ -205,7 +206,7 @@ def draw(
 
     done, count = sum(whole), len(asked)
     with (
-        StopSignals() as stop,
+        StopAnyTime() as stop,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=count, initial=done, unit="image", desc="drawing", disable=count == 1) as bar,
     ):
@@ -214,7 +215,7 @@ def draw(
             written = sum(pool.map(save, range(start, start + size), batch))
             bar.update(written)
             done += written
-            if stop.received and done < count:
+            if stop.due() and done < count:
                 break
     if done < count:
         assert stop.received is not None

@@ -36,19 +36,28 @@ _WITHOUT_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.E
 class UserError(ValueError):
     """Bad input: a missing file, a wrong value, a checkpoint of another model."""
 
+    exit_code = 2
+
+
+class TryLater(UserError):
+    """Something that the same command may find in order a little later: a folder in use, a server that is away."""
+
+    # EX_TEMPFAIL of sysexits.h, by which a scheduler can tell it from what no restart mends.
+    exit_code = 75
+
 
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a command's main function.
 
     What the user can mend is one line on stderr and exit code 2: a `UserError`, an error of the operating system that
-    names its file, and a device that JAX was asked for and does not find. Ctrl-C is exit code 130. All else is a fault
-    of the program and keeps its traceback.
+    names its file, and a device that JAX was asked for and does not find. What may pass (`TryLater`) is exit code 75,
+    Ctrl-C is 130. All else is a fault of the program and keeps its traceback.
     """
     never_swallow_interrupts()
     try:
         main()
     except UserError as error:
-        _end(str(error))
+        _end(str(error), error.exit_code)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; the same command goes on where complete work ends", file=sys.stderr)
         sys.exit(130)
@@ -93,6 +102,6 @@ def missing_device() -> str | None:
     return None
 
 
-def _end(sentence: str) -> None:
+def _end(sentence: str, code: int = UserError.exit_code) -> None:
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

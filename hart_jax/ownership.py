@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hart_jax.errors import UserError
+from hart_jax.errors import TryLater, UserError
 from hart_jax.paths import as_path, is_remote
 
 OWNER_FILE = ".owner.json"
@@ -35,18 +35,20 @@ def owned(folder: str | os.PathLike, what: str) -> Iterator[None]:
       what: of the owner, for the message that others get: "a training run".
 
     Raises:
-      UserError: another run owns the folder, or it cannot be written to. A file system without locks is a warning.
+      TryLater: another run owns the folder.
+      UserError: the folder cannot be written to. A file system without locks is a warning.
     """
     held, refusal = None, ""
     if _process_index() == 0 and not is_remote(folder):
         try:
             held = _Lock(as_path(folder), what)
         except UserError as error:
-            refusal = str(error)
+            refusal = f"{error.exit_code} {error}"
     try:
         refusal = _from_first_process(refusal)
         if refusal:
-            raise UserError(refusal)
+            code, _, sentence = refusal.partition(" ")
+            raise TryLater(sentence) if int(code) == TryLater.exit_code else UserError(sentence)
         yield
     finally:
         if held is not None:
@@ -76,7 +78,7 @@ class _Lock:
             except BlockingIOError:
                 owner = _read_owner(descriptor)
                 os.close(descriptor)
-                raise UserError(
+                raise TryLater(
                     f"{self._path.parent}: belongs to {owner}; wait for it, end it, or give another folder"
                 ) from None
             except OSError as error:

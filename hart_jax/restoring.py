@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hart_jax.damage import Damaged, is_damage, is_of_other_arrays, is_passing, root_of
 from hart_jax.digests import array_digests, check_digests, host_digest
-from hart_jax.errors import UserError
+from hart_jax.errors import TryLater, UserError
 from hart_jax.parallel.agree import gather_texts
 
 # Between the tries of a reading that fails for no fault of the file.
@@ -49,7 +49,8 @@ def read_together(path: Path, read: Callable[[Path], Any], check: Callable[[Path
     Every process must call it. `check` may wait for the other processes, `read` may not.
 
     Raises:
-      UserError: in every process, where the checkpoint is whole but cannot be read in one of them.
+      TryLater: in every process, where the checkpoint may be whole but cannot be read in one of them.
+      UserError: it holds other arrays.
     """
     loaded, error = _attempt(lambda: read(path))
     if _agreed_to_be_damaged(path, error):
@@ -185,7 +186,8 @@ def _agreed_to_be_damaged(path: Path, error: Exception | None) -> bool:
     """Whether a checkpoint is damaged in the eyes of any process, of which this one has found `error`; reports it.
 
     Raises:
-      UserError: no process could say so, but one could not read it.
+      TryLater: no process could say so, but one could not read it.
+      UserError: it holds other arrays.
     """
     found = "" if error is None else f"{_kind(error)}:{first_line(root_of(error))}"
     said = [(number, *text.partition(":")[::2]) for number, text in enumerate(gather_texts(found)) if text]
@@ -205,7 +207,7 @@ def _agreed_to_be_damaged(path: Path, error: Exception | None) -> bool:
             if error is not None and _kind(error) == "failed" and not is_passing(error):
                 # Nothing that is known of files.
                 raise error
-            raise UserError(text)
+            raise TryLater(text) if kind == "failed" else UserError(text)
     return False
 
 

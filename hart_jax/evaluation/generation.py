@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from hart_jax import drawing
 from hart_jax.classes import normalized
@@ -20,6 +19,7 @@ from hart_jax.evaluation.networks.clip import clip_score
 from hart_jax.evaluation.pictures import About, Files, Pictures
 from hart_jax.evaluation.scores import by_group, compare, distance_name, floor, warnings_of
 from hart_jax.experiment import HartExperiment
+from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import Asked, Painter
 
@@ -72,6 +72,7 @@ def draw_pictures(
 
     Raises:
       UserError: `out` holds pictures of another model, other settings or prompts; or what `Painter` says.
+      SystemExit: in every process, when a signal ended one of them early.
     """
     painter.check([one.wish for one in asked])
 
@@ -83,9 +84,16 @@ def draw_pictures(
     share = drawing.Album(album.paths[index::count], album.batch_size, None)
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": source, "settings": json.dumps(experiment.sample.to_dict())}
-    if share.paths:
-        drawing.draw(painter, share, asked[index::count], kind, common, "the same command")
-    multihost_utils.sync_global_devices("all pictures are drawn")
+    stopped = ""
+    try:
+        if share.paths:
+            drawing.draw(painter, share, asked[index::count], kind, common, "the same command")
+    except SystemExit as stop:
+        stopped = str(stop.code)
+    # All wait for each other here, and end together if one was stopped.
+    codes = [code for code in gather_texts(stopped) if code]
+    if codes:
+        raise SystemExit(int(codes[0]))
     return Files(album.paths, out, abouts)
 
 
