@@ -239,7 +239,7 @@ def _decoded(path: Path) -> np.ndarray:
 def _remove_unfinished(album: Album) -> None:
     """What a killed run was writing."""
     names = {path.name for path in (*album.paths, album.grid) if path}
-    for left in album.paths[0].parent.glob(".*.png.*"):
+    for left in album.paths[0].parent.glob(".*.png.[0-9]*"):
         if left.name[1:].rpartition(".")[0] in names:
             left.unlink(missing_ok=True)
 
