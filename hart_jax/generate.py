@@ -22,6 +22,8 @@ from hart_jax.experiment import SampleConfig
 from hart_jax.layers import parts as parts_of
 from hart_jax.layers import split_rows
 from hart_jax.noise import KeyedNoise, Noise
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
 from hart_jax.transformer.block import Block, KVCache
@@ -136,7 +138,9 @@ class _Stages:
         key = function.__name__, *sorted(static.items())
         # The cache is written in place.
         donated = ("cache",) if function is _Stages.block else ()
-        program = self._programs.setdefault(key, jax.jit(bound, donate_argnames=donated))
+        program = self._programs.setdefault(
+            key, Program("sampler, layer by layer", bound, None, self._hart.dtype, donate_argnames=donated)
+        )
         watch = self._watch
         if watch is None:
             return program
@@ -407,16 +411,31 @@ Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[j
 Watch = Callable[[str, dict[str, Any], float], None]
 
 
-def make_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
-    """The compiled function (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
+def make_sampler(
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement | None = None
+) -> Program:
+    """The program (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
 
-    The seed is one for all, or (B,) of their own.
+    The seed is one for all, or (B,) of their own. With a placement, everything lies on its mesh.
 
     A picture depends on its condition, the seed and its index, never on the others of its batch.
     """
+    return Program("sampler", _sampling(hart, tokenizer, settings), placement, hart.dtype)
+
+
+def make_grid_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement) -> Program:
+    """As `make_sampler`, of one more argument, a count: only the first so many images, whole on every device."""
+    sample = _sampling(hart, tokenizer, settings)
+
+    def some(params: Params, condition: Condition, seed: Any, indices_B: jax.Array, count: int) -> jax.Array:
+        return sample(params, condition, seed, indices_B)[0][:count]
+
+    return Program("sample grid", some, placement, hart.dtype, static_argnums=4, out_shardings=placement.whole)
+
+
+def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
     stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings)
 
-    @jax.jit
     def sample(params, condition, seed, indices_B):
         out = stages.run(params, condition, KeyedNoise.of(seed, indices_B))
         return out.image, out.indices

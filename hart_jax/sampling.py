@@ -23,7 +23,7 @@ from hart_jax.convert.cache import read_released_cached
 from hart_jax.convert.released import is_released, read_released
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment, SampleConfig
-from hart_jax.generate import make_layered_sampler, make_sampler, narrowed, split_layers
+from hart_jax.generate import Sampler, make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.images import to_uint8
 from hart_jax.memory import MOST_PICTURES, free_bytes, pictures_that_fit
 from hart_jax.model_folder import Model, boxed_transformer, read_model
@@ -185,8 +185,12 @@ class Painter:
         self._layered = self._placement is None and draws_by_layers(model)
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
-        make = make_layered_sampler if self._layered else make_sampler
-        self._sample = make(Hart(config, dtype), Tokenizer(tokenizer, dtype), settings)
+        networks = Hart(config, dtype), Tokenizer(tokenizer, dtype)
+        self._sample: Sampler = (
+            make_layered_sampler(*networks, settings)
+            if self._layered
+            else make_sampler(*networks, settings, self._placement)
+        )
         with _explained("the weights do not fit"):
             with jax.default_device(self._devices[0]):
                 self._conditions = conditions_of(config, *text, self._placement, text_dtype)
@@ -255,8 +259,7 @@ class Painter:
             inputs = jax.device_put((condition, seeds, indices), self._devices[0])
             return self._sample(self._params, *inputs)[0]
         inputs = jax.device_put((condition, seeds, indices), self._placement.batch)
-        with self._placement.tracing():
-            return self._sample(self._params, *inputs)[0]
+        return self._sample(self._params, *inputs)[0]
 
     def draw(
         self, wishes: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0

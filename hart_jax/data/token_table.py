@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.data.stored import index_about, index_type
 from hart_jax.errors import UserError
 from hart_jax.images import from_uint8
+from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.tokenizer.quantizer import Tokens
 
 BATCH = 64
 COMPLETE_FILE = "complete.json"
@@ -35,14 +38,16 @@ class TokenMaker:
         tokenizer = Tokenizer(config)
         self._types = {"indices": index_type(config.vocab_size), "f_rest": np.float16, "ar_input": np.float16}
         self._params = params
-        self._encode = jax.jit(
-            lambda params, image: tokenizer.apply({"params": params}, from_uint8(image), method="tokens")
-        )
+
+        def encode(params: Any, image: jax.Array) -> Tokens:
+            return tokenizer.apply({"params": params}, from_uint8(image), method="tokens")
+
+        self.encode = Program("tokens ahead", encode)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         # A full batch each time, so that one compilation serves all.
         full = np.concatenate([images, np.zeros((BATCH - len(images), *images.shape[1:]), np.uint8)])
-        tokens = jax.device_get(self._encode(self._params, full))
+        tokens = jax.device_get(self.encode(self._params, full))
         values = {
             "indices": np.concatenate(tokens.indices, axis=1),
             "f_rest": tokens.f_rest_BPC,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,21 @@ class Judge:
     size: int
     batch_size: int
 
+    def function(self, *, softly: bool) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+        """Of the network's parameters and pictures, or their softened copies, to be compiled."""
+
+        def seen(params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+            return seen_by(self.network, params, softened(images_BHWC) if softly else images_BHWC)
+
+        return seen
+
     @functools.cached_property
     def _compiled(self) -> Compiled:
-        return Compiled(functools.partial(seen_by, self.network), self.network.params)
+        return Compiled("features", self.function(softly=False), self.network.params)
 
     @functools.cached_property
     def _compiled_softly(self) -> Compiled:
-        def seen(params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
-            return seen_by(self.network, params, softened(images_BHWC))
-
-        return Compiled(seen, self.network.params)
+        return Compiled("features, softened", self.function(softly=True), self.network.params)
 
     def see(self, pictures: Pictures, title: str, keep: Path | None = None, *, softly: bool = False) -> Seen:
         """The features of all pictures, or of their softened copies, in every process."""

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
 from hart_jax.evaluation.pictures import Pictures, decode
 from hart_jax.files import whole_file
+from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.program import Program
+from hart_jax.parallel.rules import RULES
 from hart_jax.paths import make_folder
 
 PART = 500
@@ -35,16 +38,19 @@ class Rows(NamedTuple):
 class Compiled:
     """A function of parameters and pictures (uint8 BHWC), on all devices of this process; gives columns (B, ...)."""
 
-    def __init__(self, function: Callable[[Any, jax.Array], Mapping[str, jax.Array]], params: Any):
-        devices = jax.local_devices()
-        mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-        self.parts = len(devices)
-        self._split = NamedSharding(mesh, PartitionSpec("batch"))
-        self._function = jax.jit(function, out_shardings=self._split)
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    def __init__(self, name: str, function: Callable[[Any, jax.Array], Mapping[str, jax.Array]], params: Any):
+        placement = Placement(make_mesh(MeshConfig(), 0, jax.local_devices()), RULES)
+        self.parts, self._split = placement.batch_parts, placement.batch
+        self._function = row_program(name, function, placement)
+        self._params = jax.device_put(params, placement.whole)
 
     def __call__(self, images_BHWC: np.ndarray) -> Columns:
         return jax.device_get(self._function(self._params, jax.device_put(images_BHWC, self._split)))
+
+
+def row_program(name: str, function: Callable[[Any, jax.Array], Any], placement: Placement) -> Program:
+    """What a `Compiled` calls."""
+    return Program(name, function, placement, out_shardings=placement.batch)
 
 
 def rows_of(

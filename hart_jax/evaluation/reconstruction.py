@@ -23,6 +23,7 @@ from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures, decode
 from hart_jax.evaluation.scores import COLUMNS, Seen, compare, distance_name, floor, seen_by, warnings_of
 from hart_jax.images import from_uint8, grid, save_png, to_uint8
+from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
 
@@ -87,7 +88,7 @@ def judge_reconstructions(
         "lpips": lpips_params,
         "networks": [network.params for network in networks],
     }
-    compute = Compiled(functools.partial(columns_of, Tokenizer(config), networks), params)
+    compute = Compiled("reconstructions", functools.partial(columns_of, Tokenizer(config), networks), params)
     judged = [network.digest for network in networks]
     known = [pictures.digest, digest(tokenizer_params), judged, lpips_params is None, COLUMNS]
     folder = keep / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
@@ -145,18 +146,22 @@ def digest(params: Any) -> str:
     return weights_digest(flatten_dict(params, sep="/"))
 
 
+def make_rebuild(config: TokenizerConfig) -> Program:
+    """The program (params, images in [-1, 1]) -> their reconstructions, of each of `MODES`."""
+    tokenizer = Tokenizer(config)
+
+    def rebuild(params: Any, image: jax.Array) -> list[jax.Array]:
+        variables = {"params": params}
+        return [tokenizer.apply(variables, image, continuous=on, method="reconstruct") for on in MODES.values()]
+
+    return Program("reconstructions shown", rebuild)
+
+
 def show_reconstructions(config: TokenizerConfig, params: Any, pictures: Pictures, out: Path) -> None:
     """Writes the first pictures, then their discrete and their hybrid reconstructions, as rows of a PNG."""
     count = min(SHOWN, len(pictures.abouts))
     images = np.stack(
         [decode(pictures.read(index), config.image_size, pictures.abouts[index].name) for index in range(count)]
     )
-    tokenizer = Tokenizer(config)
-
-    @jax.jit
-    def rebuild(params: Any, image: jax.Array) -> list[jax.Array]:
-        variables = {"params": params}
-        return [tokenizer.apply(variables, image, continuous=on, method="reconstruct") for on in MODES.values()]
-
-    rows = map(to_uint8, rebuild(params, from_uint8(images)))
+    rows = map(to_uint8, make_rebuild(config)(params, from_uint8(images)))
     save_png(out, grid(np.concatenate([images, *rows]), columns=count), overwrite=True)

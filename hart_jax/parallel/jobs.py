@@ -47,7 +47,7 @@ def training_job(experiment: HartExperiment, devices: list[Any], kept: int | Non
     program = hart_program(experiment, placement)
     side = experiment.tokenizer.image_size
     arguments = (
-        _at(jax.eval_shape(program.init), program.places),
+        _at(program.init.shapes(), program.places),
         _at(abstract_tokenizer(experiment.tokenizer), placement.whole),
         jax.ShapeDtypeStruct((train.batch_size, side, side, 3), jnp.uint8, sharding=placement.batch),
         _condition(experiment, train.batch_size, placement),

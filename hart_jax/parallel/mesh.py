@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
@@ -95,9 +95,12 @@ def sampling_mesh(mesh: MeshConfig) -> MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a run's arrays lie: a mesh and the rules that split arrays over it."""
+    """Where a run's arrays lie: a mesh and the rules that split arrays over it.
 
-    mesh: Mesh
+    An abstract mesh has no devices, only their kind: programs are lowered for it.
+    """
+
+    mesh: Mesh | AbstractMesh
     rules: Rules
 
     @classmethod
@@ -119,6 +122,12 @@ class Placement:
     def batch_parts(self) -> int:
         """How many parts a batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
+
+    @property
+    def platform(self) -> str:
+        """ "cpu", "gpu", "cuda" or "tpu", of devices that need not be here."""
+        device = self.mesh.abstract_device if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0]
+        return device.platform if device else jax.default_backend()
 
     def state(self, state: Any, parameters: ParameterAxes) -> Any:
         """Of every array of a state, or of parameters alone; see `shardings`."""
@@ -144,7 +153,9 @@ class Placement:
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """Within it, what is traced lays out its activations by the rules."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.items())):
+        mesh = self.mesh
+        within = jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh)
+        with within, nn.logical_axis_rules(tuple(self.rules.items())):
             yield
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hart_jax.errors import UserError
 
+AnyMesh = Mesh | AbstractMesh
 AXES = ("data", "fsdp", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
 # Logical axes of each parameter, by its path.
@@ -57,7 +58,7 @@ def parameter_axes(boxed: Any) -> ParameterAxes:
     return {_names(path): tuple(spec) for path, spec in leaves}
 
 
-def shardings(state: Any, parameters: ParameterAxes, mesh: Mesh, rules: Rules) -> Any:
+def shardings(state: Any, parameters: ParameterAxes, mesh: AnyMesh, rules: Rules) -> Any:
     """Where each array of a state lies, as a tree of `NamedSharding`.
 
     Averages and moments have the paths of the parameters they belong to, at the end of their own, and lie as these do.
@@ -73,7 +74,7 @@ def shardings(state: Any, parameters: ParameterAxes, mesh: Mesh, rules: Rules) -
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AnyMesh, rules: Rules) -> PartitionSpec:
     taken: set[str] = set()
     spec: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):

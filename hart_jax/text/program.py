@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from hart_jax.convert.qwen2 import stored_params
 from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.program import Program
 from hart_jax.parallel.rounds import in_rounds
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text import minilm_model, qwen2
@@ -29,18 +30,16 @@ LOGITS_BYTES = 2**28
 class EncodeProgram:
     """Encoding a batch on all devices of a mesh.
 
-    `encode` is jitted, (params, input_ids_BN, mask_BN, prefix) -> states_BTD; `arguments` are the shapes of these with
-    where they lie. Trace it within `placement.tracing()`, or by `trace`.
+    `encode` is (params, input_ids_BN, mask_BN, prefix) -> states_BTD; `arguments` are these's shapes with their places.
     """
 
-    encode: Any
+    encode: Program
     arguments: tuple[Any, ...]
     placement: Placement
 
     def trace(self) -> Any:
         """The program, traced for its arguments: to be lowered, compiled or counted."""
-        with self.placement.tracing():
-            return self.encode.trace(*self.arguments)
+        return self.encode.trace(*self.arguments)
 
 
 def encode_program(
@@ -74,12 +73,11 @@ def encode_program(
     return EncodeProgram(encode, (weights, tokens, tokens, prefix), placement)
 
 
-def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, *, split: bool = False) -> Any:
-    """The jitted function (params, input_ids_BN, mask_BN, prefix) -> states_BTD (float32); `dtype` is the compute type.
+def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, *, split: bool = False) -> Program:
+    """The program (params, input_ids_BN, mask_BN, prefix) -> states_BTD (float32); `dtype` is the compute type.
 
-    A MiniLM's prefix is None. On a mesh it is called within `placement.tracing()`; the states are then whole on every
-    device, or, if `split`, lie as `placement.batch`, each device encoding some of its rows after the others where their
-    logits are many.
+    A MiniLM's prefix is None. On a mesh the states are whole on every device, or, if `split`, lie as `placement.batch`,
+    each device encoding some of its rows after the others where their logits are many.
     """
     states_of = _states_of(config, jnp.dtype(dtype))
 
@@ -92,7 +90,18 @@ def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, 
         return in_rounds(lambda part: states_of(params, *part, prefix), (input_ids_BN, mask_BN), at_once)
 
     place = None if placement is None else placement.batch if split else placement.whole
-    return jax.jit(encode, out_shardings=place)
+    return Program("text encoder", encode, placement, dtype, out_shardings=place)
+
+
+def make_key_values(config: Qwen2Config, dtype: Any, placement: Placement | None) -> Program:
+    """The program (params, input_ids_BP, mask_BP, no prefix) -> `KeyValues`, by which a system prompt becomes a prefix;
+    on a mesh they are whole on every device."""
+    model, place = Qwen2(config, dtype), placement.whole if placement else None
+
+    def key_values(params: Any, *inputs: Any) -> KeyValues:
+        return model.apply({"params": params}, *inputs)[1]
+
+    return Program("system prompt", key_values, placement, dtype, out_shardings=place)
 
 
 def put_params(config: EncoderConfig, params: Any, placement: Placement | None) -> Any:

@@ -24,9 +24,9 @@ from hart_jax.errors import UserError
 from hart_jax.parallel.mesh import Placement, on_mesh, tracing
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text.encoder import TextEncoder
-from hart_jax.text.program import make_encode
+from hart_jax.text.program import make_encode, make_key_values
 from hart_jax.text.prompts import check_prompts
-from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config, abstract_params, no_prefix
+from hart_jax.text.qwen2 import KeyValues, Qwen2Config, abstract_params, no_prefix
 from hart_jax.text.system_prompt import read_system_prompt
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -81,10 +81,7 @@ class Qwen2Encoder(TextEncoder):
         self.placement, self._prefixes = placement, dict[int, KeyValues]()
         self._encode = make_encode(config, dtype, placement)
         self._encode_batch = make_encode(config, dtype, placement, split=True)
-        model, place = Qwen2(config, dtype), placement.whole if placement else None
-        self._key_values = jax.jit(
-            lambda params, *inputs: model.apply({"params": params}, *inputs)[1], out_shardings=place
-        )
+        self._key_values = make_key_values(config, dtype, placement)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}

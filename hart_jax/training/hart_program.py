@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,10 @@ import optax
 
 from hart_jax.config import HartLossConfig
 from hart_jax.experiment import HartExperiment
+from hart_jax.generate import make_grid_sampler
+from hart_jax.model_folder import boxed_transformer
 from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
@@ -24,14 +26,17 @@ from hart_jax.transformer.model import Hart
 
 @dataclasses.dataclass(frozen=True)
 class HartProgram:
-    """`init` makes a state; `places` says where each of its arrays lies; `step` is `make_hart_step`'s function."""
+    """`init` makes a state, `continued` one of parameters; `places` says where each of its arrays lies; `step` is
+    `make_hart_step`'s, `grid` `make_grid_sampler`'s."""
 
     hart: Hart
     tokenizer: Tokenizer
     optimizer: optax.GradientTransformation
-    init: Callable[[], TrainState]
+    init: Program
+    continued: Program
     places: Any
-    step: Any
+    step: Program
+    grid: Program
     loss: HartLossConfig
 
     def flops(self, traced: Any, arguments: tuple[Any, ...], kept: int) -> StepFlops:
@@ -56,7 +61,7 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
     """Builds it; nothing is computed or compiled yet. `UserError` where the mesh does not divide the model."""
     train, config = experiment.train, experiment.transformer
     placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
-    dtype = compute_dtype(train.dtype)
+    dtype = compute_dtype(train.dtype, placement.platform)
     hart = Hart(config, dtype, train.remat, train.attention, train.unroll)
     tokenizer = Tokenizer(experiment.tokenizer, dtype)
     optimizer = make_optimizer(experiment.optimizer, train.steps)
@@ -71,12 +76,12 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
         kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
         return hart.init(jax.random.fold_in(key, 0), condition, latent, kept)["params"]
 
-    # Traced once, for its shapes and for running it.
-    @jax.jit
     def init() -> TrainState:
         return new_state(nn.unbox(init_params()), optimizer)
 
-    places = placement.state(jax.eval_shape(init), parameter_axes(jax.eval_shape(init_params)))
+    # Traced once, for its shapes and for running it.
+    program = Program("transformer init", init, placement, dtype)
+    places = placement.state(program.shapes(), parameter_axes(boxed_transformer(config)))
     step = make_hart_step(
         hart,
         tokenizer,
@@ -85,5 +90,11 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
         experiment.optimizer.ema_decay,
         (places, placement.whole),
         train.accumulate,
+        placement,
     )
-    return HartProgram(hart, tokenizer, optimizer, init, places, step, experiment.loss)
+    continued = Program(
+        "transformer continued", lambda params: new_state(params, optimizer), placement, dtype, out_shardings=places
+    )
+    grid = make_grid_sampler(hart, tokenizer, experiment.sample, placement)
+    init_there = program.giving(places)
+    return HartProgram(hart, tokenizer, optimizer, init_there, continued, places, step, grid, experiment.loss)

@@ -12,24 +12,24 @@ from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
 from hart_jax.generate import keep_top
 from hart_jax.images import from_uint8
-from hart_jax.parallel.rounds import in_rounds
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts
+from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
 from hart_jax.transformer.model import Hart
 from hart_jax.transformer.subsample import draw_kept
 
-# A device encodes so many pixels at a time: at 1024 px, the first layers of one picture take 4 GB.
-MAX_PIXELS = 2**20
-
 
 def tokens_of(tokenizer: Tokenizer, params: Params, image_BHWC: jax.Array) -> Tokens:
-    """The tokens of images (uint8), computed for `MAX_PIXELS` of each device at a time."""
-    encode = functools.partial(tokenizer.apply, {"params": params}, method="tokens")
-    _, height, width, _ = image_BHWC.shape
-    at_once = max(1, MAX_PIXELS // (height * width))
-    return in_rounds(lambda image: encode(from_uint8(image)), image_BHWC, at_once)
+    """The tokens of images (uint8), of each device a few at a time."""
+
+    def encode(image_BHWC: jax.Array) -> Tokens:
+        return tokenizer.apply({"params": params}, from_uint8(image_BHWC), method="tokens")
+
+    return images_in_rounds(encode, image_BHWC)
 
 
 def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
@@ -115,8 +115,9 @@ def make_hart_step(
     ema_decay: float,
     places: Any = None,
     accumulate: int = 1,
-) -> Any:
-    """The jitted function (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
+    placement: Placement | None = None,
+) -> Program:
+    """The program (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
 
     `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `kept`, the number of
     last-scale tokens in this step, is static: one compilation for each. The state is donated. `places` are the
@@ -150,4 +151,5 @@ def make_hart_step(
         state, update_metrics = apply_gradients(state, grads, metrics["loss"], optimizer, ema_decay)
         return state, {**metrics, **update_metrics}
 
-    return jax.jit(step, static_argnames="kept", donate_argnums=0, out_shardings=places)
+    options: dict[str, Any] = {"static_argnames": "kept", "donate_argnums": 0, "out_shardings": places}
+    return Program("transformer step", step, placement, hart.dtype, **options)

@@ -18,7 +18,6 @@ from hart_jax.data.text_states import CaptionTokens, precompute
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
 from hart_jax.experiment import HartExperiment
-from hart_jax.generate import make_sampler
 from hart_jax.images import grid, to_uint8
 from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
 from hart_jax.text.encoder import TextEncoder, text_options
@@ -26,7 +25,7 @@ from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.flops import StepFlops
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.loop import Batch
-from hart_jax.training.state import TrainState, new_state
+from hart_jax.training.state import TrainState
 from hart_jax.training.workdir import load_tokenizer, load_transformer, previous_stage
 from hart_jax.transformer.subsample import draw_keep_count
 
@@ -52,7 +51,7 @@ class HartTask:
                 )
         self._config, self._cache_folder, self._placement = experiment, cache_folder, placement
         self._program = hart_program(experiment, placement)
-        self.init, self.places = self._program.init, self._program.places
+        self.places = self._program.places
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
         self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
         self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt, placement)
@@ -60,12 +59,6 @@ class HartTask:
         self._key = jax.random.key(train.seed)
         self._flops: dict[int, StepFlops] = {}
         self._last_loss: jax.Array | None = None
-        sampler = make_sampler(self._program.hart, self._program.tokenizer, experiment.sample)
-        self._draw = jax.jit(
-            lambda params, condition, seed, indices, count: sampler(params, condition, seed, indices)[0][:count],
-            static_argnums=4,
-            out_shardings=placement.whole,
-        )
 
     def batches(self) -> Batches:
         data = self._config.data
@@ -154,15 +147,17 @@ class HartTask:
         states = encoder.encode_batch(*to_global(self._placement.batch, rows, self._config.train.batch_size))
         return {**batch, "text": states, "mask": batch["mask"][:, -self._config.transformer.context_tokens :]}
 
+    def shapes(self) -> TrainState:
+        return self._program.init.shapes()
+
     def load_previous(self) -> None:
         if self._config.init_from:
             self._previous = previous_stage(load_transformer, self._config.init_from, self._config.transformer)
 
     def start(self) -> TrainState:
         if not self._config.init_from:
-            return jax.jit(self.init, out_shardings=self.places)()
-        continued = jax.jit(lambda params: new_state(params, self._program.optimizer), out_shardings=self.places)
-        return continued(on_mesh(self._previous, self.places.params))
+            return self._program.init()
+        return self._program.continued(on_mesh(self._previous, self.places.params))
 
     def step(self, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict[str, jax.Array]]:
         loss: HartLossConfig = self._config.loss
@@ -189,6 +184,5 @@ class HartTask:
         # Every device draws its own: of a mesh with more parts than wishes, the last wish is drawn again.
         rows = jax.device_get(self._conditions(wishes)), np.arange(count, dtype=np.int32)
         condition, indices = self._placement.filled(rows)
-        with self._placement.tracing():
-            images = self._draw(params, condition, 0, indices, count)
+        images = self._program.grid(params, condition, 0, indices, count)
         return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=[str(wish) for wish in wishes])}

@@ -66,17 +66,17 @@ MAY_CHANGE = (
 class Task(Protocol):
     """What is trained.
 
-    `load_previous` reads what a new run starts from, before anything is written; `start` gives its state, `init` one of
-    the same shapes; `places` says where each of its arrays lies (`NamedSharding`). `step` does step number `step` (from
+    `load_previous` reads what a new run starts from, before anything is written; `start` gives its state, `shapes` that
+    state's shapes; `places` says where each of its arrays lies (`NamedSharding`). `step` does step number `step` (from
     1) with this process's rows of a batch, and returns before the device is done; among its metrics are `loss`, `flops`
     (of the whole step) and `skipped_steps`, 1 if it changed nothing as something was not finite, else 0.
     """
 
     places: Any
 
-    def batches(self) -> Batches: ...
+    def shapes(self) -> Any: ...
 
-    def init(self) -> Any: ...
+    def batches(self) -> Batches: ...
 
     def load_previous(self) -> None: ...
 
@@ -180,7 +180,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
 
 def _abstract(task: Task) -> Any:
     """The state's shapes with where each array lies."""
-    shapes = jax.eval_shape(task.init)
+    shapes = task.shapes()
     return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, task.places)
 
 

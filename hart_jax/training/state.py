@@ -135,8 +135,9 @@ def keep_if(finite: jax.Array, after: Tree, before: Tree) -> Tree:
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
 
-def compute_dtype(setting: str) -> jnp.dtype:
-    """ "auto" is bfloat16 where the device multiplies it natively (TPU, GPU), float32 elsewhere."""
+def compute_dtype(setting: str, platform: str = "") -> jnp.dtype:
+    """ "auto" is bfloat16 where the platform (empty: this machine's) multiplies it natively, float32 on CPUs."""
     if setting == "auto":
-        return jnp.dtype(jnp.bfloat16 if jax.default_backend() in ("tpu", "gpu") else jnp.float32)
+        accelerated = (platform or jax.default_backend()) in ("tpu", "gpu", "cuda", "rocm")
+        return jnp.dtype(jnp.bfloat16 if accelerated else jnp.float32)
     return jnp.dtype(setting)

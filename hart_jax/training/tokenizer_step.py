@@ -10,12 +10,15 @@ import jax.numpy as jnp
 
 from hart_jax.config import TokenizerLossConfig
 from hart_jax.images import from_uint8
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, straight_through, vq_loss
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
 from hart_jax.training.accumulate import in_parts
 from hart_jax.training.flops import StepFlops, count_flops, flops_of
+from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import (
     Optimizer,
     Params,
@@ -54,12 +57,23 @@ def init_tokenizer_state(
     images_BHWC: jax.Array,
     freeze: Sequence[str] = (),
     adversarial: bool = True,
+    count: int | None = None,
 ) -> TokenizerState:
-    """A fresh state; the codebook starts as latents of `images_BHWC` in [-1, 1], so that no code is out of reach."""
+    """A fresh state; the codebook starts as latents of `images_BHWC` (uint8), so that no code is out of reach.
+
+    Only the first `count` images count; None: all.
+    """
     model_key, _, code_key = jax.random.split(key, 3)
-    params = nn.unbox(tokenizer.init(model_key, images_BHWC)["params"])
-    quantized = tokenizer.apply({"params": params}, images_BHWC, method=lambda m, x: m.quantize(m.encode(x)))
-    latents_NC = jnp.concatenate(quantized.inputs)
+    params = nn.unbox(tokenizer.init(model_key, from_uint8(images_BHWC[:1]))["params"])
+
+    def latents(image_BHWC: jax.Array) -> list[jax.Array]:
+        quantized = tokenizer.apply(
+            {"params": params}, from_uint8(image_BHWC), method=lambda m, x: m.quantize(m.encode(x))
+        )
+        return [z_NC.reshape(len(image_BHWC), -1, z_NC.shape[-1]) for z_NC in quantized.inputs]
+
+    of_scales = [z_BNC[:count] for z_BNC in images_in_rounds(latents, images_BHWC)]
+    latents_NC = jnp.concatenate([z_BNC.reshape(-1, z_BNC.shape[-1]) for z_BNC in of_scales])
     vocab_size = params["quantizer"]["codebook"].shape[0]
     chosen_V = jax.random.choice(code_key, len(latents_NC), (vocab_size,))
     params["quantizer"]["codebook"] = latents_NC[chosen_V]
@@ -113,8 +127,9 @@ def make_tokenizer_step(
     ema_decay: float,
     places: Any = None,
     accumulate: int = 1,
-) -> Any:
-    """The jitted function (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
+    placement: Placement | None = None,
+) -> Program:
+    """The program (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
 
     `lpips_params` is None for no perceptual loss; `adversarial` is static: whether the discriminator takes part. Every
     image is decoded from its discrete or, with probability `continuous_fraction`, its full latent. Gradients are means
@@ -214,7 +229,8 @@ def make_tokenizer_step(
             kept = kept.replace(disc=kept.disc.replace(step=state.disc.step))
         return kept.replace(model=kept.model.replace(step=state.model.step)), metrics
 
-    return jax.jit(step, static_argnames="adversarial", donate_argnums=0, out_shardings=places)
+    options: dict[str, Any] = {"static_argnames": "adversarial", "donate_argnums": 0, "out_shardings": places}
+    return Program("tokenizer step", step, placement, tokenizer.dtype, **options)
 
 
 def tokenizer_flops(traced: Any, tokenizer: Tokenizer, state: TokenizerState, image_BHWC: Any) -> StepFlops:

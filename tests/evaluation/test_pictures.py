@@ -137,7 +137,7 @@ def test_what_holds_no_pictures_is_refused(tmp_path, content):
 
 
 def mean_colour() -> Compiled:
-    return Compiled(lambda params, images: {"mean": params * jnp.mean(images, axis=(1, 2))}, np.float32(1))
+    return Compiled("means", lambda params, images: {"mean": params * jnp.mean(images, axis=(1, 2))}, np.float32(1))
 
 
 def test_rows_do_not_depend_on_batches_parts_or_interruptions(tmp_path, monkeypatch):

@@ -41,8 +41,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def initial(images):
-    scaled = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-    return jax.device_get(jax.jit(lambda: init_tokenizer_state(KEY, TOKENIZER, OPTIMIZER, scaled))())
+    return jax.device_get(jax.jit(lambda: init_tokenizer_state(KEY, TOKENIZER, OPTIMIZER, jnp.asarray(images)))())
 
 
 @pytest.fixture

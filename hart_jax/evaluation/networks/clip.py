@@ -27,6 +27,7 @@ from hart_jax.convert.state_dict import StateDict
 from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
+from hart_jax.parallel.program import Program
 from hart_jax.text.prompts import check_prompts
 from hart_jax.weights import check_tree
 
@@ -170,7 +171,7 @@ class Clip:
         parts = []
         for start in range(0, len(prompts), TEXTS):
             rows = np.minimum(np.arange(start, start + TEXTS), len(prompts) - 1)
-            parts.append(np.asarray(_embed_texts(config, params, ids_NT[rows], ends_N[rows])))
+            parts.append(np.asarray(embed_texts(config, params, ids_NT[rows], ends_N[rows])))
         return np.concatenate(parts)[: len(prompts)]
 
 
@@ -187,9 +188,11 @@ def _end(ids: Sequence[int], config: TextConfig) -> int:
     return list(ids).index(config.eos_token_id)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed_texts(config: TextConfig, params: Any, ids_NT: jax.Array, ends_N: jax.Array) -> jax.Array:
+def _embedded(config: TextConfig, params: Any, ids_NT: jax.Array, ends_N: jax.Array) -> jax.Array:
     return TextTower(config).apply({"params": params}, ids_NT, ends_N)
+
+
+embed_texts = Program("CLIP texts", _embedded, static_argnums=0)
 
 
 def clip_score(images_BF: np.ndarray, texts_BF: np.ndarray) -> np.ndarray:
@@ -219,10 +222,6 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
     tokenizer = _read_tokenizer(folder, text)
     params = _read_params(weight_file(folder, "model"), vision, text)
 
-    def apply(params: Any, pictures_BHWC: jax.Array) -> Features:
-        x_BHWC = preprocessed(pictures_BHWC, preprocessing)
-        return Features(VisionTower(vision).apply({"params": params}, x_BHWC))
-
     settings = [dataclasses.asdict(part) for part in (vision, text, preprocessing)]
     stored = {"settings": np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)}
     images = FeatureNetwork(
@@ -231,7 +230,7 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
         digest=weights_digest(flatten_dict(params, sep="/") | stored),
         width=vision.projection_dim,
         params=params["vision"],
-        apply=apply,
+        apply=functools.partial(features, vision=vision, preprocessing=preprocessing),
     )
     return Clip(images, text, params["text"], tokenizer)
 
@@ -240,6 +239,12 @@ def _name(folder: Path, config: VisionConfig) -> str:
     size = _LETTERS.get(config.hidden_size, str(config.hidden_size))
     resolution = "" if config.image_size == 224 else f"@{config.image_size}px"
     return f"CLIP ViT-{size}/{config.patch_size}{resolution} ({folder.resolve().name})"
+
+
+def features(params: Any, pictures_BHWC: jax.Array, vision: VisionConfig, preprocessing: Preprocessing) -> Features:
+    """`FeatureNetwork.apply` of the picture tower."""
+    x_BHWC = preprocessed(pictures_BHWC, preprocessing)
+    return Features(VisionTower(vision).apply({"params": params}, x_BHWC))
 
 
 def preprocessed(pictures_BHWC: jax.Array, settings: Preprocessing) -> jax.Array:

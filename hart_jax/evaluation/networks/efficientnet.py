@@ -80,19 +80,19 @@ def load_efficientnet(path: str | os.PathLike[str]) -> FeatureNetwork:
     with tempfile.TemporaryDirectory() as scratch:
         tensors = _read(_weight_file(local_copy(path), Path(scratch)))
         params = _folded(tensors)
-    network = EfficientNetLite0()
-
-    def apply(params: Any, pictures_BHWC: jax.Array) -> Features:
-        return network.apply({"params": params}, resized(pictures_BHWC))
-
     return FeatureNetwork(
         name="EfficientNet-Lite0",
         standard=False,
         digest=weights_digest(tensors),
         width=_WIDTH,
         params=params,
-        apply=apply,
+        apply=features,
     )
+
+
+def features(params: Any, pictures_BHWC: jax.Array) -> Features:
+    """`FeatureNetwork.apply`."""
+    return EfficientNetLite0().apply({"params": params}, resized(pictures_BHWC))
 
 
 def resized(pictures_BHWC: jax.Array) -> jax.Array:

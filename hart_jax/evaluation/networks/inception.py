@@ -65,19 +65,19 @@ def load_inception(path: str | os.PathLike[str], *, resize: Resize = "pytorch-fi
         tensors = _read(local_copy(path))
     except UserError as error:
         raise UserError(f"{error}; {_FIX}") from error
-    network = InceptionV3()
-
-    def apply(params: Any, pictures_BHWC: jax.Array) -> Features:
-        return network.apply({"params": params}, resized(pictures_BHWC, resize))
-
     return FeatureNetwork(
         name="InceptionV3" if resize == "pytorch-fid" else f"InceptionV3 resizing as {resize}",
         standard=True,
         digest=weights_digest(tensors),
         width=_WIDTH,
         params=_folded(tensors),
-        apply=apply,
+        apply=functools.partial(features, resize=resize),
     )
+
+
+def features(params: Any, pictures_BHWC: jax.Array, resize: Resize) -> Features:
+    """`FeatureNetwork.apply`."""
+    return InceptionV3().apply({"params": params}, resized(pictures_BHWC, resize))
 
 
 def resized(pictures_BHWC: jax.Array, resize: Resize) -> jax.Array:

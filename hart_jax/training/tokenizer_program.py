@@ -1,0 +1,90 @@
+"""The tokenizer's training as programs laid out over a mesh: `TokenizerTask` runs them on data."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hart_jax.experiment import TokenizerExperiment
+from hart_jax.images import from_uint8
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
+from hart_jax.parallel.rules import parameter_axes
+from hart_jax.tokenizer.discriminator import Discriminator
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training.flops import StepFlops
+from hart_jax.training.state import compute_dtype, make_optimizer
+from hart_jax.training.tokenizer_step import (
+    TokenizerState,
+    init_tokenizer_state,
+    make_tokenizer_step,
+    tokenizer_flops,
+    tokenizer_state,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerProgram:
+    """`init` makes a state of images (B, H, W, 3) uint8, of which the first `count` (static) give the codebook its
+    start; `continued` one of parameters. `places` says where each of its arrays lies, `shapes` its shapes. `step` is
+    `make_tokenizer_step`'s. `reconstruct`, of parameters, images and a count, gives the discrete and the hybrid
+    reconstructions of the first so many, whole on every device.
+    """
+
+    init: Program
+    continued: Program
+    shapes: TokenizerState
+    places: Any
+    step: Program
+    reconstruct: Program
+    tokenizer: Tokenizer
+
+    def flops(self, arguments: tuple[Any, ...]) -> StepFlops:
+        """Of a step with these arguments; call it where the step is traced."""
+        state, image, *_ = arguments
+        return tokenizer_flops(self.step.trace(*arguments), self.tokenizer, state, image)
+
+
+def tokenizer_program(experiment: TokenizerExperiment, placement: Placement) -> TokenizerProgram:
+    """Builds them; nothing is computed or compiled yet."""
+    train, loss, size = experiment.train, experiment.loss, experiment.tokenizer.image_size
+    dtype = compute_dtype(train.dtype, placement.platform)
+    tokenizer, optimizer = Tokenizer(experiment.tokenizer, dtype), make_optimizer(experiment.optimizer, train.steps)
+    key, freeze, adversarial = jax.random.key(train.seed), experiment.freeze, loss.adversarial > 0
+
+    def init(images: jax.Array, count: int) -> TokenizerState:
+        start = jax.random.fold_in(key, 0)
+        return init_tokenizer_state(start, tokenizer, optimizer, images, freeze, adversarial, count)
+
+    def continued(params: Any) -> TokenizerState:
+        return tokenizer_state(jax.random.fold_in(key, 0), params, optimizer, size, freeze, adversarial)
+
+    def reconstruct(params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        image = from_uint8(images)
+        discrete, hybrid = (
+            tokenizer.apply({"params": params}, image, continuous=continuous, method="reconstruct")
+            for continuous in (False, True)
+        )
+        return discrete[:count], hybrid[:count]
+
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    boxed = jax.eval_shape(tokenizer.init, key, image)["params"]
+    axes = dict(parameter_axes(boxed))
+    if adversarial:
+        axes = {**parameter_axes(jax.eval_shape(Discriminator().init, key, image)["params"]), **axes}
+    shapes = jax.eval_shape(continued, nn.unbox(boxed))
+    places = placement.state(shapes, axes)
+    ema_decay = experiment.optimizer.ema_decay
+    return TokenizerProgram(
+        Program("tokenizer init", init, placement, dtype, static_argnums=1, out_shardings=places),
+        Program("tokenizer continued", continued, placement, dtype, out_shardings=places),
+        shapes,
+        places,
+        make_tokenizer_step(
+            tokenizer, optimizer, loss, ema_decay, (places, placement.whole), train.accumulate, placement
+        ),
+        Program("tokenizer grid", reconstruct, placement, dtype, static_argnums=2, out_shardings=placement.whole),
+        tokenizer,
+    )
