@@ -360,6 +360,9 @@ class HartLossConfig(Settings):
 
     `mistakes` is not the paper's: each sample's scales build on codes that are wrong by up to that much of their size,
     and learn to mend it, as drawing needs (after the self-correction of Infinity, arXiv 2412.04431).
+
+    In every step a share of the last scale's tokens is dropped, drawn from the normal of `drop_mean` and `drop_std`
+    between `drop_min` and 1; `drop_std=0` drops `drop_mean` always. Both 0: all tokens are trained on, always.
     """
 
     token: float = 1.0
@@ -381,6 +384,22 @@ class HartLossConfig(Settings):
         _require(0 < self.condition_top_p <= 1, f"loss.condition_top_p={self.condition_top_p}: must be in (0, 1]")
         for name in ("condition_top_k", "min_kept", "keep_counts"):
             _require(getattr(self, name) >= 1, f"loss.{name}={getattr(self, name)}: must be 1 or more")
+        mean, deviation = self.drop_mean, self.drop_std
+        _require(0 <= mean <= 1, f"loss.drop_mean={mean}: a fraction of the last scale")
+        _require(deviation >= 0, f"loss.drop_std={deviation}: must be 0 or more")
+        if not mean and not deviation:
+            return
+        # So rare a draw would be tried for a thousand times, or for ever.
+        likely = self.dropped_below(1.0) - self.dropped_below(self.drop_min) > 1e-3
+        _require(
+            likely if deviation else mean >= self.drop_min,
+            f"loss.drop_mean={mean} and drop_std={deviation} as good as never drop a share in {self.drop_min}..1, as "
+            "loss.drop_min asks; set drop_mean and drop_std to 0 for no token subsampling, or lower drop_min",
+        )
+
+    def dropped_below(self, share: float) -> float:
+        """The probability that the normal, without its ends cut, drops less; its deviation is not 0."""
+        return 0.5 * (1 + math.erf((share - self.drop_mean) / (self.drop_std * math.sqrt(2)))) if self.drop_std else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

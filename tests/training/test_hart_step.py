@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hart_jax.config import HartLossConfig, OptimizerConfig
+from hart_jax.errors import UserError
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training import hart_step
 from hart_jax.training.hart_step import drop_condition, make_hart_step, token_losses
@@ -161,6 +162,31 @@ def test_keep_counts_are_buckets(positions, keep_counts, step):
     buckets = keep_buckets(positions, loss)
     assert len(buckets) <= keep_counts and list(buckets) == sorted(buckets)
     assert draw_keep_count(3, step, positions, loss) in buckets
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"drop_mean": 0.0, "drop_std": 0.0}, 100),
+        ({"drop_mean": 0.6, "drop_std": 0.0}, 40),
+        ({"drop_mean": 1.0, "drop_std": 0.0, "drop_min": 1.0}, 8),
+    ],
+)
+def test_without_a_deviation_every_step_keeps_as_many(settings, kept):
+    loss = HartLossConfig(min_kept=8, **settings)
+    assert keep_buckets(100, loss) == (kept,)
+    assert bucket_probabilities(100, loss) == {kept: 1.0}
+    assert {draw_keep_count(0, step, 100, loss) for step in range(9)} == {kept}
+
+
+@given(st.floats(0, 1), st.floats(0, 3), st.floats(0, 1), st.integers(1, 64))
+def test_whatever_the_settings_allow_is_drawn(mean, deviation, least, positions):
+    try:
+        loss = HartLossConfig(drop_mean=mean, drop_std=deviation, drop_min=least)
+    except UserError:
+        return
+    assert draw_keep_count(0, 1, positions, loss) in keep_buckets(positions, loss)
+    assert sum(bucket_probabilities(positions, loss).values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("positions", [40, 1024])
