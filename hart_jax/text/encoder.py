@@ -85,6 +85,10 @@ class TextEncoder(abc.ABC):
         On a mesh tokens and states lie as `placement.batch` has them, and every process calls it in the same order.
         """
 
+    @abc.abstractmethod
+    def batch_flops(self, batch_size: int, length: int) -> float:
+        """FLOPs of `encode_batch` of (B, N) tokens, of all devices together; nothing of it is computed."""
+
     def __call__(self, prompts: Sequence[str], length: int) -> TextStates:
         """Tokenizes and encodes `prompts` for a context of `length` positions."""
         input_ids_BN, mask_BN, truncated = self.tokenize(prompts, length)

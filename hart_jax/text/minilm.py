@@ -33,6 +33,7 @@ from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
 from hart_jax.text.prompts import check_prompts
+from hart_jax.training.flops import flops_of
 from hart_jax.weights import DTYPES, check_tree, load_weights, read_tensors, save_weights
 
 
@@ -92,6 +93,11 @@ class MiniLMEncoder(TextEncoder):
     def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
         with tracing(self.placement):
             return self._encode_batch(self.params, input_ids_BN, mask_BN, None)
+
+    def batch_flops(self, batch_size: int, length: int) -> float:
+        tokens_BN = jax.ShapeDtypeStruct((batch_size, length), np.int32)
+        with tracing(self.placement):
+            return flops_of(self._encode_batch.trace(self.params, tokens_BN, tokens_BN, None).jaxpr.jaxpr)
 
 
 def load(folder: Path, *, placement: Placement | None = None) -> MiniLMEncoder:

@@ -28,6 +28,7 @@ from hart_jax.text.program import make_encode, make_key_values
 from hart_jax.text.prompts import check_prompts
 from hart_jax.text.qwen2 import KeyValues, Qwen2Config, abstract_params, no_prefix
 from hart_jax.text.system_prompt import read_system_prompt
+from hart_jax.training.flops import flops_of
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 DTYPES = ("float32", "bfloat16", "int8")
@@ -122,6 +123,11 @@ class Qwen2Encoder(TextEncoder):
         prefix = self._prefix(input_ids_BN.shape[1])
         with tracing(self.placement):
             return self._encode_batch(self.params, input_ids_BN, mask_BN, prefix)
+
+    def batch_flops(self, batch_size: int, length: int) -> float:
+        tokens_BN, prefix = jax.ShapeDtypeStruct((batch_size, length), jnp.int32), self._prefix(length)
+        with tracing(self.placement):
+            return flops_of(self._encode_batch.trace(self.params, tokens_BN, tokens_BN, prefix).jaxpr.jaxpr)
 
     def _prefix(self, length: int) -> KeyValues:
         ids = self._tokenizer(self._system_prompt, length)[0] if self._system_prompt else []

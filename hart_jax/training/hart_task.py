@@ -171,7 +171,11 @@ class HartTask:
         with self._placement.tracing():
             if kept not in self._flops:
                 traced = self._program.step.trace(*arguments, kept)
-                self._flops[kept] = self._program.flops(traced, arguments, kept)
+                flops = self._program.flops(traced, arguments, kept)
+                if self._encoder is not None and "input_ids" in batch:
+                    captions = self._encoder.batch_flops(len(condition[0]), batch["input_ids"].shape[1])
+                    flops = StepFlops(flops.model, flops.hardware + captions)
+                self._flops[kept] = flops
             state, metrics = self._program.step(*arguments, kept)
         self._last_loss = metrics["loss"]
         return state, {**metrics, **self._flops[kept].metrics()}

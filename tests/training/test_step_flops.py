@@ -11,13 +11,16 @@ from hart_jax.config import OptimizerConfig, TokenizerLossConfig
 from hart_jax.experiment import HartExperiment, experiment_from
 from hart_jax.model_folder import abstract_tokenizer
 from hart_jax.parallel.mesh import Placement
+from hart_jax.text.encoder import load_text_encoder
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.flops import StepFlops
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.hart_step import tokens_of
 from hart_jax.training.state import make_optimizer
 from hart_jax.training.tokenizer_step import make_tokenizer_step, tokenizer_flops, tokenizer_state
+from tests.sample_runs import QWEN2
 from tests.tiny import TOKENIZER, experiment_values
+from tests.tiny_qwen2 import write_folder
 
 BATCH, KEPT = 4, 8
 SHAPE = jax.ShapeDtypeStruct
@@ -91,3 +94,13 @@ def test_the_discriminators_own_training_is_work_of_the_model():
     assert both.model > alone.model
     # As the generator's judge it counts for the hardware only.
     assert both.hardware - alone.hardware > 1.2 * (both.model - alone.model)
+
+
+def test_captions_encoded_on_the_fly_are_work_of_the_hardware(tmp_path):
+    encoder = load_text_encoder(write_folder(tmp_path / "qwen2", QWEN2), dtype="float32")
+    once = encoder.batch_flops(4, 6)
+    kernels = [leaf for leaf in jax.tree.leaves(encoder.params["layers"]) if leaf.ndim == 3]
+    products = 2 * 4 * 6 * sum(leaf.size for leaf in kernels)
+    # And the little that attention takes.
+    assert products < once < 1.5 * products
+    assert encoder.batch_flops(8, 6) == 2 * once
