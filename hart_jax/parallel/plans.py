@@ -4,7 +4,7 @@ import dataclasses
 
 # Images a second that a core decodes and resizes for batches of this size, from JPEG files of 1024 px:
 # `python benchmarks/loader.py --only_ours --cores`, 2026-11-28. Another size takes the nearest larger one's.
-DECODED_BY_CORE = {256: 260.0, 512: 170.0, 1024: 125.0}
+DECODED_BY_CORE = {256: 235.0, 512: 133.0, 1024: 94.0}
 
 
 @dataclasses.dataclass(frozen=True)
