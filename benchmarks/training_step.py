@@ -39,7 +39,7 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     began = time.perf_counter()
     placement, config = one_device(experiment, batch), experiment.transformer
     program = hart_program(experiment, placement)
-    state = jax.jit(program.init, out_shardings=program.places)()
+    state = program.init()
     generator = np.random.default_rng(0)
     # Of a size that keeps activations finite.
     tokenizer = jax.tree.map(

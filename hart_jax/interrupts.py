@@ -18,7 +18,13 @@ def never_swallow_interrupts() -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             before(unraisable)
             return
-        # From another thread, as what is raised here is ignored too.
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        # From another thread, as what is raised here is ignored too; later, where that already came while this runs.
+        seconds = 0.05
+        while True:
+            try:
+                threading.Timer(seconds, _thread.interrupt_main).start()
+                return
+            except KeyboardInterrupt:
+                seconds *= 2
 
     sys.unraisablehook = raise_anew

@@ -391,8 +391,8 @@ def test_processes_restore_the_same_checkpoint_though_one_cannot_read_the_newest
         for process in job
     )
     both = ["found step 2 {2.0} [2] ['1', '2']", "found step 1 {1.0} [1] ['1', '2.unreadable']"]
-    assert first == ["found UserError ['1', '2']"] * 2 + both
-    assert second == ["found UserError ['1', '2']", "found RuntimeError ['1', '2']", *both]
+    assert first == ["found TryLater ['1', '2']"] * 2 + both
+    assert second == ["found TryLater ['1', '2']", "found RuntimeError ['1', '2']", *both]
 
 
 def test_no_readable_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):

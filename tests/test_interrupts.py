@@ -12,6 +12,9 @@ SWALLOWING = """
 import gc, os, signal, sys
 from hart_jax.errors import run_cli
 
+# A job in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Sends:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -42,6 +45,8 @@ run_cli(main)
 AT_IMPORT = """
 import gc, os, runpy, signal, sys
 
+# A job in the background inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 program, module, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = program
 

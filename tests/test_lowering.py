@@ -49,9 +49,9 @@ DEVICES = {"tpu": AbstractDevice("TPU v5 lite", None, "tpu"), "cuda": AbstractDe
 MESHES = {"1 device": (1, 1, 1), "8 devices": (2, 2, 2), "2 slices": (4, 2, 2)}
 BATCH = 16
 # Narrow, but with heads of 64 and a last scale of more queries than the libraries' kernels ask for.
-SIZES = {"patch_nums": (1, 4, 12), "vocab_size": 32, "latent_channels": 4}
+SIZES = {"patch_nums": (1, 4, 16), "vocab_size": 32, "latent_channels": 4}
 TOKENIZER = TokenizerConfig.from_dict(
-    {**SIZES, "image_size": 24, "channels": 32, "channel_multipliers": (1, 1), "res_blocks": 1, "share_quant_resi": 2}
+    {**SIZES, "image_size": 32, "channels": 32, "channel_multipliers": (1, 1), "res_blocks": 1, "share_quant_resi": 2}
 )
 TRANSFORMER = TransformerConfig.from_dict(
     {
@@ -65,7 +65,7 @@ TRANSFORMER = TransformerConfig.from_dict(
     }
 )
 SAMPLE = {"top_k": 8, "top_k_late": 8}
-KEPT = keep_buckets(144, HartExperiment.from_dict({}).loss)
+KEPT = keep_buckets(256, HartExperiment.from_dict({}).loss)
 
 
 def placement_on(platform: str, sizes: tuple[int, int, int]) -> Placement:
@@ -305,8 +305,8 @@ PROGRAMS: dict[str, list[Callable[[Placement, str], Call]]] = {
     "transformer step": [
         functools.partial(transformer_step, kept=KEPT[0], accumulate=1, remat="none"),
         functools.partial(transformer_step, kept=KEPT[1], accumulate=2, remat="dots"),
-        functools.partial(transformer_step, kept=KEPT[2], accumulate=1, remat="full", tokens=True),
-        functools.partial(transformer_step, kept=KEPT[3], accumulate=2, remat="full"),
+        functools.partial(transformer_step, kept=KEPT[-1], accumulate=1, remat="full", tokens=True),
+        functools.partial(transformer_step, kept=KEPT[2], accumulate=2, remat="full"),
     ],
     "sample grid": [sample_grid],
     "sampler": [

@@ -35,10 +35,8 @@ def _content(folder: Path) -> bytes:
     return json.dumps([(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]).encode()
 
 
-def check_inputs(workdir: Path, digests: Mapping[str, str], resumed: bool) -> None:
-    """Keeps the digests of a new run; compares them with its own where a run is resumed. All processes call it.
-
-    A run of an older version, which has none, gets them now.
+def check_inputs(workdir: Path, digests: Mapping[str, str]) -> None:
+    """Compares a resumed run's digests with its own, if it has any. All processes call it; nothing is written.
 
     Raises:
       UserError: in every process: the data are others, or the file that says so is damaged.
@@ -46,7 +44,7 @@ def check_inputs(workdir: Path, digests: Mapping[str, str], resumed: bool) -> No
     problem = ""
     if jax.process_index() == 0:
         try:
-            _check(workdir / INPUTS_FILE, digests, resumed)
+            _check(workdir / INPUTS_FILE, digests)
         except UserError as error:
             problem = str(error)
     problem = gather_texts(problem)[0]
@@ -54,9 +52,14 @@ def check_inputs(workdir: Path, digests: Mapping[str, str], resumed: bool) -> No
         raise UserError(problem)
 
 
-def _check(path: Path, digests: Mapping[str, str], resumed: bool) -> None:
-    if not resumed or not path.exists():
-        write_whole(path, json.dumps(digests, indent=2) + "\n")
+def keep_inputs(workdir: Path, digests: Mapping[str, str]) -> None:
+    """Writes the digests into the workdir of a run that is new, or of an older version, which kept none."""
+    if jax.process_index() == 0:
+        write_whole(workdir / INPUTS_FILE, json.dumps(digests, indent=2) + "\n")
+
+
+def _check(path: Path, digests: Mapping[str, str]) -> None:
+    if not path.exists():
         return
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

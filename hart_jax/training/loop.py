@@ -18,7 +18,7 @@ from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import Placement, on_host, to_global
 from hart_jax.restoring import first_line
 from hart_jax.training.flops import StepFlops
-from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests
+from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests, keep_inputs
 from hart_jax.training.manifest import append_manifest
 from hart_jax.training.metrics import MetricsWriter, Progress
 from hart_jax.training.stop import StopSignals
@@ -102,8 +102,10 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
     defaults = experiment_from({"transformer": {}} if "transformer" in config else {}).to_dict()
     may_change = MAY_CHANGE + (("data.train", "data.sources") if (workdir / INPUTS_FILE).exists() else ())
     resumed = check_workdir(workdir, config, may_change, defaults)
-    check_inputs(workdir, data_digests(config["data"]), resumed)
-    if not resumed:
+    digests = data_digests(config["data"])
+    if resumed:
+        check_inputs(workdir, digests)
+    else:
         task.load_previous()
     batches = task.batches()
     with Checkpoints(
@@ -123,6 +125,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         if main:
             print(f"{workdir}: {'resuming at' if first else 'starting at'} step {first} of {train.steps}", flush=True)
         append_manifest(workdir, first, train.steps)
+        keep_inputs(workdir, digests)
         resumed_step = first if restored else None
         window, stopwatch = Window(train.max_skipped, log), Stopwatch(train.batch_size)
         grids = _Grids(task)

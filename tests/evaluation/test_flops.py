@@ -36,6 +36,7 @@ from hart_jax.model_folder import abstract_tokenizer, abstract_transformer
 from hart_jax.noise import KeyedNoise
 from hart_jax.parallel.chips import Chip
 from hart_jax.text import minilm, qwen2
+from hart_jax.text.minilm_model import MiniLM
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
 from hart_jax.training.flops import flops_of
@@ -247,7 +248,7 @@ def test_text_encoders():
     counted = TextSize.of(bert)
     assert counted.params == size(minilm.abstract_params(bert))
     weights = minilm.abstract_params(bert)
-    assert 2 * counted.macs(20) == macs_of(minilm.MiniLM(bert).apply, {"params": weights}, tokens, tokens)
+    assert 2 * counted.macs(20) == macs_of(MiniLM(bert).apply, {"params": weights}, tokens, tokens)
 
 
 def test_qwen2():
@@ -294,7 +295,7 @@ def test_published_sizes_are_the_configs(px, name):
 
 
 def test_floor():
-    chip = Chip(memory=100, flops=10.0, bandwidth=5.0, link=1.0)
+    chip = Chip(memory=100, flops=10.0, bandwidth=5.0, link=1.0, network=1.0)
     busy, reading = Work("a", "x", macs=20, weights=5), Work("b", "x", macs=5, weights=5, cache=15)
     assert (floor([busy], chip), floor([reading], chip)) == (Floor(4.0, 1.0), Floor(1.0, 4.0))
     assert [floor([one], chip).bound for one in (busy, reading)] == ["compute", "memory"]
@@ -306,7 +307,7 @@ def test_reports():
     config = tiny()
     report = work_report(config, 2, None)
     assert "text encoder not counted: no folder" in report and "| diffusion head |" in report
-    chips = {"small": Chip(memory=10, flops=1e9, bandwidth=1e9, link=1.0)}
+    chips = {"small": Chip(memory=10, flops=1e9, bandwidth=1e9, link=1.0, network=1.0)}
     assert "| no: 0 GB |" in floor_report(config, 2, chips, None)
 
 

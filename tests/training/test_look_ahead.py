@@ -33,6 +33,9 @@ class CountingTask:
     def init(self):
         return {"total": jnp.zeros(())}
 
+    def shapes(self):
+        return jax.eval_shape(self.init)
+
     def load_previous(self) -> None: ...
 
     def start(self):

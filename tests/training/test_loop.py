@@ -39,6 +39,9 @@ class Counting:
     def init(self) -> dict[str, jax.Array]:
         return {"total": jnp.zeros(())}
 
+    def shapes(self) -> Any:
+        return jax.eval_shape(self.init)
+
     def load_previous(self) -> None:
         pass
 

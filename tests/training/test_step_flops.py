@@ -41,7 +41,7 @@ def hart_flops(remat: str = "none", ahead: bool = False, **train) -> StepFlops:
     condition = SHAPE((BATCH, 4, 8), jnp.float32), SHAPE((BATCH, 4), jnp.int32)
     with placement.tracing():
         source = jax.eval_shape(functools.partial(tokens_of, program.tokenizer), tokenizer, IMAGES) if ahead else IMAGES
-        arguments = jax.eval_shape(program.init), tokenizer, source, condition, KEY
+        arguments = program.init.shapes(), tokenizer, source, condition, KEY
         return program.flops(program.step.trace(*arguments, KEPT), arguments, KEPT)
 
 

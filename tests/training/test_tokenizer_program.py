@@ -41,11 +41,11 @@ def test_a_few_images_are_encoded_at_a_time():
     widest = 4 * MAX_PIXELS * config.channels * config.channel_multipliers[0]
     held = [4 * math.prod(array.shape) for array in arrays_of(traced.jaxpr.jaxpr) if hasattr(array, "shape")]
     assert widest / 2 < max(held) <= widest
-    assert sum(np.asarray(const).nbytes for const in traced.jaxpr.consts) < 2**20
+    assert sum(const.size for const in traced.jaxpr.consts) < 2**20
 
 
 def experiment(folder, batch_size: int) -> TokenizerExperiment:
-    shards = str(make_shards(folder, 14, seed=0))
+    shards = str(make_shards(folder, batch_size, seed=0))
     values = {
         "tokenizer": dataclasses.asdict(TOKENIZER),
         "loss": {"perceptual": 0.0, "adversarial": 0.0},
