@@ -8,7 +8,7 @@ from absl import flags
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
-from hart_jax.paths import as_path, is_remote
+from hart_jax.paths import local_only
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -18,8 +18,9 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
-    workdir = as_path(_WORKDIR.value, "--workdir")
-    if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
+    # Logs are appended to, which buckets cannot do.
+    workdir = local_only(_WORKDIR.value, "--workdir")
+    if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
     for name, folder in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
         if not folder:

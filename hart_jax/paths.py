@@ -56,11 +56,11 @@ def check_path(text: str | os.PathLike[str], setting: str = "") -> None:
 
 def local_only(text: str | os.PathLike[str], setting: str = "") -> Path:
     """As `as_path`, of what can be local alone; `UserError` for a bucket."""
-    path = as_path(text, setting)
-    if is_remote(path):
+    check_path(text, setting)
+    if is_remote(text):
         name = f"{setting}={text}" if setting else text
         raise UserError(f"{name}: cannot be in a bucket; give a local path, and copy what is there in the end")
-    return path
+    return Path(text)
 
 
 def absolute(path: Path) -> Path:

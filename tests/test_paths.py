@@ -1,6 +1,8 @@
 """What a user gives as a path: a local one, one in a bucket, or a mistake that is named."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,11 @@ def test_nothing_is_written_to_a_folder_of_the_schemes_name(tmp_path, monkeypatc
     with pytest.raises(UserError, match="there is no storage"):
         write_folder(as_path("s3://b/x"), lambda folder: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_workdir_in_a_bucket_is_refused_before_anything_is_made(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "train.py"), f"--config={root / 'configs/emoji_tokenizer.py'}"]
+    run = subprocess.run([*command, "--workdir=gs://bucket/run"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and "--workdir=gs://bucket/run: cannot be in a bucket" in run.stderr
+    assert not list(tmp_path.iterdir())
