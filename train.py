@@ -8,7 +8,7 @@ from absl import flags
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
-from hart_jax.paths import local_only
+from hart_jax.paths import as_path, local_only
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -26,6 +26,8 @@ def main() -> None:
         if not folder:
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     # After the checks, so that a wrong setting is reported at once.
+    from hart_jax.buckets import check_bucket
+    from hart_jax.data.staging import stage_at_most
     from hart_jax.ownership import owned
     from hart_jax.parallel.launch import join_processes
     from hart_jax.parallel.mesh import Placement
@@ -34,6 +36,10 @@ def main() -> None:
     from hart_jax.training.tokenizer_task import TokenizerTask
 
     join_processes()
+    for name, folders in (("data.train", experiment.data.train_folders), ("data.test", (experiment.data.test,))):
+        for folder in folders:
+            check_bucket(as_path(folder, name), name)
+    stage_at_most(experiment.data.stage_gib)
     with owned(workdir, "a training run"):
         placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
         task: Task

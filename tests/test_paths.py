@@ -116,3 +116,21 @@ def test_a_workdir_in_a_bucket_is_refused_before_anything_is_made(tmp_path):
     run = subprocess.run([*command, "--workdir=gs://bucket/run"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "--workdir=gs://bucket/run: cannot be in a bucket" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_space_for_staged_shards_is_the_settings(tmp_path):
+    script = """
+import runpy, sys
+from hart_jax.data import staging
+from hart_jax.training import loop, tokenizer_task
+tokenizer_task.TokenizerTask = lambda *_: None
+loop.run = lambda *_: print(staging._limit_bytes)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    root = Path(__file__).parent.parent
+    flags = [f"--config={root / 'configs/emoji_tokenizer.py'}", f"--workdir={tmp_path / 'run'}"]
+    flags += ["--config.data.stage_gib=2", "--config.loss.perceptual=0.0"]
+    command = [sys.executable, "-c", script, str(root / "train.py"), *flags]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.stdout.split() == [str(2 * 2**30)], run.stderr

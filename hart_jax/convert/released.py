@@ -80,7 +80,7 @@ def read_released(source: str | Path, weights: Weights = "ema") -> Model:
 def is_released_tokenizer(source: str | Path) -> bool:
     """Whether `source` is a file, as VAR's tokenizer is, or a folder whose tokenizer has a released config.json."""
     config = _tokenizer_folder(local_copy(source)) / "config.json"
-    return Path(source).is_file() or (config.is_file() and "ch_mult" in read_json(config))
+    return local_copy(source).is_file() or (config.is_file() and "ch_mult" in read_json(config))
 
 
 def read_released_tokenizer(source: str | Path, expected: TokenizerConfig) -> tuple[TokenizerConfig, Any]:
@@ -119,7 +119,7 @@ def _convert_tokenizer(state: StateDict, config: TokenizerConfig) -> Any:
 
 def read_released_discriminator(source: str | Path) -> dict[str, Any] | None:
     """Variables of `Discriminator` in a release's tokenizer, or None if it has none; sampling does not need them."""
-    file = weight_file(Path(source) / TOKENIZER, "model")
+    file = weight_file(local_copy(source) / TOKENIZER, "model")
     return _explained(_open(file), discriminator_variables)
 
 
