@@ -8,7 +8,7 @@ from absl import flags
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
-from hart_jax.paths import as_path, local_only
+from hart_jax.paths import as_path, is_remote
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -18,13 +18,14 @@ def main() -> None:
     experiment = hart_flags.experiment()
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
-    # Logs are appended to, which buckets cannot do.
-    workdir = local_only(_WORKDIR.value, "--workdir")
-    if workdir.exists() and not workdir.is_dir():
+    workdir = as_path(_WORKDIR.value, "--workdir")
+    if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
-    for name, folder in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
-        if not folder:
+    for name, folders in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
+        if not folders:
             raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
+    read = {"data.train": experiment.data.train_folders, "data.test": (experiment.data.test,)}
+    shards = [(name, as_path(folder, name)) for name, folders in read.items() for folder in folders]
     # After the checks, so that a wrong setting is reported at once.
     from hart_jax.buckets import check_bucket
     from hart_jax.data.staging import stage_at_most
@@ -32,19 +33,20 @@ def main() -> None:
     from hart_jax.parallel.launch import join_processes
     from hart_jax.parallel.mesh import Placement
     from hart_jax.training.hart_task import HartTask
+    from hart_jax.training.local_side import scratch_folder
     from hart_jax.training.loop import Task, run
     from hart_jax.training.tokenizer_task import TokenizerTask
 
     join_processes()
-    for name, folders in (("data.train", experiment.data.train_folders), ("data.test", (experiment.data.test,))):
-        for folder in folders:
-            check_bucket(as_path(folder, name), name)
+    check_bucket(workdir, "--workdir", write=True)
+    for name, folder in shards:
+        check_bucket(folder, name)
     stage_at_most(experiment.data.stage_gib)
     with owned(workdir, "a training run"):
         placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
         task: Task
         if isinstance(experiment, HartExperiment):
-            task = HartTask(experiment, workdir, placement)
+            task = HartTask(experiment, scratch_folder(workdir), placement)
         else:
             task = TokenizerTask(experiment, placement)
         run(task, placement, experiment.train, experiment.to_dict(), workdir)

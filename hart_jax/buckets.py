@@ -208,7 +208,7 @@ def _refusal(error: BaseException) -> str:
     if getattr(error, "code", None) in (401, "401", 403, "403") or str(error).startswith("Forbidden"):
         return (
             "this account may not read or write there; give it the role Storage Object User on the bucket "
-            f"({_line(error)})"
+            f"({' '.join(str(error).split())})"
         )
     return ""
 

@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
 from hart_jax.parallel.agree import gather_texts
-from hart_jax.paths import absolute, as_path
+from hart_jax.paths import absolute, as_path, is_remote
 from hart_jax.restoring import (
     check_field,
     check_items,
@@ -43,6 +43,8 @@ from hart_jax.restoring import (
 CONFIG_FILE = "config.json"
 CHECKPOINT_DIR = "checkpoints"
 UNREADABLE_SUFFIX = ".unreadable"
+# What Orbax calls the last file of a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 _ABSENT = "(absent)"
 
 
@@ -314,7 +316,11 @@ def _complete_steps(directory: Path) -> list[int]:
     """Steps under their final name, latest first; Orbax gives that name to complete checkpoints only."""
     if not directory.is_dir():
         return []
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    if is_remote(directory):
+        # There nothing is renamed: a file that is written last says so.
+        found = [path for path in found if (path / _COMMITTED).exists()]
+    return sorted((int(path.name) for path in found), reverse=True)
 
 
 def _steps_of_all(directory: Path) -> list[int]:

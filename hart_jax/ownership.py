@@ -9,15 +9,14 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hart_jax.bucket_lock import OWNER_FILE, BucketLock, owner, shown
 from hart_jax.errors import TryLater, UserError
 from hart_jax.paths import as_path, is_remote
 
-OWNER_FILE = ".owner.json"
 # What `flock` says where a file system has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # Of a refusal, as one process tells it to the others.
@@ -38,10 +37,11 @@ def owned(folder: str | os.PathLike, what: str) -> Iterator[None]:
       TryLater: another run owns the folder.
       UserError: the folder cannot be written to. A file system without locks is a warning.
     """
-    held, refusal = None, ""
-    if _process_index() == 0 and not is_remote(folder):
+    held: _Lock | BucketLock | None = None
+    refusal = ""
+    if _process_index() == 0:
         try:
-            held = _Lock(as_path(folder), what)
+            held = BucketLock(as_path(folder), what) if is_remote(folder) else _Lock(as_path(folder), what)
         except UserError as error:
             refusal = f"{error.exit_code} {error}"
     try:
@@ -64,9 +64,8 @@ class _Lock:
             self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._take()
-            about = {"what": what, "host": socket.gethostname(), "process": os.getpid(), "command": sys.argv}
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, json.dumps(about).encode() + b"\n", 0)
+            os.pwrite(self._descriptor, json.dumps(owner(what)).encode() + b"\n", 0)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written to ({error.strerror}); give another folder") from None
 
@@ -76,10 +75,10 @@ class _Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = _read_owner(descriptor)
+                taken_by = _read_owner(descriptor)
                 os.close(descriptor)
                 raise TryLater(
-                    f"{self._path.parent}: belongs to {owner}; wait for it, end it, or give another folder"
+                    f"{self._path.parent}: belongs to {taken_by}; wait for it, end it, or give another folder"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
@@ -108,10 +107,7 @@ class _Lock:
 
 def _read_owner(descriptor: int) -> str:
     try:
-        about = json.loads(os.pread(descriptor, 1 << 16, 0))
-        command = " ".join(about["command"])
-        shown = command if len(command) <= 200 else f"{command[:200]}..."
-        return f"{about['what']} on host {about['host']}, process {about['process']} ({shown})"
+        return shown(json.loads(os.pread(descriptor, 1 << 16, 0)))
     except (ValueError, KeyError, TypeError):
         return "another run, which is just starting"
 

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 from absl import flags
 
 from hart_jax.data.bad_records import BadRecords
+from hart_jax.paths import as_path
 
 
 class Batches(grain.DatasetIterator):
@@ -90,7 +90,7 @@ class Batches(grain.DatasetIterator):
         """Grain's reads the file of this process; here that of any serves, since there may have been fewer before."""
 
         async def read() -> None:
-            files = sorted(Path(directory).glob("process_*.json"))
+            files = sorted(as_path(directory).glob("process_*.json"))
             if not files:
                 raise ValueError(f"{directory} has no position in the data")
             self.set_state(json.loads(files[0].read_text()))

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
@@ -57,7 +56,7 @@ def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | N
       UserError: as `read_prompts_file`, or a line is wrong.
     """
     lines = read_prompts_file(path)
-    if Path(path).suffix == ".jsonl":
+    if os.fspath(path).endswith(".jsonl"):
         return [_from_json(line, f"prompts file {path}, line {line!r}") for line in lines]
     return [_from_line(line, f"prompts file {path}, line {line!r}") for line in lines]
 

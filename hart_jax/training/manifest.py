@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from hart_jax.training.local_side import LocalSide
+
 RUNS_FILE = "runs.jsonl"
 _PACKAGES = ("hart_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -31,8 +33,11 @@ def manifest() -> dict[str, Any]:
 def append_manifest(workdir: str | os.PathLike, step: int, steps: int) -> None:
     """Adds a start at `step`, towards `steps`, to the workdir's runs.jsonl; does nothing in all processes but one."""
     if jax.process_index() == 0:
-        with open(Path(workdir) / RUNS_FILE, "a") as file:
+        side = LocalSide(workdir, "manifest")
+        side.fetch((RUNS_FILE,))
+        with open(side.folder / RUNS_FILE, "a") as file:
             file.write(json.dumps({"step": step, "steps": steps, **manifest()}) + "\n")
+        side.push()
 
 
 def package_version(package: str) -> str | None:

@@ -28,6 +28,7 @@ from hart_jax.errors import UserError
 from hart_jax.files import whole_file
 from hart_jax.images import save_png
 from hart_jax.paths import as_path
+from hart_jax.training.local_side import LocalSide
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -55,11 +56,13 @@ class MetricsWriter:
         active: bool = True,
         records: bool = False,
     ):
-        self._workdir = Path(workdir)
         self._active = active
         if not active:
             return
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._side = LocalSide(workdir, "logs")
+        self._workdir = self._side.folder
+        if resumed_step is not None:
+            self._side.fetch((METRICS_FILE, TIMINGS_FILE, RECORDS_FILE))
         self._metrics = _open_after(self._workdir / METRICS_FILE, resumed_step)
         self._timings = _open_after(self._workdir / TIMINGS_FILE, resumed_step)
         self._files = [self._metrics, self._timings]
@@ -99,15 +102,20 @@ class MetricsWriter:
 
     def has_image(self, step: int) -> bool:
         """Whether there is a picture of this step."""
-        return any((self._workdir / SAMPLES_DIR).glob(f"*_{step:08d}.png"))
+        folders = {self._workdir / SAMPLES_DIR, self._side.workdir / SAMPLES_DIR}
+        return any(any(folder.glob(f"*_{step:08d}.png")) for folder in folders)
 
     def flush(self) -> None:
-        """Returns when every line is on disk, also against loss of power; call it before saving a checkpoint."""
+        """Returns when every line is on disk, also against loss of power, or in the bucket.
+
+        Call it before saving a checkpoint.
+        """
         if not self._active:
             return
         for file in self._files:
             os.fsync(file.fileno())
         self._tensorboard.flush()
+        self._side.push()
 
     def close(self) -> None:
         if not self._active:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from hart_jax.training.flops import StepFlops, peak_flops
+from hart_jax.training.local_side import LocalSide
 
 PROFILE_DIR = "profile"
 
@@ -78,13 +79,14 @@ class Profile:
     """An XProf trace of the steps `steps` = (first, last) in the workdir's `profile`; none if `steps` is empty."""
 
     def __init__(self, workdir: Path, steps: tuple[int, ...]):
-        self._folder = workdir / PROFILE_DIR
+        self._workdir = workdir
         self._first, self._last = steps or (0, 0)
         self._running = False
 
     def before(self, step: int) -> None:
         if not self._running and self._first <= step <= self._last:
-            jax.profiler.start_trace(self._folder)
+            self._side = LocalSide(self._workdir, "profile")
+            jax.profiler.start_trace(self._side.folder / PROFILE_DIR)
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
@@ -95,6 +97,7 @@ class Profile:
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
+        self._side.push()
         self._running = False
 
     def __enter__(self) -> "Profile":

@@ -1,0 +1,95 @@
+"""A bucket on loopback, with the real clients: `gcp-storage-emulator` in this process, for it and those it starts."""
+
+import contextlib
+import functools
+import http.server
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+BUCKET = "gs://bucket"
+
+
+class Threads(http.server.ThreadingHTTPServer):
+    """Answers each connection in a thread of its own, and closes all of them with the server."""
+
+    daemon_threads = True
+
+    def __init__(self, *arguments) -> None:
+        self._open: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request, client_address) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address) -> None:
+        """Nothing: the emulator reports every missing object, and clients that are killed."""
+
+    def server_close(self) -> None:
+        super().server_close()
+        for request in tuple(self._open):
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+
+class Emulator:
+    """Serves the bucket "bucket"; `stop` and `start` again keep what is in it."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("localhost", 0)) as server:
+            self.port = server.getsockname()[1]
+        from gcp_storage_emulator.storage import Storage
+
+        self._storage = Storage(use_memory_fs=True)
+        self._storage.create_bucket("bucket", {"kind": "storage#bucket", "id": "bucket", "name": "bucket"})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        address = f"http://localhost:{self.port}"
+        return {
+            "STORAGE_EMULATOR_HOST": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "NO_GCE_CHECK": "true",
+        }
+
+    def start(self) -> None:
+        from gcp_storage_emulator.server import RequestHandler
+
+        self._httpd = Threads(("localhost", self.port), functools.partial(RequestHandler, self._storage))
+        threading.Thread(target=self._httpd.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._httpd.shutdown()
+        self._httpd.server_close()
+
+
+@functools.cache
+def emulator() -> Emulator:
+    """One for the process: its clients remember the address."""
+    return Emulator()
+
+
+@contextmanager
+def emulated_bucket() -> Iterator[Emulator]:
+    """The emulator, running, and the environment that leads this process's clients to it."""
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    bucket = emulator()
+    with pytest.MonkeyPatch.context() as patch:
+        logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+        for name, value in bucket.environment.items():
+            patch.setenv(name, value)
+        bucket.start()
+        try:
+            yield bucket
+        finally:
+            bucket.stop()
