@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from hart_jax.paths import GS, as_path, is_remote
 
 RETRY_SECONDS = 300.0
 LONGEST_WAIT = 20.0
+_FIRST_WAIT = 1.0
 # Read at a time; what is lost at most where a download is cut.
 PIECE = 64 << 20
 _T = TypeVar("_T")
@@ -45,7 +47,7 @@ def retried(path: str | os.PathLike[str], work: Callable[[], _T]) -> _T:
     Raises:
       UserError: no permission, or no answer in `RETRY_SECONDS`. Other errors of `work`, as FileNotFoundError, pass.
     """
-    start, wait = time.monotonic(), 1.0
+    start, wait = time.monotonic(), _FIRST_WAIT
     while True:
         try:
             return work()
@@ -57,6 +59,12 @@ def retried(path: str | os.PathLike[str], work: Callable[[], _T]) -> _T:
                 raise
             if time.monotonic() - start > RETRY_SECONDS:
                 raise UserError(f"{path}: the bucket does not answer ({_line(error)}); try again later") from error
+            if wait == _FIRST_WAIT:
+                print(
+                    f"warning: {path}: the bucket does not answer ({_line(error)}); asked again for {RETRY_SECONDS:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         time.sleep(wait * random.uniform(0.5, 1))
         wait = min(2 * wait, LONGEST_WAIT)
 

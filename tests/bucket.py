@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import importlib.util
 import logging
 import socket
 import threading
@@ -72,6 +73,13 @@ class Emulator:
         self._httpd.server_close()
 
 
+def require_clients() -> None:
+    """Skips where a package is not installed. gcsfs must not be imported before `hart_jax.paths` sets its environment."""
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+
 @functools.cache
 def emulator() -> Emulator:
     """One for the process: its clients remember the address."""
@@ -81,8 +89,7 @@ def emulator() -> Emulator:
 @contextmanager
 def emulated_bucket() -> Iterator[Emulator]:
     """The emulator, running, and the environment that leads this process's clients to it."""
-    pytest.importorskip("gcsfs")
-    pytest.importorskip("gcp_storage_emulator")
+    require_clients()
     bucket = emulator()
     with pytest.MonkeyPatch.context() as patch:
         logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)

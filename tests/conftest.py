@@ -12,6 +12,7 @@ hypothesis.settings.load_profile("hart")
 # Whole trainings in processes of their own, executed notebooks and kernels at real sizes: marked `slow`.
 SLOW = frozenset(
     {
+        "test_train_bucket.py",
         "test_train_killed.py",
         "test_train_layouts.py",
         "test_train_resume.py",

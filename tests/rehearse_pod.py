@@ -2,9 +2,10 @@
 
 The 0.7B recipe (`configs/hart_0p7b_256.py`) at tiny sizes, as the hosts of a pod run it: two processes of four fake
 devices each, parameters split over `fsdp` and `tensor`, captions encoded on the fly by a Qwen2 with a system prompt,
-sample grids, a profile, checkpoints of which the best stays. The run gets SIGTERM, then one host is lost (SIGKILL), and
-it ends on another mesh. Its model is exported, draws an image and is scored. After every stage what must hold is
-checked; a failure prints the end of the logs of the processes.
+sample grids, a profile, checkpoints of which the best stays; shards, workdir, model and results in a bucket, which an
+emulator on loopback serves to the real clients. The run gets SIGTERM, then one host is lost (SIGKILL), and it ends on
+another mesh. Its model is exported, draws an image and is scored. After every stage what must hold is checked; a
+failure prints the end of the logs of the processes. `--local` keeps everything on the disk instead.
 """
 
 import argparse
@@ -24,12 +25,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hart_jax.buckets import upload_folder
 from hart_jax.checkpoint import CHECKPOINT_DIR
 from hart_jax.model_folder import write_part
+from hart_jax.paths import as_path, is_remote
 from hart_jax.training.manifest import RUNS_FILE
 from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, SAMPLES_DIR, TIMINGS_FILE
 from hart_jax.training.timings import PROFILE_DIR
 from tests import tiny_qwen2
+from tests.bucket import BUCKET, emulated_bucket
 from tests.evaluation.networks.test_clip import write_published as write_clip
 from tests.tiny import TOKENIZER, tiny_model
 from tests.train_runs import ROOT, loopback_job, make_shards, quick_environment
@@ -132,7 +136,9 @@ class Rehearsal:
             log = self.folder / f"{len(self.jobs):02d}-{Path(command[0]).name}-{len(job.logs)}.log"
             job.logs.append(log)
             with open(log, "wb") as file:
-                environment = {**quick_environment(devices), "HART_CACHE_DIR": str(self.folder / "cache"), **meeting}
+                # Every host has a disk of its own.
+                cache = {"HART_CACHE_DIR": str(self.folder / f"cache-{len(job.logs)}")}
+                environment = {**quick_environment(devices), **cache, **meeting}
                 line = [sys.executable, *command]
                 started = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             job.processes.append(started)
@@ -157,10 +163,12 @@ class Rehearsal:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints."""
+        """Steps of the complete checkpoints; in a bucket, Orbax writes last that one is."""
         folder = self.workdir / CHECKPOINT_DIR
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        steps = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+        if is_remote(folder):
+            steps = [path for path in steps if (path / "commit_success.txt").exists()]
+        return sorted(int(path.name) for path in steps)
 
     # Stages.
 
@@ -172,7 +180,7 @@ class Rehearsal:
         (inputs / "system_prompt.md").write_text(tiny_qwen2.SYSTEM_PROMPT)
         write_clip(inputs / "clip-vit")
         sizes = {"train": IMAGES, "test": 8}
-        train, test = (make_shards(inputs / name, count, seed=count) for name, count in sizes.items())
+        train, test = (self.store_shards(name, count) for name, count in sizes.items())
         changes = {
             "tokenizer": {**TOKENIZER.to_dict(), "patch_nums": TOKENIZER.patch_nums, "channel_multipliers": (1, 1)},
             "transformer": {**model.transformer_config.to_dict(), "patch_nums": TOKENIZER.patch_nums},
@@ -182,7 +190,7 @@ class Rehearsal:
             "loss": {"condition_top_k": 8, "min_kept": 4, "keep_counts": 2},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
             "mesh": {"fsdp": 2},
-            "data": {"train": str(train), "test": str(test)},
+            "data": {"train": train, "test": test},
             "train": {
                 "steps": STEPS,
                 "batch_size": BATCH,
@@ -199,6 +207,13 @@ class Rehearsal:
         recipe = str(ROOT / "configs" / "hart_0p7b_256.py")
         self.config.write_text(CONFIG.format(recipe=recipe, changes=changes))
         self.say("prepared", f"{IMAGES} images with captions, tokenizer, text encoder; all in {self.store}")
+
+    def store_shards(self, name: str, count: int) -> str:
+        local = make_shards(self.folder / "inputs" / name, count, seed=count)
+        if not is_remote(self.store):
+            return str(local)
+        upload_folder(local, self.store / "data" / name)
+        return str(self.store / "data" / name)
 
     def preempted(self) -> None:
         """SIGTERM to one process: both end after the same step, which is saved."""
@@ -323,9 +338,11 @@ def check_image(path: Any, side: int | None = None) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        rehearsal = Rehearsal(Path(name), Path(name) / "store")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", action="store_true", help="On the disk, without a bucket.")
+    local = parser.parse_args().local
+    with tempfile.TemporaryDirectory() as name, contextlib.nullcontext() if local else emulated_bucket():
+        rehearsal = Rehearsal(Path(name), Path(name) / "store" if local else as_path(f"{BUCKET}/rehearsal"))
         try:
             for stage in ("prepare", "preempted", "lost", "ended", "used"):
                 getattr(rehearsal, stage)()
