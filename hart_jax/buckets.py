@@ -60,11 +60,8 @@ def retried(path: str | os.PathLike[str], work: Callable[[], _T]) -> _T:
             if time.monotonic() - start > RETRY_SECONDS:
                 raise UserError(f"{path}: the bucket does not answer ({_line(error)}); try again later") from error
             if wait == _FIRST_WAIT:
-                print(
-                    f"warning: {path}: the bucket does not answer ({_line(error)}); asked again for {RETRY_SECONDS:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                answer = f"the bucket does not answer ({_line(error)}); asked again for {RETRY_SECONDS:.0f} s"
+                print(f"warning: {path}: {answer}", file=sys.stderr, flush=True)
         time.sleep(wait * random.uniform(0.5, 1))
         wait = min(2 * wait, LONGEST_WAIT)
 

@@ -110,7 +110,6 @@ def test_nothing_is_written_to_a_folder_of_the_schemes_name(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-
 def test_the_space_for_staged_shards_is_the_settings(tmp_path):
     script = """
 import runpy, sys
