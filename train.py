@@ -21,10 +21,10 @@ def main() -> None:
     workdir = as_path(_WORKDIR.value, "--workdir")
     if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
-    for name, folders in (("train", experiment.data.train_folders), ("test", experiment.data.test)):
-        if not folders:
-            raise UserError(f"data.{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     read = {"data.train": experiment.data.train_folders, "data.test": (experiment.data.test,)}
+    for name, folders in read.items():
+        if not any(folders):
+            raise UserError(f"{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     shards = [(name, as_path(folder, name)) for name, folders in read.items() for folder in folders]
     # After the checks, so that a wrong setting is reported at once.
     from hart_jax.buckets import check_bucket

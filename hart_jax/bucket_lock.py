@@ -6,7 +6,6 @@ process of this machine, and is none any more, is taken over at once.
 """
 
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 
 from hart_jax.buckets import retried
 from hart_jax.errors import TryLater, UserError
+from hart_jax.files import write_whole
 
 OWNER_FILE = ".owner.json"
 BEAT_SECONDS = 30.0
@@ -37,6 +37,11 @@ def shown(about: Mapping[str, Any]) -> str:
     command = " ".join(about["command"])
     command = command if len(command) <= 200 else f"{command[:200]}..."
     return f"{about['what']} on host {about['host']}, process {about['process']} ({command})"
+
+
+def taken(folder: Path, by: str) -> TryLater:
+    """What a run is told whose folder belongs to another, `by` in words."""
+    return TryLater(f"{folder}: belongs to {by}; wait for it, end it, or give another folder")
 
 
 class BucketLock:
@@ -84,8 +89,7 @@ class BucketLock:
                 raise self._taken(now)
 
     def _taken(self, about: Mapping[str, Any]) -> TryLater:
-        folder = self._path.parent
-        return TryLater(f"{folder}: belongs to {shown(about)}; wait for it, end it, or give another folder")
+        return taken(self._path.parent, shown(about))
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -98,8 +102,7 @@ class BucketLock:
                 self._write()
 
     def _write(self) -> None:
-        text = json.dumps({**self._about, "time": time.time()}) + "\n"
-        retried(self._path, functools.partial(self._path.write_text, text))
+        write_whole(self._path, json.dumps({**self._about, "time": time.time()}) + "\n")
 
     def _read(self) -> dict[str, Any] | None:
         """Who is the owner; None for nobody, or for a file that says nothing."""
@@ -107,7 +110,7 @@ class BucketLock:
             about = json.loads(retried(self._path, self._path.read_text))
             shown(about)
             return about
-        except UserError:
+        except UserError:  # a ValueError too
             raise
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -125,5 +128,6 @@ def _is_dead(about: Mapping[str, Any]) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        return False
+        # Another user's.
+        pass
     return False

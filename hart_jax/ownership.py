@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hart_jax.bucket_lock import OWNER_FILE, BucketLock, owner, shown
+from hart_jax.bucket_lock import OWNER_FILE, BucketLock, owner, shown, taken
 from hart_jax.errors import TryLater, UserError
 from hart_jax.paths import as_path, is_remote
 
@@ -75,11 +75,9 @@ class _Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                taken_by = _read_owner(descriptor)
+                by = _read_owner(descriptor)
                 os.close(descriptor)
-                raise TryLater(
-                    f"{self._path.parent}: belongs to {taken_by}; wait for it, end it, or give another folder"
-                ) from None
+                raise taken(self._path.parent, by) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     os.close(descriptor)
