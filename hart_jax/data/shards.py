@@ -418,7 +418,7 @@ def main() -> None:
             max_aspect=args.max_aspect,
             workers=args.workers,
         )
-        left_out = read_dataset(args.out).get("left_out", 0)
+        left_out = read_dataset(as_path(args.out)).get("left_out", 0)
         print(f"{count} records in {len(open_shards(args.out))} shards in {args.out}; {left_out} images left out")
 
 
