@@ -22,6 +22,11 @@ PROMPTS = ("a 3D render of a red apple", "a flat icon of a dog", "a cartoon of a
 MOVED = {
     "hart_jax.convert": "hart_jax.checkpoints.convert",
 }
+# What results.json says of files, folders and versions, not of images.
+ABOUT = (
+    "checkpoint", "model", "settings", "text_encoder", "reference", "reference_digest", "networks", "weights",
+    "software", "devices",
+)  # fmt: skip
 
 
 def run(*command: str) -> None:
@@ -46,9 +51,18 @@ def pixels(folder: Path) -> dict[str, str]:
 
 
 def records(file: Path) -> list[dict]:
-    """Lines of metrics.jsonl; without what a clock says."""
+    """Lines of metrics.jsonl; without what a clock or a counter of work says."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not any(part in k for part in ("time", "per_s", "flops"))} for line in lines
+    ]
+
+
+def results(content: object) -> object:
+    """Of results.json, without fingerprints, paths and versions."""
+    if not isinstance(content, dict):
+        return content
+    return {key: results(value) for key, value in content.items() if key not in ABOUT}
 
 
 def make_images(folder: Path) -> None:
@@ -110,7 +124,7 @@ def record(out: Path) -> None:
     judge = [f"--reference={out}/shards", f"--efficientnet={wheel}", "--count=32"]
     for what in ("generation", "reconstruction"):
         run("evaluate.py", f"--what={what}", "--config=configs/emoji_hart.py", f"--out={out}/{what}", *judge)
-        found[f"scores of {what}"] = json.loads((out / what / "results.json").read_text())["scores"]
+        found[f"scores of {what}"] = results(json.loads((out / what / "results.json").read_text()))
     (out / "record.json").write_text(json.dumps(found, indent=1))
 
 
