@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hart_jax import caches
+from hart_jax.convert.tensor_files import open_tensors
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import read_experiment
 from hart_jax.files import check_can_write, check_readable, whole_file, write_whole
@@ -102,6 +103,16 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     with pytest.raises(NotADirectoryError, match="file"):
         check_can_write(tmp_path / "file" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "model.safetensors").write_text("x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Permission denied\)"):
+        open_tensors(tmp_path / "model.safetensors")
 
 
 def test_files_that_do_not_hold_what_they_should(tmp_path):

@@ -68,6 +68,7 @@ def broken_model(folder: Path, target: Path, part: str, **changes) -> Path:
 def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     """Case -> flags (config included), and what the message must name."""
     config, prompt = f"--config={folder / 'tiny.py'}", "--prompt=a red apple"
+    classes = [f"--config.transformer.{name}" for name in ("num_classes=3", "context_tokens=1", "disable_aln=False")]
     other = broken_model(folder, tmp_path / "other", "transformer", norm_eps=1e-5)
     misfit = broken_model(folder, tmp_path / "misfit", "transformer", heads=4)
     truncated = tmp_path / "truncated"
@@ -90,6 +91,10 @@ def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str
         "top_k over V": ([config, prompt, "--top_k=17"], "16 codes"),
         "top_p": ([config, prompt, "--top_p=0"], "top_p"),
         "temperature": ([config, prompt, "--temperature=0"], "temperature"),
+        "iterations": ([config, prompt, "--masked_iterations=65"], "masked_iterations=65"),
+        "a label that is a digit of no number": ([config, *classes, "--labels=\u00b2"], "--labels=\u00b2"),
+        "a label in other digits": ([config, *classes, "--labels=\u0661"], "--labels=\u0661"),
+        "a label beyond the classes": ([config, *classes, "--labels=3"], "--labels=3"),
         "number of images": ([config, prompt, "--num_images=0"], "num_images"),
         "patch_nums": ([config, prompt, "--config.tokenizer.patch_nums=(1, 2, 5)"], "patch_nums"),
         "missing checkpoint": ([config, prompt, "--checkpoint=nowhere"], "nowhere"),
@@ -108,6 +113,33 @@ def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str
         "missing prompt filter": ([config, prompt, f"--prompt_filter={tmp_path / 'none'}"], "none/config.json"),
         "file in the way": ([config, prompt, f"--out={tmp_path / 'taken.png'}"], "taken.png"),
     }
+
+
+COUNTED = """
+from absl import flags
+import hart_jax.text.prompt_filter
+import sample
+
+class Counted(str):
+    looked_up = 0
+
+    def __hash__(self):
+        Counted.looked_up += 1
+        return super().__hash__()
+
+hart_jax.text.prompt_filter.load_prompt_filter = lambda *_: lambda prompt: prompt != "7"
+flags.FLAGS(["sample.py", "--prompt_filter=x"])
+kept = sample.allowed([(Counted(number), 0) for number in range(200)])
+print(len(kept), Counted.looked_up)
+"""
+
+
+def test_filtering_many_prompts_looks_each_up_a_few_times():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", COUNTED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kept, looked_up = map(int, run.stdout.split())
+    assert kept == 199 and looked_up <= 4 * 200
 
 
 def test_wrong_inputs_end_with_one_clear_error_and_nothing_written(folder, tmp_path):

@@ -23,7 +23,6 @@ def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     Tensors are read one at a time as they are asked for, so that no second copy of a model lies in memory. Floating
     ones of torch.save come as float32.
 
-    Raises:
     A prefix that a wrapper in training has put before every name (`module.`, `_orig_mod.`) is left out.
 
     Raises:

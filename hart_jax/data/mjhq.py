@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from hart_jax.buckets import local_copy
+from hart_jax.classes import normalized
 from hart_jax.errors import UserError
 
 CAPTION_FILE = "meta_data.json"
@@ -96,8 +97,11 @@ def read_folder(folder: str | Path) -> list[Example]:
         category, captions = _checked_entry(folder, name, entry)
         attributes = {key: text for key, text in entry.items() if key not in _NAMES and isinstance(text, str)}
         if category not in files:
-            files[category] = _image_files(folder / category)
-        found = files[category].get(name) or zipped().get((category, name), [])
+            files[category] = _image_files(_category_folder(folder, category))
+        found = files[category].get(normalized(name)) or zipped().get((normalized(category), normalized(name)), [])
+        if len(found) > 1:
+            # Names that differ in their Unicode form alone are told apart where they can be.
+            found = [place for place in found if place[0].stem == name] or found
         if not found:
             raise UserError(
                 f"{folder / category} has no image {name} ({', '.join(IMAGE_SUFFIXES)}), nor has a zip file in "
@@ -113,8 +117,16 @@ def read_folder(folder: str | Path) -> list[Example]:
     return examples
 
 
+def _category_folder(folder: Path, category: str) -> Path:
+    """Where the category's image files lie: a folder of its name, be it written in another Unicode form."""
+    exact = folder / category
+    if category.isascii() or exact.is_dir():
+        return exact
+    return next((path for path in sorted(folder.iterdir()) if normalized(path.name) == normalized(category)), exact)
+
+
 def _image_files(folder: Path) -> dict[str, list[_Place]]:
-    """Stem -> where the image files of a folder are that have it."""
+    """Stem, normalized -> where the image files of a folder are that have it."""
     found: dict[str, list[_Place]] = {}
     try:
         paths = sorted(folder.glob("*"))
@@ -122,12 +134,12 @@ def _image_files(folder: Path) -> dict[str, list[_Place]]:
         raise UserError(f"folder {folder} cannot be read ({error.strerror})") from error
     for path in paths:
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(path.stem, []).append((path, None, ""))
+            found.setdefault(normalized(path.stem), []).append((path, None, ""))
     return found
 
 
 def _zipped_images(folder: Path) -> dict[tuple[str, str], list[_Place]]:
-    """(category, id) -> where it is, of the images in the zip files of a folder."""
+    """(category, id), normalized -> where it is, of the images in the zip files of a folder."""
     images: dict[tuple[str, str], list[_Place]] = {}
     for archive in sorted(folder.glob("*.zip")):
         try:
@@ -139,7 +151,8 @@ def _zipped_images(folder: Path) -> dict[tuple[str, str], list[_Place]]:
             # Archives made on a Mac hold a second tree of the same names.
             if path.suffix.lower() in IMAGE_SUFFIXES and "__MACOSX" not in path.parts:
                 place = archive / name.lstrip("/"), archive, name
-                images.setdefault((path.parent.name, path.stem), []).append(place)
+                names_of_it = normalized(path.parent.name), normalized(path.stem)
+                images.setdefault(names_of_it, []).append(place)
     return images
 
 

@@ -1,6 +1,7 @@
 """The folder layout and its errors."""
 
 import json
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -115,6 +116,33 @@ def test_an_image_that_is_there_twice(folder: Path):
         archive.writestr("again/food/pic003.jpg", b"")
     with pytest.raises(UserError, match=r"'pic003' .*mjhq30k_imgs\.zip/food/pic003\.png and .*more\.zip/again"):
         read_folder(folder)
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_names_in_another_unicode_form_are_found(folder: Path, listed: str, stored: str, packed: bool):
+    """A Mac writes é as two characters into the names of files, where a caption file has one."""
+    category, name = "pâté", "café"
+    place = folder / unicodedata.normalize(stored, category) / unicodedata.normalize(stored, f"{name}.png")
+    place.parent.mkdir()
+    place.write_bytes(b"an image")
+    entries = json.loads((folder / "meta_data.json").read_text())
+    category, name = (unicodedata.normalize(listed, text) for text in (category, name))
+    entries[name] = {"category": category, "prompt": "a café"}
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    (example,) = (one for one in read_folder(zipped(folder) if packed else folder) if one.id == name)
+    assert (example.read(), example.category) == (b"an image", category)
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_told_apart(folder: Path):
+    entries = json.loads((folder / "meta_data.json").read_text())
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "café")
+        entries[name] = {"category": "food", "prompt": "a café"}
+        (folder / "food" / f"{name}.png").write_bytes(form.encode())
+    (folder / "meta_data.json").write_text(json.dumps(entries))
+    found = {example.id: example.read().decode() for example in read_folder(folder) if "caf" in example.id}
+    assert found == {unicodedata.normalize(form, "café"): form for form in ("NFC", "NFD")}
 
 
 @pytest.mark.parametrize("name", ["/food/pic003.png", "./food/pic003.png", "../../food/pic003.png"])

@@ -117,6 +117,21 @@ def test_an_image_of_a_zip_file_that_cannot_be_read_is_named(tmp_path):
         rows_of(pictures, 0, mean_colour(), tmp_path / "kept")
 
 
+def test_a_zip_file_is_opened_once_for_all_its_images(tmp_path, monkeypatch):
+    entries = {}
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in sorted(EMOJI.glob("*/*.png"))[:5]:
+            archive.write(file, f"{file.parent.name}/{file.name}")
+            entries[file.stem] = {"category": file.parent.name, "prompt": "a thing"}
+    (tmp_path / "meta_data.json").write_text(json.dumps(entries))
+    opened, open_zip = [], zipfile.ZipFile.__init__
+    monkeypatch.setattr(
+        zipfile.ZipFile, "__init__", lambda self, *given, **more: opened.append(given) or open_zip(self, *given, **more)
+    )
+    pictures = open_pictures(tmp_path)
+    assert [len(pictures.read(index)) > 0 for index in range(5)] == [True] * 5 and len(opened) == 1
+
+
 def test_shards_without_their_checksums_are_refused(tmp_path, shards):
     shutil.copytree(shards, tmp_path / "copy")
     (tmp_path / "copy" / "SHA256SUMS").unlink()
