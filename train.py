@@ -8,7 +8,7 @@ from absl import flags
 from hart_jax import flags as hart_flags
 from hart_jax.errors import UserError, run_cli
 from hart_jax.experiment import HartExperiment
-from hart_jax.paths import as_path, is_remote
+from hart_jax.paths import as_path, check_no_pattern, is_remote
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -19,6 +19,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
     workdir = as_path(_WORKDIR.value, "--workdir")
+    check_no_pattern(workdir, "--workdir")
     if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
     read = {"data.train": experiment.data.train_folders, "data.test": (experiment.data.test,)}

@@ -125,7 +125,7 @@ def _is_dead(about: Mapping[str, Any]) -> bool:
         return True
     try:
         os.kill(about["process"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except OSError:
         # Another user's.

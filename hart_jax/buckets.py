@@ -5,6 +5,7 @@ not, so what marks one as complete is uploaded last.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -28,6 +29,8 @@ LONGEST_WAIT = 20.0
 _FIRST_WAIT = 1.0
 # Read at a time; what is lost at most where a download is cut.
 PIECE = 64 << 20
+# What `flock` says where a file system has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _T = TypeVar("_T")
 
 
@@ -84,7 +87,7 @@ def check_bucket(path: Path, setting: str, write: bool = False) -> None:
             retried(name, functools.partial(files.pipe_file, probe, b"may write"))
             retried(name, functools.partial(_remove, probe))
     except FileNotFoundError:
-        raise UserError(f"{name}: there is no bucket {bucket}; make it, or mend the name") from None
+        raise _no_bucket(path, name) from None
 
 
 def local_copy(source: str | os.PathLike[str], setting: str = "") -> Path:
@@ -148,8 +151,13 @@ def object_sizes(folder: Path) -> dict[str, int]:
 
 
 def upload(source: Path, target: Path) -> None:
-    """Copies a file to an object, whole."""
-    retried(target, functools.partial(file_system().put_file, str(source), os.fspath(target)))
+    """Copies a file to an object, whole; `UserError` if there is no such bucket, or as `retried`."""
+    try:
+        retried(target, functools.partial(file_system().put_file, str(source), os.fspath(target)))
+    except FileNotFoundError:
+        if not source.exists():
+            raise
+        raise _no_bucket(target) from None
 
 
 def upload_folder(source: Path, target: Path, last: Callable[[Path], bool] = lambda _: False) -> None:
@@ -161,11 +169,22 @@ def upload_folder(source: Path, target: Path, last: Callable[[Path], bool] = lam
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time do what follows."""
+    """Lets one process of this machine at a time do what follows; a file system without locks is a warning."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            reason = f"the cache folder's file system has no locks ({error.strerror})"
+            _warn_without_locks(f"{reason}; set HART_CACHE_DIR to a local disk")
         yield
+
+
+@functools.cache
+def _warn_without_locks(reason: str) -> None:
+    print(f"warning: {reason}", file=sys.stderr)
 
 
 def _copy_object(source: str, target: Path, about: dict[str, Any]) -> None:
@@ -196,6 +215,11 @@ def _differs(file: Path, about: dict[str, Any]) -> bool:
 
 def _version(about: dict[str, Any]) -> str:
     return str(next((about[name] for name in ("md5Hash", "generation", "etag", "updated") if about.get(name)), ""))
+
+
+def _no_bucket(path: Path, name: str = "") -> UserError:
+    bucket = os.fspath(path).removeprefix(GS).partition("/")[0]
+    return UserError(f"{name or path}: there is no bucket {bucket}; make it, or mend the name")
 
 
 def _remove(path: str) -> None:

@@ -17,6 +17,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 from hart_jax.errors import UserError
 from hart_jax.files import write_whole
 from hart_jax.parallel.agree import gather_texts
-from hart_jax.paths import absolute, as_path, is_remote
+from hart_jax.paths import absolute, as_path, check_no_pattern, is_remote
 from hart_jax.restoring import (
     check_field,
     check_items,
@@ -72,7 +73,8 @@ class Checkpoints:
       defaults: a whole configuration, of whose settings a run has those that its own, of an older version, lacks.
 
     Raises:
-      UserError: `workdir` holds checkpoints of another configuration, or a setting is out of range.
+      UserError: `workdir` holds checkpoints of another configuration or has * ? [ in its path, or a setting is out of
+        range.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Checkpoints:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         self.save_every, self._keep_best = save_every, keep_best
         workdir = absolute(as_path(workdir))
+        check_no_pattern(workdir, "workdir")
         directory = workdir / CHECKPOINT_DIR
         check_workdir(workdir, config, may_change, defaults)
         _write_config(workdir, config)
@@ -316,7 +319,7 @@ def _complete_steps(directory: Path) -> list[int]:
     """Steps under their final name, latest first; Orbax gives that name to complete checkpoints only."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    found = [path for path in directory.iterdir() if re.fullmatch("[0-9]+", path.name)]
     if is_remote(directory):
         # There nothing is renamed: a file that is written last says so.
         found = [path for path in found if (path / _COMMITTED).exists()]

@@ -315,7 +315,7 @@ class DataConfig(Settings):
                 check_path(folder, f"data.{name}")
         for name in ("workers", "max_bad_records"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must be 0 or more")
-        _require(self.stage_gib > 0, f"data.stage_gib={self.stage_gib}: must be above 0")
+        _require(0 < self.stage_gib <= 2**30, f"data.stage_gib={self.stage_gib}: must be above 0, and 2**30 at most")
         both = f"data.sources={self.sources} and data.train={self.train!r}: give one of them, set the other to empty"
         _require(not (self.sources and self.train), both)
         weights = f"data.weights={self.weights}: needs one above 0 for each of the {len(self.sources)} data.sources"

@@ -5,7 +5,6 @@ lock back when the process ends, however it ends, so that a file which is left b
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -14,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hart_jax.bucket_lock import OWNER_FILE, BucketLock, owner, shown, taken
+from hart_jax.buckets import NO_LOCKS
 from hart_jax.errors import TryLater, UserError
 from hart_jax.paths import as_path, is_remote
 
-# What `flock` says where a file system has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # Of a refusal, as one process tells it to the others.
 _MESSAGE_BYTES = 2048
 
@@ -79,7 +77,7 @@ class _Lock:
                 os.close(descriptor)
                 raise taken(self._path.parent, by) from None
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     os.close(descriptor)
                     raise
                 print(

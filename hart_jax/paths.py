@@ -5,6 +5,7 @@
 `hart_jax.buckets.local_copy` of it.
 """
 
+import glob
 import importlib.util
 import os
 import re
@@ -16,6 +17,8 @@ from hart_jax.errors import UserError
 GS = "gs://"
 # One letter is a drive's, not a scheme's; pathlib makes one slash of two.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+# What clients of a bucket read as patterns, or as the end of the name; Google advises against them.
+_NOT_IN_BUCKETS = re.compile(r"[*?\[#]")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -31,7 +34,7 @@ def as_path(text: str | os.PathLike[str], setting: str = "") -> Path:
       setting: what gave it ("--workdir"), for messages.
 
     Raises:
-      UserError: of another scheme than gs://, without a bucket, or where gcsfs is not installed.
+      UserError: of another scheme than gs://, without a bucket, with * ? [ # in one, or where gcsfs is not installed.
     """
     text = os.fspath(text)
     check_path(text, setting)
@@ -44,7 +47,7 @@ def as_path(text: str | os.PathLike[str], setting: str = "") -> Path:
 
 
 def check_path(text: str | os.PathLike[str], setting: str = "") -> None:
-    """Raises `UserError` for a path of another scheme than gs://, or without a bucket."""
+    """Raises `UserError` for a path of another scheme than gs://, or without a bucket, or with * ? [ # in one."""
     text = os.fspath(text)
     scheme = _SCHEME.match(text)
     name = f"{setting}={text}" if setting else text
@@ -52,6 +55,19 @@ def check_path(text: str | os.PathLike[str], setting: str = "") -> None:
         raise UserError(f"{name}: there is no storage {scheme[1]}: here; give a local path or gs://bucket/folder")
     if scheme and (not text.removeprefix(GS).strip("/") or text.startswith(GS + "/")):
         raise UserError(f"{name}: names no bucket; give gs://bucket/folder")
+    if scheme and (found := _NOT_IN_BUCKETS.search(text)):
+        raise UserError(f"{name}: a path in a bucket cannot have {found[0]} in it; give another name")
+
+
+def check_no_pattern(path: Path, setting: str) -> None:
+    """Raises `UserError` where a path, from the root on, looks like a pattern of names: with * ? [ in it.
+
+    Orbax would look for what it has just written by that pattern, not find it, and call the checkpoint complete.
+    """
+    if glob.has_magic(os.fspath(absolute(path))):
+        raise UserError(
+            f"{setting}={absolute(path)}: checkpoints cannot be kept below a name with *, ? or [; rename it"
+        )
 
 
 def local_only(text: str | os.PathLike[str], setting: str = "") -> Path:

@@ -132,7 +132,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """What an error says, in one line."""
+    # TensorStore appends its whole specification to what it has to say.
+    line = next(iter(str(error).splitlines()), "").partition(" [tensorstore_spec")[0]
+    return line or type(error).__name__
 
 
 def _of_json(data_iterator: Any, log: Any) -> dict[str, str]:

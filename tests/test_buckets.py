@@ -1,5 +1,6 @@
 """Shards, models, logs and results in a bucket: an emulator on loopback, the real clients."""
 
+import errno
 import http.server
 import json
 import os
@@ -164,6 +165,48 @@ def test_a_bucket_that_is_missing_or_closed_is_one_sentence(emulator, monkeypatc
             local_copy(f"{BUCKET}/models")
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder, local: upload_folder(local, folder),
+        lambda folder, local: write_whole(folder / "note.txt", "hello"),
+        lambda folder, local: write_shards(local.parent / "source", folder),
+        lambda folder, local: save_png(folder / "x.png", np.zeros((2, 2, 3), np.uint8), {}),
+    ],
+)
+def test_what_goes_to_a_bucket_that_is_missing_is_one_sentence(shards, write):
+    with pytest.raises(UserError, match=r"gs://nowhere/out/\S+: there is no bucket nowhere; make it"):
+        write(as_path("gs://nowhere/out"), shards[0])
+
+
+def test_copies_are_made_where_there_are_no_locks(shards, monkeypatch, capsys):
+    local, remote = shards
+
+    def flock(*_) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(buckets.fcntl, "flock", flock)
+    buckets._warn_without_locks.cache_clear()
+    ours, theirs = RecordSource(remote), RecordSource(local)
+    assert [ours[index] for index in (0, 13)] == [theirs[index] for index in (0, 13)]
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_a_copy_that_makes_room_before_it_is_opened_is_made_again(shards, monkeypatch):
+    local, remote = shards
+    stage, made = staging.staged, []
+
+    def removed_once(shard, limit):
+        made.append(stage(shard, limit))
+        if len(made) == 1:
+            made[0].unlink()
+        return made[-1]
+
+    monkeypatch.setattr(staging, "staged", removed_once)
+    assert RecordSource(remote)[0] == RecordSource(local)[0]
+    assert len(made) == 2
+
+
 def test_a_bucket_that_stays_away_is_one_sentence(emulator, monkeypatch):
     monkeypatch.setattr(buckets, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(buckets.time, "sleep", lambda seconds: None)
@@ -191,7 +234,7 @@ def test_a_folder_in_the_bucket_has_one_owner(emulator, monkeypatch):
         assert json.loads(file.read_text())["what"] == "ours"
     assert not file.exists()
     # Of a process that has ended here, or of another machine that writes no more.
-    for left in ({"process": 2**22 + 1}, {"host": "another"}):
+    for left in ({"process": 2**22 + 1}, {"process": 2**99}, {"host": "another"}):
         file.write_text(json.dumps({**about, **left, "time": 0}))
         with owned(folder, "ours"):
             assert json.loads(file.read_text())["what"] == "ours"

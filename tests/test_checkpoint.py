@@ -180,6 +180,22 @@ def test_restores_onto_a_sharding(tmp_path):
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
 
 
+@pytest.mark.parametrize("name", ["lr[1]", "a*", "a?"])
+def test_a_workdir_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    """Orbax calls what it saves there complete, and cannot read it."""
+    with pytest.raises(UserError, match=r"checkpoints cannot be kept below a name with \*, \? or \["):
+        Checkpoints(tmp_path / name / "run", CONFIG)
+    assert not (tmp_path / name).exists()
+
+
+def test_folders_that_are_no_steps_are_no_checkpoints(tmp_path):
+    save_steps(tmp_path, range(1, 3))
+    for name in ("²", "x", "3.unreadable"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        assert checkpoints.restore(make_state())[0] == 2
+
+
 @pytest.mark.parametrize("how", ["truncated", "metadata lost", "state lost", "empty"])
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
     save_steps(tmp_path, range(1, 4))
@@ -189,7 +205,8 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
         step, restored, _ = checkpoints.restore(make_state())
         assert (step, bits(restored)) == (2, bits(make_state(2)))
         assert checkpoints.save(3, make_state(3))
-    assert "checkpoints/3 cannot be read" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "checkpoints/3 cannot be read" in out and "tensorstore_spec" not in out
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore(make_state())[0] == 3
     assert (tmp_path / "checkpoints" / "3.unreadable").exists()

@@ -136,6 +136,7 @@ def test_wrong_types(kind, name, value, expected):
         (OptimizerConfig, {"ema_decay": 1.0}, "ema_decay"),
         (DataConfig, {"workers": -1}, "data.workers"),
         (DataConfig, {"max_bad_records": -1}, "data.max_bad_records"),
+        (DataConfig, {"stage_gib": 1e308}, "data.stage_gib"),
         (DataConfig, {"train": "a", "sources": ("b",)}, "data.sources"),
         (DataConfig, {"train": "a", "weights": (1.0,)}, "data.weights"),
         (DataConfig, {"sources": ("a", "b"), "weights": (1.0,)}, "data.weights"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hart_jax.caches import cache_folder
 from hart_jax.config import DataConfig, TokenizerLossConfig
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import open_shards, write_shards
@@ -44,6 +45,13 @@ def test_an_unknown_scheme_is_named_with_its_setting(text):
 def test_a_bucket_has_a_name(text):
     with pytest.raises(UserError, match="names no bucket"):
         as_path(text)
+
+
+@pytest.mark.parametrize("name", ["w#1", "w[1]", "w*", "w?x=1"])
+def test_what_a_bucket_takes_for_a_pattern_is_refused(name):
+    with pytest.raises(UserError, match=r"--out=gs://bucket/.* cannot have . in it; give another name"):
+        as_path(f"gs://bucket/{name}/run", "--out")
+    assert as_path(f"runs/{name}") == Path(f"runs/{name}")
 
 
 def test_without_gcsfs_the_extra_is_named(monkeypatch):
@@ -108,6 +116,14 @@ def test_nothing_is_written_to_a_folder_of_the_schemes_name(tmp_path, monkeypatc
     with pytest.raises(UserError, match="there is no storage"):
         write_folder(as_path("s3://b/x"), lambda folder: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_cache_folder_is_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HART_CACHE_DIR", "gs://bucket/cache")
+    with pytest.raises(UserError, match="HART_CACHE_DIR=gs://bucket/cache: cannot be in a bucket"):
+        cache_folder()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_space_for_staged_shards_is_the_settings(tmp_path):

@@ -133,6 +133,11 @@ def test_workdir_that_is_a_file(tmp_path, config):
     assert "is a file" in refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run'}")
 
 
+def test_workdir_that_checkpoints_cannot_be_kept_in(tmp_path, config):
+    error = refused(tmp_path, f"--config={config}", f"--workdir={tmp_path / 'run[1]'}")
+    assert "--workdir=" in error and "run[1]: checkpoints cannot be kept" in error
+
+
 def test_workdir_of_another_config(tmp_path, config):
     workdir = tmp_path / "run"
     (workdir / CHECKPOINT_DIR / "4").mkdir(parents=True)

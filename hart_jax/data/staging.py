@@ -86,7 +86,14 @@ class StagedRecords:
 
     def __getitem__(self, index: int) -> bytes:
         number = bisect_right(self._starts, index) - 1
-        return self._reader(number).read([index - self._starts[number]])[0]
+        while True:
+            path, reader = self._reader(number)
+            try:
+                return reader.read([index - self._starts[number]])[0]
+            except RuntimeError:
+                # A reader opens its file on reading; another process may have made room by it before.
+                if path.exists() or not is_remote(self._shards[number].path):
+                    raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_readers")}
@@ -99,11 +106,11 @@ class StagedRecords:
         self._lock = threading.Lock()
         self._readers: dict[int, tuple[Path, ArrayRecordReader]] = {}
 
-    def _reader(self, number: int) -> ArrayRecordReader:
+    def _reader(self, number: int) -> tuple[Path, ArrayRecordReader]:
         path, reader = self._readers.get(number, (None, None))
         # Another process may have made room by it; what is open would still take its room.
         if path is not None and path.exists():
-            return reader
+            return path, reader
         with self._lock:
             path, reader = self._readers.pop(number, (None, None))
             if path is None or not path.exists():
@@ -112,7 +119,7 @@ class StagedRecords:
                 reader = ArrayRecordReader(str(path), "readahead_buffer_size:0", file_reader_buffer_size=32768)
                 self._readers = {key: found for key, found in self._readers.items() if found[0].exists()}
             self._readers[number] = path, reader
-            return reader
+            return path, reader
 
 
 def staged(shard: Shard, limit: int) -> Path:

@@ -264,7 +264,7 @@ def main() -> None:
     sampling, wanted = _WHAT.value == "sample", _BATCH_SIZE.value
     if wanted != "0" and not sampling:
         raise UserError(f"--batch_size={wanted}: is of --what=sample; training has --config.train.batch_size")
-    if wanted != "fit" and not wanted.isdigit():
+    if wanted != "fit" and not re.fullmatch("[0-9]{1,9}", wanted):
         raise UserError(f"--batch_size={wanted}: give a number of pictures, 0, or fit")
     text = read_text_config(experiment, _TEXT_ENCODER.value)
     if text is None and experiment.text_encoder and not experiment.transformer.num_classes:

@@ -34,14 +34,14 @@ def read_topology(name: str) -> Topology:
     """
     count, times, one = name.rpartition("*")
     kind, _, shape = one.partition(":")
-    if times and re.fullmatch(r"[1-9]\d*", count) is None:
+    if times and re.fullmatch("[1-9][0-9]*", count) is None:
         raise UserError(f"--topology={name}: {count!r} is no number of slices; write {_FORMS}")
     slices = int(count or 1)
     if kind not in CHIPS:
         raise UserError(f"--topology={name}: unknown kind {kind!r}; kinds are {', '.join(CHIPS)}, written as {_FORMS}")
     gpu = kind.startswith("h")
     sides = 2 if gpu else 3
-    if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{0,{sides - 1}}}", shape) is None:
+    if re.fullmatch(rf"[1-9][0-9]*(x[1-9][0-9]*){{0,{sides - 1}}}", shape) is None:
         raise UserError(f"--topology={name}: {shape!r} is no shape of {kind}; write {_FORMS}")
     hosts, _, each = shape.rpartition("x")
     try:

@@ -155,6 +155,8 @@ def test_too_big_says_by_how_much_where_the_compiler_does():
         ("two*v5e:2x2", "'two' is no number of slices"),
         ("0*v5e:2x2", "'0' is no number of slices"),
         ("*v5e:2x2", "'' is no number of slices"),
+        ("1٣*v5e:2x2", "'1٣' is no number of slices"),
+        ("v5e:2x1٣", "'2x1٣' is no shape"),
     ],
 )
 def test_topologies_that_are_written_wrongly(topology, message):
@@ -248,6 +250,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--batch_size=4"], "is of --what=sample"),
         (["--config=configs/emoji_hart.py", "--what=dream"], "dream"),
         (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--what=sample", "--batch_size=all"], "0, or fit"),
+        (["--config=configs/emoji_hart.py", "--topology=v5e:2x2", "--what=sample", "--batch_size=²"], "0, or fit"),
     ],
 )
 def test_wrong_command_lines_end_before_compiling(arguments, message):
