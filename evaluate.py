@@ -14,9 +14,9 @@ import sys
 from absl import flags
 
 from hart_jax import flags as hart_flags
+from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment
-from hart_jax.paths import as_path
+from hart_jax.io.paths import as_path
 
 _WHAT = flags.DEFINE_enum("what", None, ("reconstruction", "generation", "pictures"), "What is judged.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Real pictures: shards or a folder; else the config's test shards.")
@@ -62,7 +62,7 @@ def main() -> None:
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax.evaluation.run import Request, evaluate
     from hart_jax.parallel.launch import join_processes
-    from hart_jax.sampling import use_compilation_cache
+    from hart_jax.sampling.pipeline import use_compilation_cache
 
     join_processes()
     # JAX leaves it to a service that only training asks.

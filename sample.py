@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from hart_jax import flags as hart_flags
+from hart_jax.config import WEIGHTS, HartExperiment, SampleConfig
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import WEIGHTS, HartExperiment, SampleConfig
-from hart_jax.paths import as_path
+from hart_jax.io.paths import as_path
 
 if TYPE_CHECKING:
-    from hart_jax.sampling import Asked
+    from hart_jax.sampling.pipeline import Asked
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -119,41 +119,41 @@ def main() -> None:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")
     # After the checks, so that a wrong flag is reported at once.
-    from hart_jax import drawing
     from hart_jax.parallel.launch import check_devices
-    from hart_jax.sampling import Asked, check_text, use_compilation_cache
+    from hart_jax.sampling import output
+    from hart_jax.sampling.pipeline import Asked, check_text, use_compilation_cache
 
-    drawing.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
+    output.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
     check_text(_TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     kept = allowed(given)
     asked = [Asked(wish, seed, index) for wish, seed in kept for index in range(_NUM_IMAGES.value)]
     if asked:
         check_devices()
         use_compilation_cache()
-        with drawing.owned_out(out):
+        with output.owned_out(out):
             print(draw(experiment, chosen, asked, out))
     sys.exit(3 if len(kept) < len(given) else 0)
 
 
 def draw(experiment: HartExperiment, chosen: SampleConfig, asked: "list[Asked]", out: Path) -> Path:
     """Draws the images; gives the path of their grid, of the only one, or of their folder."""
-    from hart_jax import drawing
-    from hart_jax.sampling import Painter, check_model, load_model, text_source
+    from hart_jax.sampling import output
+    from hart_jax.sampling.pipeline import Painter, check_model, load_model, text_source
 
     source = _CHECKPOINT.value or experiment.model
     model = load_model(source, cache=_CACHE.value)
     check_model(model, experiment, source)
     text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     # A single image has no record of its run.
-    about = drawing.identity(model, chosen, text) if len(asked) > 1 or _RESUME.value else {}
+    about = output.identity(model, chosen, text) if len(asked) > 1 or _RESUME.value else {}
     painter = Painter(model, chosen, *text, mesh=experiment.mesh)
     # The painter has its own copy.
     del model
     size_of = functools.partial(painter.batch_size, len(asked))
-    album = drawing.open_album(out, asked, about, _BATCH_SIZE.value, size_of, _RESUME.value)
+    album = output.open_album(out, asked, about, _BATCH_SIZE.value, size_of, _RESUME.value)
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": str(source), "settings": json.dumps(chosen.to_dict())}
-    drawing.draw(painter, album, asked, kind, common)
+    output.draw(painter, album, asked, kind, common)
     return album.grid or (album.paths[0] if len(album.paths) == 1 else out)
 
 

@@ -6,9 +6,9 @@ Any setting can be changed on the command line (--config.train.steps=100). Runni
 from absl import flags
 
 from hart_jax import flags as hart_flags
+from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment
-from hart_jax.paths import as_path, check_no_pattern, is_remote
+from hart_jax.io.paths import as_path, check_no_pattern, is_remote
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
 
@@ -28,13 +28,13 @@ def main() -> None:
             raise UserError(f"{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     shards = [(name, as_path(folder, name)) for name, folders in read.items() for folder in folders]
     # After the checks, so that a wrong setting is reported at once.
-    from hart_jax.buckets import check_bucket
     from hart_jax.data.staging import stage_at_most
-    from hart_jax.ownership import owned
+    from hart_jax.io.buckets import check_bucket
+    from hart_jax.io.local_side import scratch_folder
+    from hart_jax.io.ownership import owned
     from hart_jax.parallel.launch import join_processes
     from hart_jax.parallel.mesh import Placement
     from hart_jax.training.hart_task import HartTask
-    from hart_jax.training.local_side import scratch_folder
     from hart_jax.training.loop import Task, run
     from hart_jax.training.tokenizer_task import TokenizerTask
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from hart_jax.config import ATTENTION
 from hart_jax.errors import UserError, run_cli
-from hart_jax.training.flops import peak_flops
+from hart_jax.nn.flop_counter import peak_flops
 from pallas_kernels.attention import attention, tokamax
 from pallas_kernels.attention.conformance import Case, errors, gradients
 from pallas_kernels.attention.mask import Layout, row_ends

@@ -47,7 +47,7 @@ def compiled(
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from hart_jax.parallel.topology import read_topology
+    from hart_jax.planning.topology import read_topology
     from pallas_kernels.attention import attention
     from pallas_kernels.attention.shapes import SHAPES
 

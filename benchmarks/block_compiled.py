@@ -12,11 +12,10 @@ import argparse
 import re
 from typing import Any
 
-from hart_jax.config import TransformerConfig
+from hart_jax.config import HartExperiment, TransformerConfig, read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment, read_experiment
 from hart_jax.parallel.chips import Chip
-from hart_jax.parallel.hlo import Kernel, kernels_of
+from hart_jax.planning.hlo import Kernel, kernels_of
 
 
 def block_programs(
@@ -28,7 +27,7 @@ def block_programs(
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    from hart_jax.parallel.topology import read_topology
+    from hart_jax.planning.topology import read_topology
     from hart_jax.transformer.attention import scale_causal_segments
     from hart_jax.transformer.block import Block
 

@@ -4,7 +4,7 @@ Both read the same 1024 px files from disk and give uint8 batches of 256 px, res
 4 x 4 pixels). They alternate in one run, each time with new workers, whose start is not counted; rates are medians.
 
 `--cores` measures what one core gives instead, at 256, 512 and 1024 px: images per second of processor time, which
-other work on the machine does not change much. `hart_jax.parallel.plans.DECODED_BY_CORE` has it.
+other work on the machine does not change much. `hart_jax.planning.plans.DECODED_BY_CORE` has it.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from typing import Any
 
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.chips import CHIPS, GiB
-from hart_jax.parallel.plans import Plan
+from hart_jax.planning.plans import Plan
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
@@ -57,7 +57,7 @@ def compile_one(size: int, topology: str, batch: int) -> Plan:
     command = [
         sys.executable,
         "-m",
-        "hart_jax.parallel.plan",
+        "hart_jax.planning.plan",
         f"--config=configs/hart_0p7b_{size}.py",
         f"--topology={topology}",
         f"--config.train.batch_size={batch}",

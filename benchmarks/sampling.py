@@ -5,7 +5,7 @@
 
 With --config the weights are random, for times do not depend on them; prompts' states are random and already there.
 The limit is the rate of a large matrix product, measured in the same run, alternating with the sampler (with --torch,
-PyTorch's as well). FLOPs are those of `hart_jax.evaluation.work` less what the sampler saves of them. --parts runs
+PyTorch's as well). FLOPs are those of `hart_jax.planning.cost_model` less what the sampler saves of them. --parts runs
 layer by layer, as a CPU draws from large models, and waits after every stage.
 """
 
@@ -21,19 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import DTYPES
+from hart_jax.checkpoints.model_folder import Model, abstract_tokenizer, abstract_transformer
+from hart_jax.config import DTYPES, HartExperiment, read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.evaluation import work
-from hart_jax.experiment import HartExperiment, read_experiment
-from hart_jax.generate import make_layered_sampler, make_sampler, narrowed, split_layers
-from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer
-from hart_jax.sampling import draws_by_layers, load_model
+from hart_jax.planning import cost_model
+from hart_jax.sampling.pipeline import draws_by_layers, load_model
+from hart_jax.sampling.sampler import make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
 
 MATRIX = 2048
-BLOCKS = (work.QKV, work.OUT, work.MLP, work.ADALN, work.ATTENTION)
+BLOCKS = (cost_model.QKV, cost_model.OUT, cost_model.MLP, cost_model.ADALN, cost_model.ATTENTION)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -73,29 +72,30 @@ def product_rates(dtype: jnp.dtype, torch: bool) -> dict[str, Callable[[], float
 
 def flops_by_step(experiment: HartExperiment, batch: int) -> dict[str, float]:
     """FLOPs of every pass of the blocks, of the rest of the last scale, and of the decoder; less what is saved."""
-    saved = {name: 2 * macs for name, macs in work.savings(experiment, batch).items()}
+    saved = {name: 2 * macs for name, macs in cost_model.savings(experiment, batch).items()}
     flops: dict[str, float] = defaultdict(float)
-    for one in work.drawing(experiment, batch):
-        step = one.step if one.part in BLOCKS or one.step == work.DECODER else "choosing, residual and between scales"
+    for one in cost_model.drawing(experiment, batch):
+        named = one.part in BLOCKS or one.step == cost_model.DECODER
+        step = one.step if named else "choosing, residual and between scales"
         flops[step] += 2 * one.macs
     for name, amount in saved.items():
         if name.startswith("the unconditional context"):
-            flops[work.CONTEXT] -= amount
+            flops[cost_model.CONTEXT] -= amount
         elif "diffusion head" in name:
             flops["choosing, residual and between scales"] -= amount
         elif name.startswith("upsampling"):
-            flops[work.DECODER] -= amount
+            flops[cost_model.DECODER] -= amount
     return flops
 
 
 def step_of(name: str, static: dict[str, Any], experiment: HartExperiment) -> str:
     """To which of these steps a stage of the sampler belongs."""
     if name == "decode":
-        return work.DECODER
+        return cost_model.DECODER
     if name != "block":
         return "choosing, residual and between scales"
     filled, config = 0, experiment.transformer
-    for one in work.passes(config, experiment.sample.masked_iterations):
+    for one in cost_model.passes(config, experiment.sample.masked_iterations):
         if filled == static["start"]:
             return one.step
         filled += one.tokens

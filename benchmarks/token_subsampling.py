@@ -17,18 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import HartLossConfig, OptimizerConfig, TokenizerConfig, TransformerConfig
+from hart_jax.checkpoints.model_folder import abstract_tokenizer
+from hart_jax.config import (
+    HartExperiment,
+    HartLossConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    read_experiment,
+)
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment, read_experiment
-from hart_jax.model_folder import abstract_tokenizer
-from hart_jax.parallel.plan import plan
+from hart_jax.nn.flop_counter import flops_of
+from hart_jax.planning.plan import plan
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
-from hart_jax.training.flops import flops_of
 from hart_jax.training.hart_step import make_hart_step
 from hart_jax.training.state import make_optimizer, new_state
+from hart_jax.training.token_subsampling import bucket_probabilities
 from hart_jax.transformer.model import Hart
-from hart_jax.transformer.subsample import bucket_probabilities
 
 PAPER = {512: 1.4, 1024: 1.9}
 

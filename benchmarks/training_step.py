@@ -5,7 +5,7 @@
 Weights are as training starts, images and text states are random and already there: neither changes times. The step is
 the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens of the
 last scale that the run would; the text encoder, which the data of a run may bring, is not in it. The FLOPs are the
-step's own (`hart_jax.training.flops.StepFlops`), GiB the most memory so far; "ready" is when the step is compiled.
+step's own (`hart_jax.nn.flop_counter.StepFlops`), GiB the most memory so far; "ready" is when the step is compiled.
 Prints a row as soon as it is known.
 """
 
@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import DTYPES, MeshConfig
+from hart_jax.checkpoints.model_folder import abstract_tokenizer
+from hart_jax.config import DTYPES, HartExperiment, MeshConfig, read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment, read_experiment
-from hart_jax.model_folder import abstract_tokenizer
+from hart_jax.nn.flop_counter import peak_flops
 from hart_jax.parallel.mesh import Placement, make_mesh
 from hart_jax.parallel.rules import with_changes
-from hart_jax.training.flops import peak_flops
 from hart_jax.training.hart_program import hart_program
-from hart_jax.transformer.subsample import keep_buckets
+from hart_jax.training.token_subsampling import keep_buckets
 
 
 def one_device(experiment: HartExperiment, batch: int) -> Placement:

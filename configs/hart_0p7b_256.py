@@ -4,7 +4,7 @@ python train.py --config=configs/hart_0p7b_256.py --workdir=runs/hart_0p7b_256
 
 Learning rate, its decay, weight decay, clipping and batch are VAR's recipe for depth 24; the weights of the two losses
 and the number of steps are not published. The mesh is for a pod or several hosts of GPUs, in groups of 16 chips; on
-fewer chips set --config.mesh.fsdp to their number. `python -m hart_jax.parallel.plan` says what fits.
+fewer chips set --config.mesh.fsdp to their number. `python -m hart_jax.planning.plan` says what fits.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,13 @@
 """Errors that are the user's to mend: one sentence that names the thing, its value and the fix."""
 
+import _thread
 import errno
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
-
-from hart_jax.interrupts import never_swallow_interrupts
+from typing import Any
 
 # What to do about an operating system's error, by its number. Others are taken for faults of the program.
 _FIXES = {
@@ -72,6 +73,30 @@ def run_cli(main: Callable[[], None]) -> None:
         if sentence is None:
             raise
         _end(sentence)
+
+
+def never_swallow_interrupts() -> None:
+    """Sees to it that Ctrl-C ends a program also while a callback runs whose exceptions Python only prints.
+
+    A collection of garbage calls such callbacks (JAX has one), and so does the end of an object. There a
+    `KeyboardInterrupt` has no effect; here it is raised anew in the main thread, until it arrives where it counts.
+    """
+    before = sys.unraisablehook
+
+    def raise_anew(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        # From another thread, as what is raised here is ignored too; later, where that already came while this runs.
+        seconds = 0.05
+        while True:
+            try:
+                threading.Timer(seconds, _thread.interrupt_main).start()
+                return
+            except KeyboardInterrupt:
+                seconds *= 2
+
+    sys.unraisablehook = raise_anew
 
 
 def os_error_sentence(error: OSError) -> str | None:

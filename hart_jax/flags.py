@@ -7,8 +7,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from hart_jax.config import CONFIG_FILE_HELP, Experiment, experiment_from, raised_in
 from hart_jax.errors import UserError
-from hart_jax.experiment import CONFIG_FILE_HELP, Experiment, experiment_from, raised_in
 
 # A setting that the file leaves at its default can be given too; `experiment_from` knows which settings there are.
 _CONFIG = config_flags.DEFINE_config_file(

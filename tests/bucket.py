@@ -74,7 +74,7 @@ class Emulator:
 
 
 def require_clients() -> None:
-    """Skips where a package is missing. gcsfs must not be imported before `hart_jax.paths` sets its environment."""
+    """Skips where a package is missing. gcsfs must not be imported before `hart_jax.io.paths` sets its environment."""
     for package in ("gcsfs", "gcp_storage_emulator"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed", allow_module_level=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hart_jax.checkpoint import CHECKPOINT_DIR, load_params
+from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, load_params
 from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, SAMPLES_DIR, read_metrics
 from tests.train_runs import logged_steps, outcome, run_to_end, start_job, write_hart_config, write_tokenizer_config
 

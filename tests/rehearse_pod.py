@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hart_jax.buckets import upload_folder
-from hart_jax.checkpoint import CHECKPOINT_DIR
-from hart_jax.model_folder import write_part
-from hart_jax.paths import as_path, is_remote
-from hart_jax.training.manifest import RUNS_FILE
+from hart_jax.checkpoints.model_folder import write_part
+from hart_jax.checkpoints.orbax import CHECKPOINT_DIR
+from hart_jax.io.buckets import upload_folder
+from hart_jax.io.paths import as_path, is_remote
+from hart_jax.io.run_info import RUNS_FILE
 from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, SAMPLES_DIR, TIMINGS_FILE
 from hart_jax.training.timings import PROFILE_DIR
 from tests import tiny_qwen2
@@ -259,7 +259,7 @@ class Rehearsal:
     def used(self) -> None:
         """The model as a folder, one image, a row of scores."""
         model, image, scores = self.store / "model", self.store / "drawn.png", self.store / "scores"
-        self.run("-m", "hart_jax.export", f"--workdir={self.workdir}", f"--out={model}")
+        self.run("-m", "hart_jax.checkpoints.export", f"--workdir={self.workdir}", f"--out={model}")
         self.run(
             "sample.py", f"--config={self.config}", f"--checkpoint={model}", "--prompt=a red apple", f"--out={image}"
         )

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hart_jax.checkpoints.convert.released import read_released
+from hart_jax.checkpoints.model_folder import write_model
 from hart_jax.config import TransformerConfig
-from hart_jax.convert.released import read_released
-from hart_jax.model_folder import write_model
 from hart_jax.text.minilm import import_minilm
 from tests import tiny_qwen2
 from tests.parity.materialize import read_manifest, write_release

@@ -22,11 +22,11 @@ from tests.train_runs import ROOT
 
 # Commands whose success another file runs.
 ELSEWHERE = {
-    "hart_jax.convert.__main__": "tests/convert/test_command.py",
-    "hart_jax.data.emoji": "tests/data/test_emoji.py",
-    "hart_jax.evaluation.flops": "tests/evaluation/test_flops.py",
-    "hart_jax.export": "tests/test_export.py",
-    "hart_jax.parallel.plan": "tests/parallel/test_plan.py",
+    "hart_jax.checkpoints.convert.__main__": "tests/checkpoints/convert/test_command.py",
+    "hart_jax.data.emoji.__main__": "tests/data/emoji/test_build.py",
+    "hart_jax.planning.cost_report": "tests/planning/test_cost_report.py",
+    "hart_jax.checkpoints.export": "tests/checkpoints/test_export.py",
+    "hart_jax.planning.plan": "tests/planning/test_plan.py",
 }
 
 

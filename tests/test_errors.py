@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hart_jax import caches
-from hart_jax.convert.tensor_files import open_tensors
+from hart_jax.config import read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import read_experiment
-from hart_jax.files import check_can_write, check_readable, whole_file, write_whole
+from hart_jax.io import cache_dir
+from hart_jax.io.files import check_can_write, check_readable, whole_file, write_whole
+from hart_jax.io.tensor_files import open_tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,21 +80,21 @@ def test_a_device_that_is_not_there_is_one_error():
 
 
 def test_without_a_home_there_is_no_cache_and_one_warning(tmp_path, monkeypatch, capsys):
-    caches._warn_once.cache_clear()
+    cache_dir._warn_once.cache_clear()
     for name in ("HART_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "home").write_text("not a folder")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert caches.cache_folder() is None and caches.cache_folder() is None
+    assert cache_dir.cache_folder() is None and cache_dir.cache_folder() is None
     assert capsys.readouterr().err.count("warning: nothing is kept for the next start") == 1
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert caches.cache_folder() is None
+    assert cache_dir.cache_folder() is None
     monkeypatch.setenv("HART_CACHE_DIR", str(tmp_path / "cache"))
-    assert caches.cache_folder() == tmp_path / "cache"
+    assert cache_dir.cache_folder() == tmp_path / "cache"
 
 
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path):

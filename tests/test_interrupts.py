@@ -88,7 +88,7 @@ STARTS = {
         ("train.py", "jax._src.lib"),
         ("train.py", "orbax.checkpoint"),
         ("train.py", "hart_jax.training.tokenizer_task"),
-        ("sample.py", "hart_jax.sampling"),
+        ("sample.py", "hart_jax.sampling.pipeline"),
         ("evaluate.py", "hart_jax.evaluation.run"),
     ],
 )

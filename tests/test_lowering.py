@@ -22,29 +22,28 @@ from jax._src import sharding_impls
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import hart_jax
-from hart_jax.config import TokenizerConfig, TransformerConfig
+from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transformer
+from hart_jax.config import HartExperiment, SampleConfig, TokenizerConfig, TokenizerExperiment, TransformerConfig
 from hart_jax.data.token_table import TokenMaker
 from hart_jax.evaluation.judge import Judge
 from hart_jax.evaluation.networks import clip, efficientnet, inception
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.parts import row_program
 from hart_jax.evaluation.reconstruction import columns_of, make_rebuild
-from hart_jax.experiment import HartExperiment, SampleConfig, TokenizerExperiment
-from hart_jax.generate import make_sampler, narrowed
-from hart_jax.model_folder import abstract_tokenizer, boxed_transformer
+from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import AXES, RULES, parameter_axes
-from hart_jax.quantized import quantize
+from hart_jax.sampling.sampler import make_sampler, narrowed
 from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import encode_program, make_key_values
 from hart_jax.text.qwen2 import Qwen2Config, no_prefix
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import STAGE_WIDTHS
 from hart_jax.training.hart_program import hart_program
+from hart_jax.training.token_subsampling import keep_buckets
 from hart_jax.training.tokenizer_program import tokenizer_program
 from hart_jax.transformer.model import Hart
-from hart_jax.transformer.subsample import keep_buckets
 
 DEVICES = {"tpu": AbstractDevice("TPU v5 lite", None, "tpu"), "cuda": AbstractDevice("NVIDIA H200", None, "gpu")}
 # (data, fsdp, tensor): one device, one slice, and two slices, which the axis `data` crosses.
@@ -337,12 +336,12 @@ PLAIN: dict[str, list[Callable[[Placement, str], Call]]] = {
     "CLIP texts": [clip_texts],
 }
 # Lowered by none of the above, each for a reason.
-ELSEWHERE = {"sampler, layer by layer": "is for CPUs alone, where tests/test_generate.py runs it"}
+ELSEWHERE = {"sampler, layer by layer": "is for CPUs alone, where tests/sampling/test_sampler.py runs it"}
 # Files that may compile without a `Program`.
 MAY_JIT = {
     "hart_jax/parallel/program.py": "is where programs are compiled",
-    "hart_jax/parallel/plan.py": "compiles what it reports on",
-    "hart_jax/digests.py": "adds up bits of an array, part by part",
+    "hart_jax/planning/plan.py": "compiles what it reports on",
+    "hart_jax/checkpoints/digests.py": "adds up bits of an array, part by part",
     "pallas_kernels/attention/conformance.py": "holds kernels against their reference",
     "pallas_kernels/attention/counted.py": "names parts of programs",
     "pallas_kernels/attention/tune.py": "measures kernels",

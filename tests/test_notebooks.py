@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from hart_jax.model_folder import write_model
+from hart_jax.checkpoints.model_folder import write_model
 from hart_jax.text.minilm import import_minilm
 from notebooks.execute import FOLDER, code_cells, code_digest, executed, names, read
 from tests.tiny import tiny_model

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from hart_jax.experiment import HartExperiment, TokenizerExperiment, read_experiment
-from hart_jax.model_folder import abstract_tokenizer, abstract_transformer
-from hart_jax.transformer.subsample import keep_buckets
+from hart_jax.checkpoints.model_folder import abstract_tokenizer, abstract_transformer
+from hart_jax.config import HartExperiment, TokenizerExperiment, read_experiment
+from hart_jax.training.token_subsampling import keep_buckets
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Of SPEC.md section 1, and L.

@@ -29,8 +29,8 @@ DRAWING = [command for command in commands() if command.startswith("python sampl
 
 def test_every_command_is_of_a_kind_that_something_runs():
     scripts = on_one_line("".join((ROOT / "scripts" / name).read_text() for name in SCRIPTS))
-    # What CI runs itself, and what has a test of its own (tests/convert/test_command.py).
-    elsewhere = ("make sample", "make test", "pip install -e", "python -m hart_jax.convert")
+    # What CI runs itself, and what has a test of its own (tests/checkpoints/convert/test_command.py).
+    elsewhere = ("make sample", "make test", "pip install -e", "python -m hart_jax.checkpoints.convert")
     for command in commands():
         if command in DRAWING or command.startswith(elsewhere):
             continue

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hart_jax.config import read_json
-from hart_jax.images import read_png_metadata
+from hart_jax.io.files import read_json
+from hart_jax.io.images import read_png_metadata
 from tests.sample_runs import sample, write_tiny
 
 ROOT = Path(__file__).parent.parent

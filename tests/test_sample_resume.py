@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hart_jax.images import read_png_metadata
+from hart_jax.io.images import read_png_metadata
 from tests.sample_runs import sample, start, write_prompts, write_tiny
 from tests.train_runs import signal_when
 

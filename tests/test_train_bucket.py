@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from hart_jax import bucket_lock
-from hart_jax.buckets import upload_folder
-from hart_jax.checkpoint import load_params
-from hart_jax.paths import as_path
-from hart_jax.training.manifest import RUNS_FILE
+from hart_jax.checkpoints.orbax import load_params
+from hart_jax.io import bucket_lock
+from hart_jax.io.buckets import upload_folder
+from hart_jax.io.paths import as_path
+from hart_jax.io.run_info import RUNS_FILE
 from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, TIMINGS_FILE, read_metrics
 from tests.bucket import BUCKET, Emulator, emulated_bucket, require_clients
 from tests.train_runs import kill_when, outcome, run_to_end, start, write_tokenizer_config

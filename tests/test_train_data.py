@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from hart_jax.checkpoints.model_folder import write_part
+from hart_jax.checkpoints.workdir import find_tokenizer
+from hart_jax.config import read_experiment
 from hart_jax.data.precompute import AddTexts, AddTokens, precompute
-from hart_jax.experiment import read_experiment
-from hart_jax.model_folder import write_part
 from hart_jax.training.metrics import RECORDS_FILE, TIMINGS_FILE, read_metrics
-from hart_jax.training.workdir import find_tokenizer
 from tests.tiny import TOKENIZER, random_like
 from tests.train_runs import make_shards, run_to_end, write_hart_config, write_tokenizer_config
 

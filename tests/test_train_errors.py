@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hart_jax.checkpoint import CHECKPOINT_DIR, CONFIG_FILE
+from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, CONFIG_FILE
 from tests.train_runs import run_to_end, write_hart_config, write_tokenizer_config
 
 

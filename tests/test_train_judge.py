@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hart_jax.checkpoint import load_params
+from hart_jax.checkpoints.orbax import load_params
 from hart_jax.data.shards import write_shards
 from hart_jax.training.metrics import SAMPLES_DIR, read_metrics
 from tests.train_runs import ROOT, run_to_end, write_tokenizer_config

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from hart_jax.checkpoint import CHECKPOINT_DIR, load_config, load_params
-from hart_jax.training.manifest import RUNS_FILE
+from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, load_config, load_params
+from hart_jax.io.run_info import RUNS_FILE
 from hart_jax.training.metrics import RECORDS_FILE, TIMINGS_FILE, read_metrics
 from tests.kill_and_resume import assert_same_run, unfinished_saves
 from tests.train_runs import (

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from hart_jax.checkpoint import load_params
-from hart_jax.classes import read_classes
+from hart_jax.checkpoints.class_names import read_classes
+from hart_jax.checkpoints.model_folder import read_model
+from hart_jax.checkpoints.orbax import load_params
 from hart_jax.data.shards import write_shards
-from hart_jax.images import read_png_metadata
-from hart_jax.model_folder import read_model
+from hart_jax.io.images import read_png_metadata
 from hart_jax.training.metrics import read_metrics
 from tests.train_runs import QUICKLY, ROOT, run_to_end, write_hart_config, write_tokenizer_config
 
@@ -49,7 +49,7 @@ def test_class_conditional_training_export_and_sampling(folder, config):
     assert code == 0, err
     assert [line["step"] for line in read_metrics(run)] == [2, 4]
     assert load_params(run)["class_embed"].shape == (3, 16)
-    exported = command("-m", "hart_jax.export", "--workdir", str(run), "--out", str(model))
+    exported = command("-m", "hart_jax.checkpoints.export", "--workdir", str(run), "--out", str(model))
     assert exported.returncode == 0, exported.stderr
     assert sorted(path.name for path in model.iterdir()) == ["tokenizer", "transformer"]
     assert read_model(model).classes == read_classes(run) == ("animals", "things")

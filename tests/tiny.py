@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from hart_jax.checkpoints.model_folder import Model, abstract_tokenizer, abstract_transformer
 from hart_jax.config import TokenizerConfig, TransformerConfig
-from hart_jax.model_folder import Model, abstract_tokenizer, abstract_transformer
 
 PATCH_NUMS = (1, 2, 4)
 TOKENIZER = TokenizerConfig(

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import shards
-from hart_jax.model_folder import write_part
 from hart_jax.text.minilm import import_minilm
 from tests.tiny import tiny_model
 from tests.tiny_bert import write_published

@@ -8,7 +8,7 @@ import grain
 from absl import flags
 
 from hart_jax.data.bad_records import BadRecords
-from hart_jax.paths import as_path
+from hart_jax.io.paths import as_path
 
 
 class Batches(grain.DatasetIterator):

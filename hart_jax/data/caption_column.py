@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
-from hart_jax.buckets import local_copy
 from hart_jax.data.staging import Shard
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
 
 
 class Captioned(NamedTuple):

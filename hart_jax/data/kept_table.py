@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol, TypeVar
 import numpy as np
 
 from hart_jax.errors import UserError
-from hart_jax.files import sync
+from hart_jax.io.files import sync
 
 T = TypeVar("T")
 

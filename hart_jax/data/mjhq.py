@@ -10,9 +10,9 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from hart_jax.buckets import local_copy
-from hart_jax.classes import normalized
+from hart_jax.checkpoints.class_names import normalized
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
 
 CAPTION_FILE = "meta_data.json"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

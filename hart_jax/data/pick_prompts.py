@@ -10,7 +10,7 @@ import numpy as np
 
 from hart_jax.data.shards import RecordSource
 from hart_jax.errors import UserError, run_cli
-from hart_jax.paths import as_path
+from hart_jax.io.paths import as_path
 
 
 def pick_prompts(shards: str | Path, count: int, seed: int = 0) -> list[str]:

@@ -14,7 +14,7 @@ from hart_jax.data.batches import Batches, ProcessRows
 from hart_jax.data.image_files import square_image
 from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
-from hart_jax.host_memory import GIB, available_bytes
+from hart_jax.io.host_memory import GIB, available_bytes
 
 TextFunction = Callable[[str], Mapping[str, np.ndarray]]
 TokenFunction = Callable[[int], Mapping[str, np.ndarray]]

@@ -41,9 +41,9 @@ from hart_jax.data.shards import (
 )
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
-from hart_jax.ownership import owned
+from hart_jax.io.ownership import owned
+from hart_jax.io.paths import as_path
 from hart_jax.parallel.mesh import copies
-from hart_jax.paths import as_path
 from hart_jax.text.encoder import load_text_encoder, text_options
 
 # No msgpack value begins so: what stands for a record that could not be read.
@@ -169,7 +169,7 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def main() -> None:
-    from hart_jax.training.workdir import find_tokenizer
+    from hart_jax.checkpoints.workdir import find_tokenizer
 
     parser = argparse.ArgumentParser(description="Adds tokens and text states to the records of shards.")
     parser.add_argument("--shards", required=True, help="folder of hart_jax.data.shards")

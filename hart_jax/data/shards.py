@@ -33,8 +33,6 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from hart_jax.buckets import local_copy, object_sizes, upload
-from hart_jax.config import read_json
 from hart_jax.data.caption_column import CaptionColumn, caption_line, open_column
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
@@ -49,9 +47,10 @@ from hart_jax.data.shard_content import (
 from hart_jax.data.shard_files import check_files, listed, record_count, whole_number
 from hart_jax.data.staging import Shard, captions_file, open_records
 from hart_jax.errors import UserError, run_cli
-from hart_jax.files import sha256, write_whole
-from hart_jax.ownership import OWNER_FILE, owned
-from hart_jax.paths import as_path, is_remote
+from hart_jax.io.buckets import local_copy, object_sizes, upload
+from hart_jax.io.files import read_json, sha256, write_whole
+from hart_jax.io.ownership import OWNER_FILE, owned
+from hart_jax.io.paths import as_path, is_remote
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"

@@ -17,10 +17,10 @@ from typing import Any
 import grain
 from array_record.python.array_record_module import ArrayRecordReader
 
-from hart_jax.buckets import copies_in, download, locked
 from hart_jax.errors import UserError
-from hart_jax.files import sha256
-from hart_jax.paths import is_remote
+from hart_jax.io.buckets import copies_in, download, locked
+from hart_jax.io.files import sha256
+from hart_jax.io.paths import is_remote
 
 GIB = 2**30
 _SUFFIX, _PARTIAL = ".array_record", ".partial"

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax.buckets import local_copy
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
 from hart_jax.text.system_prompt import read_system_prompt
 
 TOKENS, TEXTS = "tokens", "texts"

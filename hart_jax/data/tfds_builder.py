@@ -21,12 +21,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from hart_jax.buckets import local_copy
 from hart_jax.data.check_images import check_images
 from hart_jax.data.image_files import is_plain, rgb_image
 from hart_jax.data.mjhq import Example, read_folder
 from hart_jax.errors import UserError, run_cli
-from hart_jax.paths import local_only
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.paths import local_only
 
 
 class CaptionedImages(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]

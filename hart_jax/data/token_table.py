@@ -16,7 +16,7 @@ from hart_jax.data.pipeline import PictureSource
 from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.data.stored import index_about, index_type
 from hart_jax.errors import UserError
-from hart_jax.images import from_uint8
+from hart_jax.io.images import from_uint8
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import DiffusionConfig
-from hart_jax.layers import TimestepEmbed, dense, split_rows
+from hart_jax.nn.layers import TimestepEmbed, dense, split_rows
 
 ZEROS = nn.initializers.zeros
 XAVIER = nn.initializers.xavier_uniform()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hart_jax.evaluation.pictures import Pictures, decode
-from hart_jax.images import grid, save_png
+from hart_jax.io.images import grid, save_png
 
 SHOWN, COLUMNS = 32, 8
 # Larger ones are shown so.

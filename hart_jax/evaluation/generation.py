@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax import drawing
-from hart_jax.classes import normalized
+from hart_jax.checkpoints.class_names import normalized
+from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation.alignment import alignment, attributes_of
 from hart_jax.evaluation.judge import Judges
@@ -18,10 +18,10 @@ from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.networks.clip import clip_score
 from hart_jax.evaluation.pictures import About, Files, Pictures
 from hart_jax.evaluation.scores import by_group, compare, distance_name, floor, warnings_of
-from hart_jax.experiment import HartExperiment
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import first_process_first
-from hart_jax.sampling import Asked, Painter
+from hart_jax.sampling import output
+from hart_jax.sampling.pipeline import Asked, Painter
 
 
 def check_wishes(abouts: Sequence[About], categories: Sequence[str], experiment: HartExperiment) -> None:
@@ -79,15 +79,15 @@ def draw_pictures(
     def size_of(wanted: int) -> int:
         return painter.batch_size(len(asked), wanted)
 
-    album = first_process_first(lambda: drawing.open_album(out, asked, about, batch_size, size_of, resume=True))
+    album = first_process_first(lambda: output.open_album(out, asked, about, batch_size, size_of, resume=True))
     index, count = jax.process_index(), jax.process_count()
-    share = drawing.Album(album.paths[index::count], album.batch_size, None)
+    share = output.Album(album.paths[index::count], album.batch_size, None)
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": source, "settings": json.dumps(experiment.sample.to_dict())}
     stopped = ""
     try:
         if share.paths:
-            drawing.draw(painter, share, asked[index::count], kind, common, "the same command")
+            output.draw(painter, share, asked[index::count], kind, common, "the same command")
     except SystemExit as stop:
         stopped = str(stop.code)
     # All wait for each other here, and end together if one was stopped.

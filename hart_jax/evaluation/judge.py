@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from hart_jax.caches import cache_folder
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.networks.clip import Clip, load_clip
@@ -20,6 +19,7 @@ from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures
 from hart_jax.evaluation.scores import COLUMNS, Seen, seen_by
 from hart_jax.evaluation.softened import softened
+from hart_jax.io.cache_dir import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)

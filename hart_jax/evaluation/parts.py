@@ -18,11 +18,11 @@ from tqdm import tqdm
 from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
 from hart_jax.evaluation.pictures import Pictures, decode
-from hart_jax.files import whole_file
+from hart_jax.io.files import whole_file
+from hart_jax.io.paths import make_folder
 from hart_jax.parallel.mesh import Placement, make_mesh
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import RULES
-from hart_jax.paths import make_folder
 
 PART = 500
 Columns = dict[str, np.ndarray]

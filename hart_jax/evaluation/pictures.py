@@ -15,13 +15,13 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from hart_jax.buckets import local_copy
 from hart_jax.data.image_files import rgb_image, square_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
 from hart_jax.data.shards import DATASET_FILE, RecordSource, checksums
 from hart_jax.errors import UserError
-from hart_jax.images import read_png_metadata
-from hart_jax.paths import as_path
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.images import read_png_metadata
+from hart_jax.io.paths import as_path
 
 # So many files are hashed without a progress bar.
 _FEW = 2000

@@ -22,7 +22,7 @@ from hart_jax.evaluation.networks.base import FeatureNetwork, weights_digest
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures, decode
 from hart_jax.evaluation.scores import COLUMNS, Seen, compare, distance_name, floor, seen_by, warnings_of
-from hart_jax.images import from_uint8, grid, save_png, to_uint8
+from hart_jax.io.images import from_uint8, grid, save_png, to_uint8
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips

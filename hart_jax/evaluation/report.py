@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 
-from hart_jax.config import read_json
-from hart_jax.drawing import differences
 from hart_jax.errors import UserError
-from hart_jax.files import write_whole
-from hart_jax.ownership import OWNER_FILE
-from hart_jax.training.manifest import package_version
+from hart_jax.io.files import read_json, write_whole
+from hart_jax.io.ownership import OWNER_FILE
+from hart_jax.io.run_info import package_version
+from hart_jax.sampling.output import differences
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
 

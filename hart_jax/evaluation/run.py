@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax import drawing
-from hart_jax.classes import CLASSES, class_names, normalized
+from hart_jax.checkpoints.class_names import CLASSES, class_names, normalized
+from hart_jax.checkpoints.model_folder import Model
+from hart_jax.checkpoints.workdir import load_tokenizer
+from hart_jax.config import Experiment, HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report
 from hart_jax.evaluation.boards import show_drawn, show_groups
@@ -19,13 +21,11 @@ from hart_jax.evaluation.networks.inception import Resize
 from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, choose, open_pictures
 from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
 from hart_jax.evaluation.scores import NEIGHBOURS
-from hart_jax.experiment import Experiment, HartExperiment
-from hart_jax.model_folder import Model
-from hart_jax.ownership import owned
+from hart_jax.io.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
-from hart_jax.sampling import Painter, check_model, load_model, text_source
+from hart_jax.sampling import output
+from hart_jax.sampling.pipeline import Painter, check_model, load_model, text_source
 from hart_jax.tokenizer.perceptual import load_lpips
-from hart_jax.training.workdir import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _generation(request: Request, reference: Pictures) -> tuple[str, dict[str, A
     classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
     asked = asked_of(abouts, experiment, classes, request.seed)
     text = text_source(model, experiment, request.text_encoder, request.system_prompt)
-    about = drawing.identity(model, experiment.sample, text)
+    about = output.identity(model, experiment.sample, text)
     run = {
         "what": request.what,
         "checkpoint": request.checkpoint,

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax.buckets import local_copy
-from hart_jax.config import read_json
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import read_json
 from hart_jax.parallel.mesh import Placement
 
 # The module of each `model_type` has `load(folder, ...) -> TextEncoder`; imported only when it is asked for.

@@ -23,18 +23,18 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from hart_jax.archives import check_unpacked
-from hart_jax.buckets import local_copy
-from hart_jax.config import read_json
 from hart_jax.errors import UserError, run_cli
+from hart_jax.io.archives import check_unpacked
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import read_json
+from hart_jax.io.paths import local_only
+from hart_jax.io.safetensors import DTYPES, check_tree, load_weights, read_tensors, save_weights
+from hart_jax.nn.flop_counter import flops_of
 from hart_jax.parallel.mesh import Placement, tracing
-from hart_jax.paths import local_only
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
 from hart_jax.text.prompts import check_prompts
-from hart_jax.training.flops import flops_of
-from hart_jax.weights import DTYPES, check_tree, load_weights, read_tensors, save_weights
 
 
 class MiniLMEncoder(TextEncoder):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.layers import lookup_rows, split_rows
+from hart_jax.nn.layers import lookup_rows, split_rows
 
 
 @dataclasses.dataclass(frozen=True)

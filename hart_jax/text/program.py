@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from hart_jax.convert.qwen2 import stored_params
+from hart_jax.nn.rounds import in_rounds
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.program import Program
-from hart_jax.parallel.rounds import in_rounds
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text import minilm_model, qwen2
 from hart_jax.text.minilm_model import MiniLM, MiniLMConfig
 from hart_jax.text.qwen2 import KeyValues, Qwen2, Qwen2Config
+from hart_jax.text.qwen2_weights import stored_params
 
 EncoderConfig = MiniLMConfig | Qwen2Config
 

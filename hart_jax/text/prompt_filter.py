@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from hart_jax.buckets import local_copy
-from hart_jax.config import read_json
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import read_json
 
 # Whether a prompt may be drawn.
 PromptFilter = Callable[[str], bool]

@@ -6,8 +6,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

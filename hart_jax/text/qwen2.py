@@ -19,8 +19,8 @@ import numpy as np
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.layers import RMSNorm, dense, lookup_rows, split_rows
-from hart_jax.transformer.rotary import turn, turns
+from hart_jax.nn.layers import RMSNorm, dense, lookup_rows, split_rows
+from hart_jax.nn.rotary import turn, turns
 
 
 @dataclasses.dataclass(frozen=True)

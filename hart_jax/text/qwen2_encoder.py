@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from hart_jax.buckets import local_copy
-from hart_jax.config import read_json
-from hart_jax.convert.qwen2 import read_qwen2, stored_params
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import read_json
+from hart_jax.nn.flop_counter import flops_of
 from hart_jax.parallel.mesh import Placement, on_mesh, tracing
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.program import make_encode, make_key_values
 from hart_jax.text.prompts import check_prompts
 from hart_jax.text.qwen2 import KeyValues, Qwen2Config, abstract_params, no_prefix
+from hart_jax.text.qwen2_weights import read_qwen2, stored_params
 from hart_jax.text.system_prompt import read_system_prompt
-from hart_jax.training.flops import flops_of
 
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 DTYPES = ("float32", "bfloat16", "int8")
@@ -166,7 +166,7 @@ def load(
       folder: of a Qwen2 or Qwen2-VL, of any size.
       system_prompt: file of the system prompt (see `read_system_prompt`); without one there is none.
       dtype: "float32" or "bfloat16", of the parameters and of what is computed; "int8": matrices and embedding as
-        `hart_jax.quantized` has them, and computing in float32 on CPUs, bfloat16 elsewhere. States are float32.
+        `hart_jax.nn.int8` has them, and computing in float32 on CPUs, bfloat16 elsewhere. States are float32.
       placement: lays the parameters out over a mesh; without one they lie on the default device.
 
     Raises:

@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
 
 CONSTANT = "llm_system_prompt"
 CONSTANTS_FILE = Path("hart", "utils", "constants.py")

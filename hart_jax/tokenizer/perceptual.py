@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.archives import check_unpacked
-from hart_jax.buckets import local_copy
 from hart_jax.errors import UserError
-from hart_jax.weights import check_finite
+from hart_jax.io.archives import check_unpacked
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.safetensors import check_finite
 
 # Convolutions of each VGG16 stage; the features compared are those after a stage's last ReLU.
 STAGE_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hart_jax.errors import UserError, run_cli
-from hart_jax.images import save_png
-from hart_jax.paths import as_path
+from hart_jax.io.images import save_png
+from hart_jax.io.paths import as_path
 from hart_jax.training.metrics import METRICS_FILE, TIMINGS_FILE, read_metrics
 
 CURVES_FILE = "curves.png"

@@ -10,17 +10,17 @@ import optax
 
 from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
-from hart_jax.generate import keep_top
-from hart_jax.images import from_uint8
+from hart_jax.io.images import from_uint8
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
+from hart_jax.sampling.sampler import keep_top
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts
 from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
+from hart_jax.training.token_subsampling import draw_kept
 from hart_jax.transformer.model import Hart
-from hart_jax.transformer.subsample import draw_kept
 
 
 def tokens_of(tokenizer: Tokenizer, params: Params, image_BHWC: jax.Array) -> Tokens:

@@ -8,26 +8,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax.classes import CLASSES, class_names, read_classes, write_classes
-from hart_jax.conditions import Prompts, conditions_of
-from hart_jax.config import HartLossConfig
+from hart_jax.checkpoints.class_names import CLASSES, class_names, read_classes, write_classes
+from hart_jax.checkpoints.workdir import load_tokenizer, load_transformer, previous_stage
+from hart_jax.config import HartExperiment, HartLossConfig
 from hart_jax.data.batches import Batches
 from hart_jax.data.pipeline import PlacedText, TextFunction, TokenFunction, load_captions, make_loader
 from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
 from hart_jax.data.text_states import CaptionTokens, precompute
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
-from hart_jax.experiment import HartExperiment
-from hart_jax.images import grid, to_uint8
+from hart_jax.io.images import grid, to_uint8
+from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
+from hart_jax.text.conditioning import Prompts, conditions_of
 from hart_jax.text.encoder import TextEncoder, text_options
 from hart_jax.tokenizer.quantizer import Tokens
-from hart_jax.training.flops import StepFlops
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.loop import Batch
 from hart_jax.training.state import TrainState
-from hart_jax.training.workdir import load_tokenizer, load_transformer, previous_stage
-from hart_jax.transformer.subsample import draw_keep_count
+from hart_jax.training.token_subsampling import draw_keep_count
 
 # Classes in a sample grid.
 SHOWN = 8

@@ -10,9 +10,9 @@ import jax
 
 from hart_jax.data.shards import CHECKSUM_FILE, checksums
 from hart_jax.errors import UserError
-from hart_jax.files import write_whole
+from hart_jax.io.files import write_whole
+from hart_jax.io.paths import as_path, is_remote
 from hart_jax.parallel.agree import gather_texts
-from hart_jax.paths import as_path, is_remote
 
 INPUTS_FILE = "inputs.json"
 

@@ -10,18 +10,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hart_jax.checkpoint import Checkpoints, check_workdir
-from hart_jax.config import TrainConfig
+from hart_jax.checkpoints.orbax import Checkpoints, check_workdir
+from hart_jax.checkpoints.restoring import first_line
+from hart_jax.config import TrainConfig, experiment_from
 from hart_jax.data.batches import Batches
-from hart_jax.experiment import experiment_from
+from hart_jax.io.run_info import append_manifest
+from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import Placement, on_host, to_global
-from hart_jax.restoring import first_line
-from hart_jax.training.flops import StepFlops
+from hart_jax.parallel.stop import StopSignals
 from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests, keep_inputs
-from hart_jax.training.manifest import append_manifest
 from hart_jax.training.metrics import MetricsWriter, Progress
-from hart_jax.training.stop import StopSignals
 from hart_jax.training.timings import Profile, Stopwatch
 from hart_jax.training.window import Window
 

@@ -25,10 +25,10 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from hart_jax.errors import UserError
-from hart_jax.files import whole_file
-from hart_jax.images import save_png
-from hart_jax.paths import as_path
-from hart_jax.training.local_side import LocalSide
+from hart_jax.io.files import whole_file
+from hart_jax.io.images import save_png
+from hart_jax.io.local_side import LocalSide
+from hart_jax.io.paths import as_path
 
 METRICS_FILE = "metrics.jsonl"
 TIMINGS_FILE = "timings.jsonl"

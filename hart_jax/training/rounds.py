@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from hart_jax.parallel.rounds import in_rounds
+from hart_jax.nn.rounds import in_rounds
 
 # A device encodes so many pixels at a time: at 1024 px, the first layers of one picture take 4 GB.
 MAX_PIXELS = 2**20

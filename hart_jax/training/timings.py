@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from hart_jax.training.flops import StepFlops, peak_flops
-from hart_jax.training.local_side import LocalSide
+from hart_jax.io.local_side import LocalSide
+from hart_jax.nn.flop_counter import StepFlops, peak_flops
 
 PROFILE_DIR = "profile"
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import TokenizerLossConfig
-from hart_jax.images import from_uint8
+from hart_jax.io.images import from_uint8
+from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.discriminator import Discriminator
@@ -17,7 +18,6 @@ from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, stra
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
 from hart_jax.training.accumulate import in_parts
-from hart_jax.training.flops import StepFlops, count_flops, flops_of
 from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import (
     Optimizer,

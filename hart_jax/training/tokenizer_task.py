@@ -6,18 +6,18 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from hart_jax.checkpoints.workdir import load_tokenizer, previous_stage
+from hart_jax.config import TokenizerExperiment
 from hart_jax.data.batches import Batches
 from hart_jax.data.pipeline import make_loader
 from hart_jax.errors import UserError
-from hart_jax.experiment import TokenizerExperiment
-from hart_jax.images import grid, to_uint8
+from hart_jax.io.images import grid, to_uint8
+from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.mesh import Placement, local_rows, on_host, on_mesh, to_global
 from hart_jax.tokenizer.perceptual import load_lpips
-from hart_jax.training.flops import StepFlops
 from hart_jax.training.loop import Batch
 from hart_jax.training.tokenizer_program import tokenizer_program
 from hart_jax.training.tokenizer_step import TokenizerState
-from hart_jax.training.workdir import load_tokenizer, previous_stage
 
 SHOWN = 12
 FIRST = 64

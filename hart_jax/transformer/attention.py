@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from hart_jax.errors import UserError
-from hart_jax.layers import parts
+from hart_jax.nn.layers import parts
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention import KVEnd, Segments
 

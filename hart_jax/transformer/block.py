@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.config import TransformerConfig
-from hart_jax.layers import add_bias, dense, product, rms_norm, width_init
+from hart_jax.nn.layers import add_bias, dense, product, rms_norm, width_init
+from hart_jax.nn.rotary import turn
 from hart_jax.transformer.attention import Segments, attention
-from hart_jax.transformer.rotary import turn
 
 MAX_SCALE_MUL = float(np.log(100.0))
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from hart_jax.config import TransformerConfig
 from hart_jax.diffusion.head import DiffusionHead
-from hart_jax.layers import PRODUCT, RMSNorm, TimestepEmbed, dense, split_rows, width_init
+from hart_jax.nn.layers import PRODUCT, RMSNorm, TimestepEmbed, dense, split_rows, width_init
+from hart_jax.nn.rotary import context_angles, image_angles, turns
 from hart_jax.transformer.attention import Segments, scale_causal_segments
 from hart_jax.transformer.block import Block, KVCache
-from hart_jax.transformer.rotary import context_angles, image_angles, turns
 
 # What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
 REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}

@@ -10,7 +10,6 @@ import msgpack
 import numpy as np
 import pytest
 
-from hart_jax import host_memory
 from hart_jax.data import pipeline
 from hart_jax.data.caption_column import CaptionColumn, Captioned, caption_line
 from hart_jax.data.mjhq import read_folder
@@ -18,6 +17,7 @@ from hart_jax.data.pipeline import TokenSource, load_captions, make_loader
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.data.stored import StoredTexts
 from hart_jax.errors import UserError
+from hart_jax.io import host_memory
 from tests.data.conftest import make_folder, without_captions_files
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import precompute as tool
 from hart_jax.data.pipeline import load_captions, make_loader
 from hart_jax.data.precompute import AddTexts, AddTokens, main, precompute
@@ -15,7 +16,6 @@ from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_st
 from hart_jax.data.text_states import precompute as text_table
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
-from hart_jax.model_folder import write_part
 from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.minilm import import_minilm
 from tests.sample_runs import QWEN2

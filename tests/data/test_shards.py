@@ -16,7 +16,7 @@ from hart_jax.data import shards as shards_module
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.errors import UserError
-from hart_jax.ownership import owned
+from hart_jax.io.ownership import owned
 from tests.data.conftest import file_size_limit, zipped
 
 

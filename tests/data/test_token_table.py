@@ -13,7 +13,7 @@ from hart_jax.data.pipeline import make_loader
 from hart_jax.data.stored import index_type, tokens_from
 from hart_jax.data.token_table import precompute_tokens
 from hart_jax.errors import UserError
-from hart_jax.images import from_uint8
+from hart_jax.io.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
 from tests.data.conftest import file_size_limit
 from tests.tiny import TOKENIZER, random_like, tiny_model

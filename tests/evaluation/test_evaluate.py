@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hart_jax.images import read_png_metadata
+from hart_jax.io.images import read_png_metadata
 from tests.evaluation.judged_runs import ROOT, run
 from tests.sample_runs import write_tiny
 

@@ -15,7 +15,7 @@ from hart_jax.data.shards import verify, write_shards
 from hart_jax.errors import UserError
 from hart_jax.evaluation.parts import Compiled, rows_of
 from hart_jax.evaluation.pictures import Chosen, Described, choose, decode, open_pictures
-from hart_jax.images import save_png
+from hart_jax.io.images import save_png
 
 EMOJI = Path(__file__).parents[1] / "emoji"
 

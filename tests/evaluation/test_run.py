@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hart_jax.checkpoints.model_folder import read_model, write_model
+from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report, run
-from hart_jax.experiment import HartExperiment
-from hart_jax.model_folder import read_model, write_model
-from hart_jax.ownership import owned
+from hart_jax.io.ownership import owned
 from tests.evaluation.judged_runs import small_judges
 from tests.tiny import TOKENIZER, tiny_model
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from jax.extend.core import jaxprs_in_params
 
 from hart_jax.config import ATTENTION
-from hart_jax.training.flops import flops_of
+from hart_jax.nn.flop_counter import flops_of
 from pallas_kernels.attention import IMPLEMENTATIONS, Blocks, attention, tokamax
 from pallas_kernels.attention.conformance import BOUNDS, CASES, Case, ends, errors, gradients
 

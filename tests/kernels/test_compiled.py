@@ -8,7 +8,7 @@ import pytest
 from benchmarks.attention_compiled import KINDS, compiled
 from benchmarks.block_compiled import block_programs, kind_of
 from hart_jax.config import TransformerConfig
-from hart_jax.parallel.hlo import kernels_of
+from hart_jax.planning.hlo import kernels_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.attention_compiled import as_on_hopper
-from hart_jax.training.flops import flops_of
+from hart_jax.nn.flop_counter import flops_of
 from pallas_kernels.attention import attention, tokamax
 from pallas_kernels.attention.conformance import CASES
 from tests.kernels.test_attention import largest_array

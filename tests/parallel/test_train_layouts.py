@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hart_jax.checkpoint import load_params
-from hart_jax.training.manifest import RUNS_FILE
+from hart_jax.checkpoints.orbax import load_params
+from hart_jax.io.run_info import RUNS_FILE
 from hart_jax.training.metrics import RECORDS_FILE, SAMPLES_DIR, read_metrics
 from tests.train_runs import (
     Run,

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hart_jax.config import HartExperiment, read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.experiment import HartExperiment, read_experiment
 from tests.parity.materialize import read_manifest, write_release
 
 CASES = Path(__file__).parent / "cases"

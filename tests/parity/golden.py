@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hart_jax.convert.released import read_released, read_released_discriminator
-from hart_jax.model_folder import Model
+from hart_jax.checkpoints.convert.released import read_released, read_released_discriminator
+from hart_jax.checkpoints.model_folder import Model
 from tests.parity.materialize import read_manifest, write_release
 
 MAX_ERROR = 1e-4

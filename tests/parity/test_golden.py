@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hart_jax.config import SampleConfig
 from hart_jax.diffusion.schedule import Schedule, diffusion_loss, sample_residual
-from hart_jax.experiment import SampleConfig
-from hart_jax.generate import generate
-from hart_jax.noise import GivenNoise
+from hart_jax.sampling.noise import GivenNoise
+from hart_jax.sampling.sampler import generate
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import vq_loss
 from hart_jax.tokenizer.model import Tokenizer

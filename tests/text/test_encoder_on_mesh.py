@@ -32,7 +32,7 @@ from pathlib import Path
 import jax, numpy as np
 from flax.traverse_util import flatten_dict
 from hart_jax.config import MeshConfig
-from hart_jax.experiment import read_experiment
+from hart_jax.config import read_experiment
 from hart_jax.parallel.mesh import Placement, to_global
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text import program

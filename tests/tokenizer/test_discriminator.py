@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hart_jax.experiment import SMALLEST_JUDGED
+from hart_jax.config import SMALLEST_JUDGED
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator
 

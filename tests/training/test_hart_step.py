@@ -16,8 +16,8 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training import hart_step
 from hart_jax.training.hart_step import drop_condition, make_hart_step, token_losses
 from hart_jax.training.state import make_optimizer, new_state
+from hart_jax.training.token_subsampling import bucket_probabilities, draw_keep_count, draw_kept, keep_buckets
 from hart_jax.transformer.model import Hart
-from hart_jax.transformer.subsample import bucket_probabilities, draw_keep_count, draw_kept, keep_buckets
 from tests.tiny import TOKENIZER, tiny_model
 
 LOSS = HartLossConfig(condition_top_k=16, min_kept=6, keep_counts=1)

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hart_jax.checkpoint import check_workdir
-from hart_jax.config import MeshConfig, TrainConfig
+from hart_jax.checkpoints.orbax import check_workdir
+from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TokenizerExperiment, TrainConfig
 from hart_jax.data.batches import Batches
 from hart_jax.errors import UserError
-from hart_jax.experiment import HartExperiment, SampleConfig, TokenizerExperiment
 from hart_jax.parallel.mesh import Placement
 from hart_jax.training.hart_task import HartTask
 from hart_jax.training.loop import MAY_CHANGE, run

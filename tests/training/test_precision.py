@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import use_abstract_mesh
 
 from hart_jax.config import HartLossConfig, OptimizerConfig, TokenizerLossConfig
-from hart_jax.layers import dense
+from hart_jax.nn.layers import dense
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.hart_step import make_hart_step, make_loss
 from hart_jax.training.state import make_optimizer, new_state

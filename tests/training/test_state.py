@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import traverse_util
 
+from hart_jax.checkpoints.model_folder import abstract_transformer
 from hart_jax.config import OptimizerConfig
-from hart_jax.model_folder import abstract_transformer
 from hart_jax.training.state import (
     Optimizer,
     apply_gradients,

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hart_jax.config import OptimizerConfig, TokenizerLossConfig
-from hart_jax.experiment import HartExperiment, experiment_from
-from hart_jax.model_folder import abstract_tokenizer
+from hart_jax.checkpoints.model_folder import abstract_tokenizer
+from hart_jax.config import HartExperiment, OptimizerConfig, TokenizerLossConfig, experiment_from
+from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.mesh import Placement
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.flops import StepFlops
 from hart_jax.training.hart_program import hart_program
 from hart_jax.training.hart_step import tokens_of
 from hart_jax.training.state import make_optimizer

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.training import timings
-from hart_jax.training.flops import StepFlops
 from hart_jax.training.timings import PROFILE_DIR, Profile, Stopwatch
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from hart_jax.config import MeshConfig
-from hart_jax.experiment import TokenizerExperiment, read_experiment
+from hart_jax.config import MeshConfig, TokenizerExperiment, read_experiment
 from hart_jax.parallel.mesh import Placement
 from hart_jax.training import tokenizer_task
 from hart_jax.training.rounds import MAX_PIXELS

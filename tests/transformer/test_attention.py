@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from hart_jax.errors import UserError
+from hart_jax.nn.flop_counter import flops_of
 from hart_jax.parallel.rules import AXES, RULES
-from hart_jax.training.flops import flops_of
 from hart_jax.transformer.attention import attention, scale_causal_segments
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hart_jax.layers import rms_norm
-from hart_jax.model_folder import abstract_transformer
+from hart_jax.checkpoints.model_folder import abstract_transformer
+from hart_jax.nn.layers import rms_norm
 from hart_jax.transformer.attention_weights import attention_weights
 from hart_jax.transformer.block import SwiGLU
 from hart_jax.transformer.model import Hart

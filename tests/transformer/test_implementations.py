@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels.attention as kernels
-from hart_jax.config import HartLossConfig
-from hart_jax.experiment import SampleConfig
-from hart_jax.generate import make_sampler
+from hart_jax.config import HartLossConfig, SampleConfig
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training.hart_step import make_loss
 from hart_jax.transformer.model import Hart

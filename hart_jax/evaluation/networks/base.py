@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hart_jax.convert.state_dict import transpose_conv
 from hart_jax.errors import UserError
-from hart_jax.weights import check_finite
+from hart_jax.io.safetensors import check_finite
+from hart_jax.io.state_dict import transpose_conv
 
 
 class Features(NamedTuple):

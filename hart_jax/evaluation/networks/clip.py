@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hart_jax.buckets import local_copy
-from hart_jax.config import read_json
-from hart_jax.convert.released import weight_file
-from hart_jax.convert.state_dict import StateDict
-from hart_jax.convert.tensor_files import open_tensors
+from hart_jax.checkpoints.convert.released import weight_file
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import read_json
+from hart_jax.io.safetensors import check_tree
+from hart_jax.io.state_dict import StateDict
+from hart_jax.io.tensor_files import open_tensors
 from hart_jax.parallel.program import Program
 from hart_jax.text.prompts import check_prompts
-from hart_jax.weights import check_tree
 
 # Texts that are embedded at once; the last ones are filled up, so that one program serves all.
 TEXTS = 16

@@ -1,0 +1,57 @@
+"""The names of a class-conditional model's classes, in the order of their labels.
+
+Shards carry them as their categories, a workdir and a model folder as a JSON list in a file.
+"""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from hart_jax.errors import UserError
+from hart_jax.io.files import check_readable, write_whole
+from hart_jax.io.paths import as_path
+
+CLASSES = "classes.json"
+
+
+def class_names(folders: Sequence[str | Path]) -> tuple[str, ...]:
+    """Those of training shards, as training numbers them; none where a folder is gone or has no categories."""
+    if not folders or not all((as_path(folder) / "dataset.json").is_file() for folder in folders):
+        return ()
+    # Here, because it takes seconds to import and most models have no classes.
+    from hart_jax.data.shards import RecordSource
+
+    return RecordSource(folders).categories
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """Those that a folder says; none where it says nothing.
+
+    Raises:
+      UserError: its file is damaged.
+    """
+    path = folder / CLASSES
+    if not path.exists():
+        return ()
+    check_readable(path)
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("it is not a list of names")
+        if len(set(map(normalized, names))) < len(names):
+            raise ValueError("a name is there twice")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); write the names of the classes as a JSON list") from None
+    return tuple(names)
+
+
+def write_classes(folder: Path, names: Sequence[str]) -> None:
+    """Writes them into a folder, where there are any."""
+    if names:
+        write_whole(folder / CLASSES, json.dumps(list(names), ensure_ascii=False) + "\n")
+
+
+def normalized(name: str) -> str:
+    """A name as all file systems and editors agree on: composed Unicode."""
+    return unicodedata.normalize("NFC", name)

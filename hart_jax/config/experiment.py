@@ -1,0 +1,213 @@
+"""An experiment: everything that one file in `configs/` says, as frozen settings."""
+# ruff: noqa: RUF009 - settings are frozen, so a shared default is safe
+
+import dataclasses
+import math
+import runpy
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hart_jax.config.settings import (
+    ATTENTION,
+    DTYPES,
+    DataConfig,
+    HartLossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Settings,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TrainConfig,
+    TransformerConfig,
+    check_fit,
+)
+from hart_jax.errors import UserError
+from hart_jax.io.paths import check_path
+
+# Below this the discriminator's last layer has no patch left.
+SMALLEST_JUDGED = 24
+WEIGHTS = ("float", "int8")
+TOKENIZER_MODULES = ("encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerExperiment(Settings):
+    """Trains the hybrid tokenizer.
+
+    It starts from the tokenizer in `init_from` (a workdir, a model folder, a release; empty: from scratch), of which
+    the modules `freeze` stay as they are: with encoder, quant_conv and quantizer, only decoding is trained.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    init_from: str = ""
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_path(self.init_from, "init_from")
+        unknown = sorted(set(self.freeze) - set(TOKENIZER_MODULES))
+        if unknown or set(self.freeze) == set(TOKENIZER_MODULES):
+            raise UserError(f"freeze={self.freeze}: give some of {', '.join(TOKENIZER_MODULES)}, not all")
+        if self.freeze and not self.init_from:
+            raise UserError(f"freeze={self.freeze}: needs init_from, a trained tokenizer to start from")
+        if "quantizer" in self.freeze and self.loss.restart_below > 0:
+            raise UserError("loss.restart_below: a frozen quantizer's codes do not restart; set it to 0")
+        size, loss = self.tokenizer.image_size, self.loss
+        if loss.adversarial > 0 and size < SMALLEST_JUDGED:
+            raise UserError(
+                f"image_size={size}: the discriminator needs {SMALLEST_JUDGED} px or more; set loss.adversarial=0"
+            )
+        if loss.perceptual > 0 and size < 2 ** (loss.perceptual_layers - 1):
+            raise UserError(
+                f"loss.perceptual_layers={loss.perceptual_layers}: too many for image_size={size}, each halves it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(Settings):
+    """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
+    `attention` and `dtype` are how it is computed (see `TrainConfig`); `weights` "int8" quantizes the transformer's
+    matrices.
+
+    `decode_at_once` pictures of each device are decoded at a time, which changes memory, not pictures; 0: as many as
+    have 2**20 pixels.
+    """
+
+    cfg: float = 4.5
+    top_k: int = 600
+    top_k_late: int = 300
+    late_scale: int = 7
+    top_p: float = 1.0
+    temperature: float = 1.0
+    smooth: bool = False
+    discrete_only: bool = False
+    masked_iterations: int = 1
+    attention: str = "auto"
+    weights: str = "float"
+    dtype: str = "auto"
+    decode_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
+            f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
+            f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
+            f"temperature={self.temperature}: must be above 0 and finite": 0 < self.temperature < math.inf,
+            f"cfg={self.cfg}: must be 0 or more and finite": 0 <= self.cfg < math.inf,
+            f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
+            f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
+            f"weights={self.weights!r}: must be one of {', '.join(WEIGHTS)}": self.weights in WEIGHTS,
+            f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}": self.dtype in DTYPES,
+            f"decode_at_once={self.decode_at_once}: must be 0 (by size) or more": self.decode_at_once >= 0,
+        }
+        for message, ok in checks.items():
+            if not ok:
+                raise UserError(message)
+
+    def check_fits(self, config: TokenizerConfig | TransformerConfig) -> None:
+        """Raises `UserError` if top-k keeps more codes than there are, or there are more iterations than positions."""
+        vocab_size, positions = config.vocab_size, config.patch_nums[-1] ** 2
+        if self.masked_iterations > positions:
+            raise UserError(
+                f"masked_iterations={self.masked_iterations}: the last scale has {positions} positions; "
+                "give at most that"
+            )
+        for name in ("top_k", "top_k_late"):
+            if getattr(self, name) > vocab_size:
+                raise UserError(f"{name}={getattr(self, name)}: the codebook has {vocab_size} codes; give at most that")
+
+
+@dataclasses.dataclass(frozen=True)
+class HartExperiment(Settings):
+    """Trains the transformer with its diffusion head on a frozen tokenizer and text encoder, and samples from it.
+
+    `tokenizer_from` is a tokenizer workdir or a model folder's `tokenizer/`; `text_encoder` a text encoder's folder;
+    `system_prompt` the file of what it reads before every prompt (`hart_jax.text.system_prompt`; empty: the one in its
+    folder, or none);
+    `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
+    `precompute_text` and `precompute_tokens` keep text states and image tokens on disk instead of computing them anew;
+    `model` the folder that `sample.py` draws from if no checkpoint is given.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    loss: HartLossConfig = HartLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    tokenizer_from: str = ""
+    init_from: str = ""
+    text_encoder: str = ""
+    system_prompt: str = ""
+    precompute_text: bool = True
+    precompute_tokens: bool = False
+    sample_prompts: tuple[str, ...] = ()
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("tokenizer_from", "init_from", "text_encoder", "system_prompt", "model"):
+            check_path(getattr(self, name), name)
+        check_fit(self.tokenizer, self.transformer)
+        self.sample.check_fits(self.tokenizer)
+        if self.precompute_tokens and self.data.flip:
+            raise UserError("precompute_tokens=True keeps tokens of images as they are: set data.flip=False")
+        if self.loss.condition_top_k > self.tokenizer.vocab_size:
+            message = (
+                f"loss.condition_top_k={self.loss.condition_top_k}: the codebook has {self.tokenizer.vocab_size} codes"
+            )
+            raise UserError(message)
+
+
+Experiment = TokenizerExperiment | HartExperiment
+CONFIG_FILE_HELP = "a config file defines get_config() returning an ml_collections.ConfigDict"
+
+
+def experiment_from(values: Mapping[str, Any]) -> Experiment:
+    """The experiment of a config's values; one with a `transformer` trains HART, one without its tokenizer."""
+    kind = HartExperiment if "transformer" in values else TokenizerExperiment
+    return kind.from_dict(values)
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """The experiment of a file in `configs/`, without overrides.
+
+    Raises:
+      UserError: no such file, it raises something or has no `get_config`, or a value is wrong.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file; see configs/")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        values = get_config() if callable(get_config) else None
+    except Exception as error:
+        raise UserError(raised_in(path, error) or f"{path}: raises {_described(error)}") from error
+    if not isinstance(values, ConfigDict):
+        raise UserError(f"{path}: {CONFIG_FILE_HELP}")
+    return experiment_from(values.to_dict())
+
+
+def raised_in(path: str | Path, error: BaseException) -> str | None:
+    """What a config file raised, and on which of its lines; None where it was not the file that did."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _same_file(frame, path)]
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).absolute() == Path(path).absolute():
+        lines.append(error.lineno or 0)
+    return f"{path}: line {lines[-1]} raises {_described(error)}" if lines else None
+
+
+def _same_file(frame: FrameType, path: str | Path) -> bool:
+    return Path(frame.f_code.co_filename).absolute() == Path(path).absolute()
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -1,0 +1,38 @@
+"""Many rows of a batch, a few of each device at a time, where memory does not hold what all need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hart_jax.nn.layers import parts, split_rows
+
+
+def in_rounds(compute: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
+    """`compute` of rows, at most `at_once` of each device at a time, one round after the other.
+
+    Args:
+      compute: arrays (b, ...), or trees of them, to arrays (b, ...); each row depends on its own alone.
+      rows: arrays (B, ...); B is a multiple of the parts that the devices share a batch in.
+      at_once: rows of a device in a round; fewer where these do not divide its share of the batch.
+
+    Returns:
+      what `compute` gives for all B rows, split as a batch is.
+    """
+    batch, devices = len(jax.tree.leaves(rows)[0]), parts("batch")
+    each = batch // devices
+    rounds = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= at_once)
+    if rounds == 1:
+        return compute(rows)
+
+    def to_rounds(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(devices, rounds, each // rounds, *x.shape[1:]), 1, 0)
+        return x.reshape(rounds, batch // rounds, *x.shape[3:])
+
+    def from_rounds(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(rounds, devices, each // rounds, *x.shape[2:]), 0, 1)
+        return split_rows(x.reshape(batch, *x.shape[3:]))
+
+    done = jax.lax.map(lambda part: compute(jax.tree.map(split_rows, part)), jax.tree.map(to_rounds, rows))
+    return jax.tree.map(from_rounds, done)

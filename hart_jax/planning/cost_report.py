@@ -1,0 +1,350 @@
+"""What drawing one batch of pictures takes, by part and by step, and the least time that it takes on a chip.
+
+    python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1
+    python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
+
+Nothing is compiled: `hart_jax.planning.cost_model` counts. --config.text_encoder names the folder whose config.json
+says how large the text encoder is. For the two sizes whose MACs are published it says how those come about.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable
+
+from absl import flags
+
+from hart_jax import flags as hart_flags
+from hart_jax.config import HartExperiment, TokenizerConfig, TransformerConfig
+from hart_jax.errors import UserError, run_cli
+from hart_jax.parallel.chips import CHIPS, Chip
+from hart_jax.planning.cost_model import (
+    ADALN,
+    ATTENTION,
+    BFLOAT16,
+    CONTEXT,
+    DIFFUSION,
+    EMBEDDINGS,
+    MLP,
+    OUT,
+    PARTS,
+    QKV,
+    SYSTEM_PROMPT_TOKENS,
+    TOKEN_HEAD,
+    TextSize,
+    Work,
+    drawing,
+    full_cache_bytes,
+    params,
+    read_text_size,
+    savings,
+)
+from hart_jax.text.qwen2 import QWEN2_1P5B
+
+# px: scales (SPEC.md section 1) and MACs of the paper's table of text-to-image models.
+PUBLISHED = {
+    1024: ((1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64), 12.5e12),
+    512: ((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 3.2e12),
+}
+
+
+SYSTEM_PROMPT = "system prompt"
+
+
+PART_COLUMNS = (
+    "part",
+    "parameters",
+    "MACs without guidance",
+    "added by guidance",
+    "MACs with it",
+    "FLOPs with it",
+    "weights read, B",
+    "cache moved, B",
+    "largest array, B",
+)
+STEP_COLUMNS = (
+    "step",
+    "blocks' matrices, FLOPs",
+    "attention",
+    "the rest",
+    "all",
+    "weights and cache, B",
+    "FLOPs per byte",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """The least seconds of some work on a chip, as if products and memory traffic overlapped perfectly.
+
+    Memory traffic is weights and cache; activations count as if they never left the chip.
+    """
+
+    compute: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory)
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute >= self.memory else "memory"
+
+
+def floor(works: Iterable[Work], chip: Chip) -> Floor:
+    """Of work that is done at the same time."""
+    works = list(works)
+    moved = sum(work.weights + work.cache for work in works)
+    return Floor(2 * sum(work.macs for work in works) / chip.flops, moved / chip.bandwidth)
+
+
+def grouped(works: Iterable[Work], key: Callable[[Work], str]) -> dict[str, list[Work]]:
+    """Work by step or by part, in the order of first appearance."""
+    groups: dict[str, list[Work]] = {}
+    for work in works:
+        groups.setdefault(key(work), []).append(work)
+    return groups
+
+
+def least_seconds(works: Iterable[Work], chip: Chip) -> float:
+    """Of steps one after the other."""
+    return sum(floor(group, chip).seconds for group in grouped(works, lambda work: work.step).values())
+
+
+def published_experiment(px: int) -> HartExperiment:
+    """The sizes of the released 0.7B model at 512 or 1024 px."""
+    sides, _ = PUBLISHED[px]
+    return HartExperiment(
+        tokenizer=TokenizerConfig(image_size=px, patch_nums=sides), transformer=TransformerConfig(patch_nums=sides)
+    )
+
+
+def rounds_to(macs: float, published: float) -> bool:
+    """Whether so many MACs would be printed as the published figure, in T with one decimal."""
+    return f"{macs / 1e12:.1f}" == f"{published / 1e12:.1f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A way of counting one picture: which parts, with both halves of the guidance or one, with the context or not."""
+
+    parts: tuple[str, ...]
+    guided: bool
+    context: bool
+
+    def macs(self, px: int) -> int:
+        """Of the released model, whose text encoder is Qwen2 1.5B."""
+        text = TextSize.of(QWEN2_1P5B)
+        works = drawing(published_experiment(px), 1, guided=self.guided, text=text)
+        counted = [work.macs for work in works if work.part in self.parts and (self.context or work.step != CONTEXT)]
+        return sum(counted) + text.macs(SYSTEM_PROMPT_TOKENS) * (SYSTEM_PROMPT in self.parts)
+
+
+# What a counter with hooks on PyTorch's modules sees of the released transformer.
+HOOKED = Counted((EMBEDDINGS, OUT, MLP, TOKEN_HEAD, DIFFUSION), guided=True, context=True)
+
+
+def explanations() -> tuple[list[Counted], int]:
+    """All ways of counting that round to both published figures, and how many were tried: every set of parts."""
+    parts = [SYSTEM_PROMPT, *(part for part in PARTS if part != ADALN)]
+    found, tried = [], 0
+    for guided, context in itertools.product((False, True), repeat=2):
+        macs = {part: [Counted((part,), guided, context).macs(px) for px in PUBLISHED] for part in parts}
+        for size in range(1, len(parts) + 1):
+            for chosen in itertools.combinations(parts, size):
+                tried += 1
+                totals = [sum(column) for column in zip(*(macs[part] for part in chosen), strict=True)]
+                if all(rounds_to(total, macs) for total, (_, macs) in zip(totals, PUBLISHED.values(), strict=True)):
+                    found.append(Counted(chosen, guided, context))
+    return found, tried
+
+
+def published_line(experiment: HartExperiment) -> str | None:
+    """How this config's published MACs come about; None for a config without published ones."""
+    px = experiment.tokenizer.image_size
+    if px not in PUBLISHED:
+        return None
+    released = published_experiment(px)
+    if (experiment.tokenizer, experiment.transformer) != (released.tokenizer, released.transformer):
+        return None
+    _, published = PUBLISHED[px]
+    ours = HOOKED.macs(px)
+    found, tried = explanations()
+    needed = [part for part in PARTS if all(part in counted.parts for counted in found)]
+    either = [part for part in PARTS if part not in needed and any(part in counted.parts for counted in found)]
+    guided = "with" if all(counted.guided for counted in found) else "some with"
+    return (
+        f"published: {_si(published, 3)} MACs. One picture with guidance: {', '.join(HOOKED.parts)} make "
+        f"{_si(ours)} ({ours / published - 1:+.1%}).\n"
+        "That is what a counter with hooks on PyTorch's modules sees of the released transformer, where qkv and "
+        "attention are calls of functions; text encoder and decoder are not in it.\n"
+        f"Of {tried:,} ways to count, {len(found)} round to both published figures, 12.5T and 3.2T: all {guided} "
+        f"guidance, with {', '.join(needed)}; they differ in {', '.join(either)}."
+    )
+
+
+def _si(value: float, digits: int = 4) -> str:
+    """1.234T, 12.34G, ...: so many digits."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, four where the last is before the point."""
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
+    return [_row(*header), "|---" * len(header) + "|", *(_row(*row) for row in rows)]
+
+
+def _title(experiment: HartExperiment, batch: int) -> str:
+    config = experiment.transformer
+    return (
+        f"{experiment.tokenizer.image_size} px, batch {batch}: {config.context_tokens} context positions and "
+        f"{config.num_tokens} tokens in {len(config.patch_nums)} scales"
+    )
+
+
+def _sum(works: Iterable[Work], field: str) -> int:
+    return sum(getattr(work, field) for work in works)
+
+
+def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -> str:
+    """Tables by part and by step, what memory holds, what can be saved."""
+    count = params(experiment, text)
+    conditional, both = (drawing(experiment, batch, guided=guided, text=text) for guided in (False, True))
+
+    def by_part(part: str, works: list[Work]) -> list[Work]:
+        return works if part == "all" else [work for work in works if work.part == part]
+
+    def part_row(part: str) -> tuple[object, ...]:
+        one, two = by_part(part, conditional), by_part(part, both)
+        macs, doubled = _sum(one, "macs"), _sum(two, "macs")
+        parameters = sum(count.values()) if part == "all" else count.get(part, 0)
+        figures = (parameters, macs, doubled - macs, doubled, 2 * doubled, _sum(two, "weights"), _sum(two, "cache"))
+        return part, *map(_si, figures), _si(max(work.largest for work in two))
+
+    def step_row(step: str, works: list[Work]) -> tuple[object, ...]:
+        flops = [2 * _sum((w for w in works if w.part in parts), "macs") for parts in ((QKV, OUT, MLP), (ATTENTION,))]
+        total, moved = 2 * _sum(works, "macs"), _sum(works, "weights") + _sum(works, "cache")
+        return step, *map(_si, (*flops, total - sum(flops), total, moved)), f"{total / moved:.0f}"
+
+    text_missing = text is None and not experiment.transformer.num_classes
+    folder = experiment.text_encoder or "(text_encoder is not set)"
+    held = BFLOAT16 * sum(count.values())
+    cache = [_si(full_cache_bytes(experiment, batch, guided=guided)) for guided in (True, False)]
+    parts = [part for part in PARTS if by_part(part, both)]
+    steps = {**grouped(both, lambda work: work.step), "all": both}
+    total = 2 * _sum(both, "macs")
+    saved = [(name, _si(2 * macs), f"{2 * macs / total:.2%}") for name, macs in savings(experiment, batch).items()]
+    lines = [
+        _title(experiment, batch),
+        "",
+        *_table(PART_COLUMNS, [part_row(part) for part in (*parts, "all")]),
+        "",
+        *([f"text encoder not counted: no folder {folder}", ""] if text_missing else []),
+        f"memory: weights {_si(held)}B, key-value cache {cache[0]}B with guidance, {cache[1]}B without",
+        "",
+        *_table(STEP_COLUMNS, [step_row(*group) for group in steps.items()]),
+        "",
+        *_table(("could be saved", "FLOPs", "of all"), saved),
+    ]
+    return "\n".join(lines)
+
+
+def floor_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> str:
+    """The least milliseconds on each chip by step and by part, "c" where FLOPs and "m" where memory takes longest."""
+    works = drawing(experiment, batch, text=text)
+    count = params(experiment, text)
+    held = BFLOAT16 * sum(count.values()) + full_cache_bytes(experiment, batch)
+
+    def cell(works: list[Work], chip: Chip) -> str:
+        least = floor(works, chip)
+        return f"{_ms(least.seconds)} {least.bound[0]}"
+
+    def part_cell(works: list[Work], chip: Chip) -> str:
+        """Steps come one after the other; the letter is what takes longest in most of the time."""
+        floors = [floor(group, chip) for group in grouped(works, lambda work: work.step).values()]
+        total, compute = sum(f.seconds for f in floors), sum(f.seconds for f in floors if f.bound == "compute")
+        return f"{_ms(total)} {'c' if compute >= total / 2 else 'm'}"
+
+    rows: list[tuple[object, ...]] = []
+    for step, group in grouped(works, lambda work: work.step).items():
+        rows.append((step, *(cell(group, chip) for chip in chips.values())))
+    least = {name: least_seconds(works, chip) for name, chip in chips.items()}
+    rows.append(("all steps, ms", *(_ms(seconds) for seconds in least.values())))
+    rows.append(("pictures/s at most", *(f"{batch / seconds:.3g}" for seconds in least.values())))
+    fits = ("yes" if held <= chip.memory else f"no: {chip.memory / 1e9:.0f} GB" for chip in chips.values())
+    rows.append((f"weights and cache fit ({held / 1e9:.1f} GB)", *fits))
+    lines = [_title(experiment, batch), "", *_table(("step, ms", *chips), rows), ""]
+    by_part = grouped(works, lambda work: work.part).items()
+    rows = [(part, *(part_cell(group, chip) for chip in chips.values())) for part, group in by_part]
+    return "\n".join([*lines, *_table(("part, ms", *chips), rows)])
+
+
+def as_dict(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> dict[str, object]:
+    """Everything for a program: MACs, bytes and seconds."""
+    both = drawing(experiment, batch, text=text)
+    return {
+        "image_size": experiment.tokenizer.image_size,
+        "batch_size": batch,
+        "params": params(experiment, text),
+        "work": [dataclasses.asdict(work) for work in both],
+        "work_without_guidance": [
+            dataclasses.asdict(work) for work in drawing(experiment, batch, guided=False, text=text)
+        ],
+        "text_encoder_counted": text is not None,
+        "cache_bytes": full_cache_bytes(experiment, batch),
+        "savings": savings(experiment, batch),
+        "least_seconds": {name: least_seconds(both, chip) for name, chip in chips.items()},
+        "published": published_line(experiment),
+    }
+
+
+def _batch_sizes(texts: list[str]) -> list[int]:
+    sizes = [int(text) if text.isdecimal() else 0 for text in texts]
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"--batch_size={','.join(texts)}: give sizes of 1 or more, like --batch_size=1,8")
+    return sizes
+
+
+def _chips(names: list[str]) -> dict[str, Chip]:
+    unknown = [name for name in names if name not in CHIPS]
+    if unknown:
+        raise UserError(f"--chips={','.join(names)}: {unknown[0]!r} is unknown; known are {', '.join(CHIPS)}")
+    return {name: CHIPS[name] for name in names}
+
+
+def main() -> None:
+    # Here, because other commands have flags of these names and tests import them all.
+    batch_size = flags.DEFINE_list("batch_size", ["1"], "Pictures drawn at a time; several sizes: a report for each.")
+    chip_names = flags.DEFINE_list("chips", [], f"Prints the least time on these instead: some of {', '.join(CHIPS)}.")
+    as_json = flags.DEFINE_bool("json", False, "Prints one JSON object instead of tables.")
+    hart_flags.parse()
+    experiment = hart_flags.experiment()
+    if not isinstance(experiment, HartExperiment):
+        raise UserError("--config: this config trains a tokenizer; give one with a transformer")
+    batches, chips = _batch_sizes(batch_size.value), _chips(chip_names.value)
+    text = None if experiment.transformer.num_classes else read_text_size(experiment.text_encoder)
+    if as_json.value:
+        print(json.dumps({"batches": [as_dict(experiment, batch, chips, text) for batch in batches]}))
+        return
+    make_report = functools.partial(floor_report, chips=chips) if chips else work_report
+    print("\n\n".join(make_report(experiment, batch, text=text) for batch in batches))
+    published = published_line(experiment)
+    if published and not chips:
+        print(f"\n{published}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

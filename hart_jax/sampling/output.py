@@ -1,0 +1,261 @@
+"""Pictures into a folder, each written once: what a run of `sample.py` keeps so that an interrupted one goes on.
+
+    00000-pictures.jsonl    what makes the run (first line), then name, wish, seed and index of each of its pictures
+    00000-a-red-apple.png   a picture, whole as soon as it has its name
+    00000-grid.png          of a run of 2 to 64 pictures, at its end
+
+Numbers go on after those of other runs in the folder. A run that is resumed draws the batches that lack a picture, each
+as it was, and writes those that are missing: the same files, to the last bit, as without the interruption.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from tqdm import tqdm
+
+from hart_jax.checkpoints.model_folder import Model
+from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import check_can_write, content_digest, write_whole
+from hart_jax.io.images import grid, is_whole_png, save_png
+from hart_jax.io.ownership import owned
+from hart_jax.io.safetensors import tree_digest
+from hart_jax.parallel.stop import StopAnyTime
+from hart_jax.sampling.pipeline import Asked, Painter, Picture
+from hart_jax.text.system_prompt import read_system_prompt
+
+MANIFEST = "pictures.jsonl"
+LARGEST_GRID = 64
+_COLUMNS = 8
+_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+@dataclasses.dataclass(frozen=True)
+class Album:
+    """Where the pictures of a run go, in the order of what is asked, how many are drawn at a time, and their grid."""
+
+    paths: list[Path]
+    batch_size: int
+    grid: Path | None
+
+    @property
+    def done(self) -> int:
+        return sum(map(is_whole_png, self.paths))
+
+
+def is_one_file(out: Path) -> bool:
+    """Whether --out names a PNG file, and not a folder."""
+    return out.suffix.lower() == ".png" and not out.is_dir()
+
+
+def owned_out(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Within it, the folder or file belongs to this run alone: see `hart_jax.io.ownership.owned`."""
+    return owned(out.with_name(f".{out.name}.owner") if is_one_file(out) else out, "a run that draws images")
+
+
+def check_out(out: Path, count: int, resume: bool) -> None:
+    """Raises `UserError`, or `OSError` of the file system, where so many pictures cannot go; writes nothing."""
+    if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
+        raise UserError(f"--out={out}: images are written as PNG; give a folder, or a name that ends in .png")
+    check_can_write(out.parent if is_one_file(out) else out)
+    if is_one_file(out):
+        if resume:
+            raise UserError(f"--out={out}: --resume goes on in a folder, not in one file")
+        if count > 1:
+            raise UserError(f"--out={out}: {count} pictures need a folder, not one file")
+        if out.exists():
+            raise UserError(f"{out}: already exists; remove it or give another --out")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is not a folder")
+
+
+def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | Path | None]) -> dict[str, Any]:
+    """What a picture depends on beside its prompt, seed and index, as JSON: digests of the models, and the settings."""
+    configs = [model.tokenizer_config.to_dict(), model.transformer_config.to_dict()]
+    parameters = tree_digest(model.tokenizer, model.transformer)
+    digest = hashlib.sha256(json.dumps([configs, parameters]).encode())
+    about = {"model": digest.hexdigest()[:16], "settings": settings.to_dict()}
+    folder, system_prompt = text
+    if folder and not model.transformer_config.num_classes:
+        files = sorted(path for path in local_copy(folder).iterdir() if path.is_file())
+        digest = hashlib.sha256(json.dumps([(path.name, content_digest(path)) for path in files]).encode())
+        about["text_encoder"] = digest.hexdigest()[:16]
+        if system_prompt:
+            about["system_prompt"] = hashlib.sha256(read_system_prompt(system_prompt).encode()).hexdigest()[:16]
+    return about
+
+
+def open_album(
+    out: Path,
+    asked: Sequence[Asked],
+    about: Mapping[str, Any],
+    batch_size: int,
+    size_of: Callable[[int], int],
+    resume: bool = False,
+) -> Album:
+    """The album of a new run or, with `resume`, of the run of just this that the folder holds.
+
+    Args:
+      out: a folder, or the name of a .png for one picture.
+      asked: the pictures; they and `about` tell runs apart.
+      batch_size: pictures at a time; 0: those of the run that is resumed, else as `size_of(0)` says.
+      size_of: of what is wished for, what can be (`Painter.batch_size`).
+      resume: goes on with the latest run of this; where the folder has no runs it begins one.
+
+    Raises:
+      UserError: see `check_out`; or the folder holds runs, but none of this.
+    """
+    check_out(out, len(asked), resume)
+    if is_one_file(out):
+        return Album([out], size_of(batch_size), None)
+    manifests = sorted(out.glob(f"[0-9]*-{MANIFEST}"), reverse=True)
+    if resume and manifests:
+        album = _find(manifests, asked, about)
+        return dataclasses.replace(album, batch_size=size_of(batch_size or album.batch_size))
+    taken = [int(found[1]) for path in out.glob("*") if (found := re.match(r"(\d{5,})-.*\.png$", path.name))]
+    # A run that was interrupted keeps its numbers.
+    taken += [int(manifest.name.partition("-")[0]) + len(_read(manifest)[1]) - 1 for manifest in manifests]
+    first = max(taken, default=-1) + 1
+    names = [f"{first + number:05d}-{_slug(one.wish)}.png" for number, one in enumerate(asked)]
+    size = size_of(batch_size)
+    if len(asked) > 1 or resume:
+        lines = [{"run": about, "batch_size": size}]
+        lines += [{"file": name, **dataclasses.asdict(one)} for name, one in zip(names, asked, strict=True)]
+        write_whole(out / f"{first:05d}-{MANIFEST}", "".join(json.dumps(line) + "\n" for line in lines))
+    return _album(out, names, size)
+
+
+def _album(out: Path, names: list[str], batch_size: int) -> Album:
+    grid = f"{names[0].partition('-')[0]}-grid.png"
+    return Album(
+        [out / name for name in names],
+        batch_size,
+        out / grid if 1 < len(names) <= LARGEST_GRID and grid not in names else None,
+    )
+
+
+def _find(manifests: list[Path], asked: Sequence[Asked], about: Mapping[str, Any]) -> Album:
+    wanted, pictures = json.loads(json.dumps(about)), [dataclasses.asdict(one) for one in asked]
+    for manifest in manifests:
+        run, lines = _read(manifest)
+        if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
+            return _album(manifest.parent, [line["file"] for line in lines], run["batch_size"])
+    run, lines = _read(manifests[0])
+    differing = differences(run["run"], wanted) or ["it has other prompts, seeds or numbers of pictures"]
+    raise UserError(
+        f"--resume: {manifests[0].parent} holds no run of this command; of the latest, {manifests[0].name}: "
+        f"{'; '.join(differing[:4])}. Leave --resume out to add a new run, or give another --out"
+    )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What nested settings, of a run in a folder and of the one at hand, differ in; a phrase for each."""
+    old, new = flatten_dict(there, sep="."), flatten_dict(here, sep=".")
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
+
+
+def draw(
+    painter: Painter,
+    album: Album,
+    asked: Sequence[Asked],
+    kind: str,
+    about: Mapping[str, str],
+    again: str = "the same command with --resume",
+) -> None:
+    """Draws and writes the pictures that the album lacks, then its grid; shows its progress.
+
+    A SIGINT or SIGTERM, to any process, lets the batch at work end, a second one does not. What is written is whole in
+    any case.
+
+    Args:
+      kind: of the wishes, "prompt" or "label", for the metadata of the files; `about` is more of it.
+      again: what goes on with an interrupted run, for the message.
+
+    Raises:
+      SystemExit: a signal ended the run early; the code is 128 plus its number.
+    """
+    size, paths = album.batch_size, album.paths
+    assert len(paths) == len(asked)
+    _remove_unfinished(album)
+    whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
+    starts = [at for at in range(0, len(asked), size) if not all(whole[at : at + size])]
+
+    def save(number: int, picture: Picture) -> int:
+        if whole[number]:
+            return 0
+        own = {kind: str(picture.wish), "index": str(picture.index), "seed": str(picture.seed)}
+        # What a power cut tore is drawn again; what comes there meanwhile is not ours.
+        save_png(paths[number], picture.image, {**own, **about}, overwrite=there[number])
+        return 1
+
+    done, count = sum(whole), len(asked)
+    with (
+        StopAnyTime() as stop,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=count, initial=done, unit="image", desc="drawing", disable=count == 1) as bar,
+    ):
+        batches = (asked[start : start + size] for start in starts)
+        for start, batch in zip(starts, painter.batches(batches, size), strict=True):
+            written = sum(pool.map(save, range(start, start + size), batch))
+            bar.update(written)
+            done += written
+            if stop.due() and done < count:
+                break
+    if done < count:
+        assert stop.received is not None
+        name = signal.Signals(stop.received).name
+        print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
+    if album.grid is not None and not is_whole_png(album.grid):
+        images = np.stack([_decoded(path) for path in album.paths])
+        wishes = [one.wish for one in asked]
+        tiles = grid(images, columns=min(_COLUMNS, count), captions=[str(wish) for wish in wishes])
+        save_png(album.grid, tiles, {f"{kind}s": json.dumps(wishes), **about}, overwrite=True)
+
+
+def _decoded(path: Path) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: does not decode ({error}); remove it, and --resume draws it again") from None
+
+
+def _remove_unfinished(album: Album) -> None:
+    """What a killed run was writing."""
+    names = {path.name for path in (*album.paths, album.grid) if path}
+    for left in album.paths[0].parent.glob(".*.png.[0-9]*"):
+        if left.name[1:].rpartition(".")[0] in names:
+            left.unlink(missing_ok=True)
+
+
+def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        run, *lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        if not isinstance(run["run"], dict) or not isinstance(run["batch_size"], int) or run["batch_size"] < 1:
+            raise ValueError("it is not of a run")
+        if not lines or not all(Path(line["file"]).name == line["file"] for line in lines):
+            raise ValueError("it does not name files beside it")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{manifest}: cannot be read ({error}); remove it, or give another --out") from None
+    return run, lines
+
+
+def _slug(wish: str | int) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60]
+    return "grid-image" if slug == "grid" else slug

@@ -1,0 +1,298 @@
+"""Pictures from prompts with a model from anywhere: what `sample.py` and a notebook call.
+
+model = load_model("assets/emoji")
+images = Painter(model, SampleConfig(cfg=3.0))(["a flat icon of a dog"], seed=0)
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hart_jax.checkpoints.convert.cache import read_released_cached
+from hart_jax.checkpoints.convert.released import is_released, read_released
+from hart_jax.checkpoints.model_folder import Model, boxed_transformer, read_model
+from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TransformerConfig
+from hart_jax.errors import UserError
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.cache_dir import cache_folder
+from hart_jax.io.images import to_uint8
+from hart_jax.io.paths import as_path
+from hart_jax.nn.int8 import quantize
+from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
+from hart_jax.parallel.rules import parameter_axes, with_changes
+from hart_jax.sampling.memory import MOST_PICTURES, free_bytes, pictures_that_fit
+from hart_jax.sampling.sampler import Sampler, make_layered_sampler, make_sampler, narrowed, split_layers
+from hart_jax.text.conditioning import conditions_of
+from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
+from hart_jax.text.prompt_filter import PromptFilter
+from hart_jax.text.system_prompt import read_system_prompt
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.training.state import compute_dtype
+from hart_jax.transformer.model import Hart
+
+# A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.
+LAYERED_BYTES = 2**28
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled functions on disk, so that the next process starts quickly.
+
+    In $JAX_COMPILATION_CACHE_DIR where that is set, else in a subfolder of `cache_folder`, or nowhere if there is none.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()) is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def load_model(path: str | Path, cache: bool = True) -> Model:
+    """The model in a training workdir, a model folder, or a folder in the released layout.
+
+    The converted weights of the latter are kept for the next time if `cache`: see `hart_jax.checkpoints.convert.cache`.
+
+    Raises:
+      UserError: the path holds none of them, or a damaged one.
+    """
+    path = as_path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
+    # Here, because Orbax takes seconds to import and only workdirs need it.
+    if (path / "checkpoints").is_dir():
+        from hart_jax.checkpoints.workdir import read_workdir
+
+        return read_workdir(path)
+    path = local_copy(path)
+    if is_released(path):
+        return read_released_cached(path) if cache else read_released(path)
+    return read_model(path)
+
+
+def check_model(model: Model, experiment: HartExperiment, source: str | Path) -> None:
+    """Raises `UserError` if the model is not the one that the experiment describes, naming what differs."""
+    experiment.tokenizer.check_same(model.tokenizer_config, source, "tokenizer")
+    experiment.transformer.check_same(model.transformer_config, source, "transformer")
+
+
+def text_source(
+    model: Model, experiment: HartExperiment, text_encoder: str | None = None, system_prompt: str | None = None
+) -> tuple[str | Path | None, str | Path | None]:
+    """Folder of the text encoder and file of its system prompt, None for none or the one in the folder.
+
+    What is given comes before what a model brings along, and that before what the experiment names.
+
+    Raises:
+      UserError: the folder is not there, of a model that draws prompts.
+    """
+    if not text_encoder and model.text_encoder:
+        beside = model.text_encoder / SYSTEM_PROMPT_FILE
+        carried = model.system_prompt or (beside if beside.is_file() else None)
+        return model.text_encoder, system_prompt or carried or experiment.system_prompt or None
+    folder = text_encoder or experiment.text_encoder or None
+    if folder and not as_path(folder).is_dir() and not model.transformer_config.num_classes:
+        raise UserError(f"{folder}: no such folder; the model needs its text encoder: give it with --text_encoder")
+    return folder, system_prompt or experiment.system_prompt or None
+
+
+def check_text(text_encoder: str | None, system_prompt: str | None) -> None:
+    """Raises `UserError` where these, if given, are not a text encoder's folder and a system prompt's file."""
+    if text_encoder:
+        text_options(text_encoder, None)
+    if system_prompt:
+        read_system_prompt(system_prompt)
+
+
+def draws_by_layers(model: Model) -> bool:
+    """Whether `make_layered_sampler` is the faster one here."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.transformer["layers"]))
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and size > LAYERED_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A picture to draw: number `index` of its wish (a prompt, or the label of a class) under `seed`."""
+
+    wish: str | int
+    seed: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture(Asked):
+    """One sample: `image` is uint8 (H, W, 3)."""
+
+    image: np.ndarray
+
+
+def sampling_placement(
+    mesh: MeshConfig, config: TransformerConfig, devices: Sequence[jax.Device] | None = None
+) -> Placement:
+    """Where it is drawn: `sampling_mesh` over these devices, all of this process if not given.
+
+    Raises:
+      UserError: `mesh.tensor` does not divide the devices or the model, or there are several processes, which draw
+        each for itself: they must name their devices.
+    """
+    if devices is None and jax.process_count() > 1:
+        raise UserError(f"drawing in {jax.process_count()} processes: one draws alone; start each by itself")
+    devices = jax.local_devices() if devices is None else devices
+    if mesh.tensor > 1 and len(devices) % mesh.tensor:
+        raise UserError(f"mesh.tensor={mesh.tensor}: does not divide the {len(devices)} devices there are")
+    sizes = sampling_mesh(mesh)
+    placement = Placement(make_mesh(sizes, 0, devices), with_changes(sizes.rules))
+    placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
+    return placement
+
+
+class Painter:
+    """Draws pictures; compiled once per batch size.
+
+    `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Pictures are
+    shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
+    `prompt_filter` says of a prompt whether it may be drawn: see `check`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: SampleConfig,
+        text_encoder: str | Path | None = None,
+        system_prompt: str | Path | None = None,
+        mesh: MeshConfig | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        prompt_filter: PromptFilter | None = None,
+    ):
+        config, dtype = model.transformer_config, compute_dtype(settings.dtype)
+        placement = sampling_placement(mesh or MeshConfig(), config, devices)
+        tokenizer, self._may_be_drawn = model.tokenizer_config, prompt_filter
+        self._devices = list(placement.mesh.devices.flat)
+        self._that_fit = functools.partial(
+            pictures_that_fit,
+            config,
+            tokenizer,
+            settings,
+            itemsize=dtype.itemsize,
+            platform=self._devices[0].platform,
+        )
+        # One device needs no layout, and may be any.
+        self._placement = placement if len(self._devices) > 1 else None
+        self._layered = self._placement is None and draws_by_layers(model)
+        text_dtype = "int8" if settings.weights == "int8" else settings.dtype
+        text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
+        networks = Hart(config, dtype), Tokenizer(tokenizer, dtype)
+        self._sample: Sampler = (
+            make_layered_sampler(*networks, settings)
+            if self._layered
+            else make_sampler(*networks, settings, self._placement)
+        )
+        with _explained("the weights do not fit"):
+            with jax.default_device(self._devices[0]):
+                self._conditions = conditions_of(config, *text, self._placement, text_dtype)
+            self._params = self._put(model, settings)
+
+    def _put(self, model: Model, settings: SampleConfig) -> Any:
+        narrow = functools.partial(narrowed, dtype=compute_dtype(settings.dtype))
+        transformer = (quantize if settings.weights == "int8" else narrow)(model.transformer)
+        params = {"transformer": transformer, "tokenizer": model.tokenizer}
+        if self._placement is None:
+            return jax.device_put(split_layers(params) if self._layered else params, self._devices[0])
+        axes = parameter_axes(boxed_transformer(model.transformer_config))
+        return {
+            "transformer": on_mesh(transformer, self._placement.state(transformer, axes)),
+            "tokenizer": on_mesh(model.tokenizer, self._placement.whole),
+        }
+
+    def batch_size(self, count: int, wanted: int = 0) -> int:
+        """Of so many pictures, how many to draw at a time: `wanted`, or with 0 as many as the memory is estimated to
+        hold, made a multiple of the parts that the devices share a batch in."""
+        parts = self._placement.batch_parts if self._placement else 1
+        each = -(-(wanted or count) // parts)
+        if not wanted:
+            # Layer by layer, a second picture makes use of the weights that are read; more only wait for each other.
+            most = 2 if self._layered else MOST_PICTURES
+            free = min(map(free_bytes, self._devices))
+            each = min(each, most, self._that_fit(free))
+        return parts * min(each, -(-count // parts))
+
+    def check(self, wishes: Sequence[str | int]) -> None:
+        """Raises `UserError` for no wish, an empty or refused prompt, or a label that the model does not have."""
+        self._conditions.check(wishes)
+        refused = [wish for wish in wishes if self._may_be_drawn is not None and not self._may_be_drawn(str(wish))]
+        if refused:
+            raise UserError(f"the prompt filter refuses {', '.join(map(repr, refused))}; leave it out")
+
+    def batches(self, batches: Iterable[Sequence[Asked]], size: int) -> Iterator[list[Picture]]:
+        """The pictures of each batch, of at most `size`; each depends on what was asked for alone.
+
+        On an accelerator the next batch is on its way while one is looked at.
+
+        Raises:
+          UserError: the device has not enough memory for `size` pictures.
+        """
+        fewer = f"lower --batch_size from {size}" if size > 1 else "set --config.mesh.tensor=2 or --weights=int8"
+        with _explained(f"{size} pictures at a time do not fit", fewer):
+            before: tuple[Sequence[Asked], jax.Array] | None = None
+            for batch in batches:
+                started = batch, self._start(batch, size)
+                if before is not None:
+                    yield _pictures(*before)
+                before = started
+                if self._devices[0].platform == "cpu":
+                    yield _pictures(*started)
+                    before = None
+            if before is not None:
+                yield _pictures(*before)
+
+    def _start(self, batch: Sequence[Asked], size: int) -> jax.Array:
+        # A shorter batch is filled up, so that one compilation serves all.
+        full = [*batch, *[batch[0]] * (size - len(batch))]
+        seeds = np.array([asked.seed for asked in full], np.uint32)
+        indices = np.array([asked.index for asked in full], np.int32)
+        condition = self._conditions([asked.wish for asked in full])
+        if self._placement is None:
+            inputs = jax.device_put((condition, seeds, indices), self._devices[0])
+            return self._sample(self._params, *inputs)[0]
+        inputs = jax.device_put((condition, seeds, indices), self._placement.batch)
+        return self._sample(self._params, *inputs)[0]
+
+    def draw(
+        self, wishes: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
+    ) -> Iterator[list[Picture]]:
+        """Batches of pictures, `num_images` of each wish: prompts, or labels for a class-conditional model.
+
+        A picture depends on (wish, seed, its index) alone.
+
+        Raises:
+          UserError: see `check`.
+        """
+        self.check(wishes)
+        asked = [Asked(wish, seed, index) for wish in wishes for index in range(num_images)]
+        size = self.batch_size(len(asked), batch_size)
+        return self.batches([asked[start : start + size] for start in range(0, len(asked), size)], size)
+
+    def __call__(self, wishes: Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
+        """All pictures at once, uint8 (N, H, W, 3), wish by wish."""
+        return np.stack([picture.image for batch in self.draw(wishes, num_images, seed) for picture in batch])
+
+
+def _pictures(batch: Sequence[Asked], images: jax.Array) -> list[Picture]:
+    arrays = to_uint8(jax.device_get(images))
+    return [Picture(asked.wish, asked.seed, asked.index, image) for asked, image in zip(batch, arrays, strict=False)]
+
+
+@contextlib.contextmanager
+def _explained(
+    what: str, fix: str = "set --weights=int8, or --config.mesh.tensor=2 on several devices"
+) -> Iterator[None]:
+    """Makes an error of too little memory the user's."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"out of memory: {what} on a device; {fix}") from error

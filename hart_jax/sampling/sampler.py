@@ -1,0 +1,479 @@
+"""From conditions to pictures: all scales, the residual, the decoder (SPEC.md section 3).
+
+Classifier-free guidance doubles the batch: rows 0..B-1 are conditional, rows B..2B-1 unconditional. `make_sampler` is
+one compiled program. `make_layered_sampler` computes the same in many small ones, layer by layer, which is how a CPU
+draws from a large model: there a loop over stacked layers copies the weights of each before it uses them.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hart_jax.config import SampleConfig, TokenizerConfig
+from hart_jax.diffusion.schedule import sample_residual
+from hart_jax.nn.layers import parts as parts_of
+from hart_jax.nn.layers import split_rows
+from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.program import Program
+from hart_jax.sampling.noise import KeyedNoise, Noise
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.tokenizer.resize import area
+from hart_jax.transformer.block import Block, KVCache
+from hart_jax.transformer.model import Context, Hart
+
+# Pictures of so many pixels are decoded at a time: one of 1024 px.
+DECODED_PIXELS = 2**20
+
+Condition = Any  # (B,) labels, or text states (B, T, D) and mask (B, T)
+Params = dict[str, Any]  # {"transformer": ..., "tokenizer": ...}
+
+
+@flax.struct.dataclass
+class Generated:
+    """Per scale, `indices` (B, p*p) and guided `logits` (B, p*p, V) before top-k and temperature; then the last latent
+    `f_hat` (B, h, w, C) and `image` (B, H, W, 3) in [-1, 1]."""
+
+    indices: tuple[jax.Array, ...]
+    logits: tuple[jax.Array, ...]
+    f_hat: jax.Array
+    image: jax.Array
+
+
+def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the nucleus of mass `top_p` (1: all)."""
+    if 0 < top_k < logits_V.shape[-1]:
+        logits_V = jnp.where(logits_V < kth_largest(logits_V, top_k), -jnp.inf, logits_V)
+    if top_p < 1:
+        ascending = jnp.sort(logits_V, axis=-1)
+        outside = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
+        # The largest always stays; the smallest that stays is the threshold.
+        outside = outside.at[..., -1].set(False)
+        threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
+        logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
+    return logits_V
+
+
+def kth_largest(x_V: jax.Array, k: int) -> jax.Array:
+    """The k-th largest of float32 values (..., V), exactly, as (..., 1): found bit by bit, where sorting costs more."""
+    bits = jax.lax.bitcast_convert_type(x_V.astype(jnp.float32), jnp.int32)
+    # As unsigned integers in the order of the floats.
+    ordered = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
+
+    def add_bit(at, found):
+        candidate = found | (jnp.uint32(1) << (31 - at).astype(jnp.uint32))
+        enough = jnp.sum(ordered >= candidate, axis=-1, keepdims=True) >= k
+        return jnp.where(enough, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((*x_V.shape[:-1], 1), jnp.uint32))
+    found = jax.lax.bitcast_convert_type(found, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ jnp.int32(-(2**31)), ~found), jnp.float32)
+
+
+def iteration_sizes(positions: int, iterations: int) -> list[int]:
+    """How many of the last scale's positions each masked iteration fills."""
+    left, sizes = positions, []
+    for iteration in range(iterations):
+        later = int(np.floor(positions * np.cos(np.pi / 2 * (iteration + 1) / iterations)))
+        later = 0 if iteration == iterations - 1 else max(1, min(left - 1, later))
+        sizes.append(left - later)
+        left = later
+    return sizes
+
+
+def generate(
+    hart: Hart, tokenizer: Tokenizer, params: Params, condition: Condition, noise: Noise, settings: SampleConfig
+) -> Generated:
+    """Draws one picture per condition.
+
+    Args:
+      params: {"transformer": ..., "tokenizer": ...}.
+      condition: (B,) labels, or text states (B, T, D) and mask (B, T).
+      noise: `KeyedNoise`, or given arrays.
+    """
+    return _Stages(hart, tokenizer, settings).run(params, condition, noise)
+
+
+def _stage(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method (params, arrays, settings by name) that a layered run compiles by itself."""
+
+    @functools.wraps(function)
+    def call(self: "_Stages", params: Params, *arrays: Any, **static: Any) -> Any:
+        return self.compiled(function, **static)(params, *arrays)
+
+    return call
+
+
+class _Stages:
+    """The steps of a generation, and `run`, which puts them together.
+
+    `layered`: to be called outside of a compiled function, on the weights of `split_layers`; see `Watch`.
+    """
+
+    def __init__(
+        self,
+        hart: Hart,
+        tokenizer: Tokenizer,
+        settings: SampleConfig,
+        layered: bool = False,
+        watch: "Watch | None" = None,
+    ):
+        settings.check_fits(hart.config)
+        self._hart, self._tokenizer, self._settings, self._layered = hart, tokenizer, settings, layered
+        self._config, self._sides, self._watch = hart.config, hart.config.patch_nums, watch
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def compiled(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        """The method with these settings, compiled where the run is layered."""
+        bound = functools.partial(function, self, **static)
+        if not self._layered:
+            return bound
+        key = function.__name__, *sorted(static.items())
+        # The cache is written in place.
+        donated = ("cache",) if function is _Stages.block else ()
+        program = self._programs.setdefault(
+            key, Program("sampler, layer by layer", bound, None, self._hart.dtype, donate_argnames=donated)
+        )
+        watch = self._watch
+        if watch is None:
+            return program
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            result = jax.block_until_ready(program(*args, **kwargs))
+            watch(function.__name__, static, time.perf_counter() - started)
+            return result
+
+        return watched
+
+    def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
+        sides, iterations = self._sides, self._settings.masked_iterations
+        last = len(sides) - 1
+        context, cond, uncond = self.context(params, condition)
+        batch, filled = len(cond[0]), self._config.context_tokens
+        length = filled + self._config.num_tokens - 1
+        if iterations == 1:
+            # Nothing comes after the last scale that would see it.
+            length -= sides[-1] ** 2
+        hidden, cache = self._first(params, context, cond, uncond, length)
+        f_hat = jnp.zeros((batch, sides[-1], sides[-1], self._config.latent_channels))
+        indices: list[jax.Array] = []
+        logits: list[jax.Array] = []
+        for scale in range(last):
+            if scale:
+                x, turns = self.scale_input(params, f_hat, context, scale=scale)
+                hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+                filled += x.shape[1]
+            index, code, _, guided = self.choose(params, hidden, context, noise, None, scale=scale)
+            f_hat = self.add(params, f_hat, code, scale=scale)
+            indices.append(index)
+            logits += [guided] if keep_logits else []
+        index, value, guided = self._last_scale(params, f_hat, context, cache, noise, filled)
+        indices.append(index)
+        logits += [guided] if keep_logits else []
+        # A picture's latent and colours are small beside these.
+        del cache, hidden, guided
+        f_hat, image = self.decode(params, f_hat, value)
+        return Generated(tuple(indices), tuple(logits), f_hat, image)
+
+    @_stage
+    def context(self, params: Params, condition: Condition) -> tuple[Context, Any, Any]:
+        """The doubled context, then (inputs, rotations, pooled) of the conditional and of the unconditional context.
+
+        The latter is the same at all its positions, zero text with position ids 0, and for all samples: one stands for
+        all of them.
+        """
+        config, apply = self._config, functools.partial(self._apply, params)
+        cond = apply("embed_condition", condition)
+        nothing: Condition = jnp.full((1,), config.num_classes)
+        if not config.num_classes:
+            nothing = jnp.zeros((1, 1, config.context_dim), condition[0].dtype), jnp.ones((1, 1), jnp.int32)
+        uncond = apply("embed_condition", nothing)
+        batch = len(cond.tokens)
+
+        def double(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.concatenate([a, jnp.broadcast_to(b, (batch, *a.shape[1:]))])
+
+        both = jax.tree.map(double, cond, uncond)
+        cond_input, uncond_input = ((*apply("context_input", each), each.pooled) for each in (cond, uncond))
+        return both, cond_input, uncond_input
+
+    def _first(self, params: Params, context: Context, cond: Any, uncond: Any, length: int) -> tuple[jax.Array, Any]:
+        """The last context position's output (2B, 1, W), and a cache for `length` positions that holds the context."""
+        hidden, caches = [], []
+        for x, turns, pooled in (cond, uncond):
+            cache = self._empty_cache(*x.shape[:2])
+            out, cache = self._blocks(params, x, turns, pooled, cache, start=0)
+            hidden.append(out)
+            caches.append(cache)
+        join = self.compiled(_Stages.join, context_tokens=self._config.context_tokens, length=length)
+        if self._layered:
+            return self.last_position(params, *hidden), [join(*each) for each in zip(*caches, strict=True)]
+        return self.last_position(params, *hidden), join(*caches)
+
+    @_stage
+    def last_position(self, params: Params, cond_BTW: jax.Array, uncond_1TW: jax.Array) -> jax.Array:
+        last = cond_BTW[:, -1:]
+        return jnp.concatenate([last, jnp.broadcast_to(uncond_1TW[:, -1:], last.shape)])
+
+    def join(self, cond: KVCache, uncond: KVCache, context_tokens: int, length: int) -> KVCache:
+        """The cache of both halves."""
+
+        def both(a: jax.Array, b: jax.Array) -> jax.Array:
+            layers, batch, _, width = a.shape
+            rows = jnp.concatenate([a, jnp.broadcast_to(b, (layers, batch, context_tokens, width))], axis=1)
+            return jnp.pad(rows, ((0, 0), (0, 0), (0, length - context_tokens), (0, 0)))
+
+        return KVCache(both(cond.k, uncond.k), both(cond.v, uncond.v)).placed()
+
+    def _empty_cache(self, rows: int, positions: int) -> Any:
+        dtype = self._hart.dtype or jnp.float32
+        if not self._layered:
+            return KVCache.empty(self._config, rows, positions, dtype)
+        one = dataclasses.replace(self._config, depth=1)
+        return [KVCache.empty(one, rows, positions, dtype) for _ in range(self._config.depth)]
+
+    def _blocks(
+        self, params: Params, x: jax.Array, turns: jax.Array, pooled: jax.Array | None, cache: Any, **static: Any
+    ) -> tuple[jax.Array, Any]:
+        """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions."""
+        if not self._layered:
+            keep, start = static.get("keep", True), static["start"]
+            return self._apply(params, "blocks", x, turns, pooled, cache=cache, cache_start=start, keep=keep)
+        block, caches = self.compiled(_Stages.block, **static), []
+        for weights, part in zip(params["transformer"]["layers"], cache, strict=True):
+            x, part = block(weights, x, turns, pooled, cache=part)
+            caches.append(part)
+        return x, caches
+
+    def block(self, weights, x, turns, pooled, cache: KVCache, start: int, keep: bool = True):
+        """One block of a layered run, whose cache is its own alone."""
+        hart = self._hart
+        block = Block(self._config, None, start, hart.dtype, hart.attention)
+        x, new = block.apply({"params": weights}, x, jnp.int32(0), turns, pooled, cache)
+        return x, cache.append(start, jax.tree.map(lambda own: own[None], new)) if keep else cache
+
+    @_stage
+    def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
+        side = self._sides[scale]
+        latent = area(f_hat, side).reshape(len(f_hat), side * side, -1)
+        index_1l = jnp.arange(side * side)[None]
+        return self._apply(params, "scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
+
+    @_stage
+    def choose(
+        self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Indices (B, l), what they add to the latent, the code (B, l, C) or its smooth version, the code itself, and
+        the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
+        settings, ratio = self._settings, self._ratio(scale)
+        cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
+        t = settings.cfg * ratio
+        guided = (1 + t) * cond - t * uncond
+        shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
+        top_k = settings.top_k if scale < settings.late_scale else settings.top_k_late
+        kept = keep_top(guided / settings.temperature, top_k, settings.top_p)
+        index = jnp.argmax(kept + _pick(noise.token(scale, shape), at_Bl), axis=-1).astype(jnp.int32)
+        code = self._tokenize(params, "lookup", index)
+        if not settings.smooth:
+            return index, code, code, guided
+        tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+        noisy = kept * (1 + ratio) + _pick(noise.smooth(scale, shape), at_Bl)
+        smooth = jax.nn.softmax(noisy / tau, axis=-1) @ params["tokenizer"]["quantizer"]["codebook"]
+        return index, smooth, code, guided
+
+    @_stage
+    def add(self, params: Params, f_hat: jax.Array, code: jax.Array, scale: int) -> jax.Array:
+        return f_hat + self._tokenize(params, "contribution", code, scale)
+
+    @_stage
+    def decode(self, params: Params, f_hat: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f_hat = f_hat + value.reshape(f_hat.shape)
+        return f_hat, jnp.clip(self._pictures(params, f_hat), -1.0, 1.0)
+
+    def _pictures(self, params: Params, f_hat: jax.Array) -> jax.Array:
+        """Decoded latents, of each device a few at a time, as the widest activations are a decoder's."""
+        devices = parts_of("batch")
+        each = len(f_hat) // devices
+        at_once = pictures_decoded_at_once(self._tokenizer.config, self._settings)
+        # The largest that makes even parts.
+        at_once = next(size for size in range(min(each, at_once), 0, -1) if each % size == 0)
+        if at_once == each:
+            return self._tokenize(params, "decode", f_hat)
+
+        def decode(latents: jax.Array) -> jax.Array:
+            flat = split_rows(latents.reshape(devices * at_once, *f_hat.shape[1:]))
+            images = self._tokenize(params, "decode", flat)
+            return images.reshape(devices, at_once, *images.shape[1:])
+
+        rounds = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
+        images = jax.lax.map(decode, rounds).swapaxes(0, 1)
+        return split_rows(images.reshape(len(f_hat), *images.shape[3:]))
+
+    def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):
+        """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
+        iterations = self._settings.masked_iterations
+        scale, count = len(self._sides) - 1, self._sides[-1] ** 2
+        x_all, turns_all = self.scale_input(params, f_hat, context, scale=scale)
+        if iterations == 1:
+            hidden, cache = self._blocks(params, x_all, turns_all, context.pooled, cache, start=filled, keep=False)
+            return self.fill(params, hidden, context, noise, None)
+        order_Bl = self.order(params, f_hat, noise)
+        parts, places = [], []
+        # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
+        end = count
+        for size in iteration_sizes(count, iterations):
+            at_Bl, x, turns = self.part(params, order_Bl, x_all, turns_all, begin=end - size, end=end)
+            end -= size
+            hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+            filled += size
+            parts.append(self.fill(params, hidden, context, noise, at_Bl))
+            places.append(at_Bl)
+        return self.scatter(params, places, parts)
+
+    @_stage
+    def order(self, params: Params, f_hat: jax.Array, noise: Noise) -> jax.Array:
+        return noise.order((len(f_hat), self._sides[-1] ** 2))
+
+    @_stage
+    def part(self, params: Params, order_Bl, x_all, turns_all, begin: int, end: int):
+        """The positions of an iteration, (B, l), and their inputs and rotations."""
+        at_Bl = jnp.sort(order_Bl[:, begin:end], axis=1)
+        return at_Bl, _pick(x_all, at_Bl), _pick(turns_all, at_Bl)
+
+    @_stage
+    def fill(self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None):
+        """Indices, code plus residual and guided logits of these positions of the last scale."""
+        scale, settings = len(self._sides) - 1, self._settings
+        index, value, code, guided = self.choose(params, hidden, context, noise, at_Bl, scale=scale)
+        if settings.discrete_only:
+            return index, value, guided
+        shape = (len(index), self._sides[-1] ** 2, self._config.latent_channels)
+        steps, channels = self._config.diffusion.sampling_steps, shape[-1]
+        init_BlC = _pick(noise.init(shape), at_Bl)
+        steps_SBlC = noise.step((steps, *shape))
+        if steps_SBlC is not None:
+            steps_SBlC = jax.vmap(lambda array: _pick(array, at_Bl))(steps_SBlC)
+            steps_SBlC = jnp.concatenate([steps_SBlC, steps_SBlC], axis=1).reshape(steps, -1, channels)
+        z = self._apply(params, "residual_condition", hidden, jnp.concatenate([code, code]))
+        embedded_NW = self._apply(params, "embed_residual_condition", z.reshape(-1, z.shape[-1]))
+        out = sample_residual(
+            functools.partial(self._apply, params, "denoise_embedded"),
+            embedded_NW,
+            init_BlC.reshape(-1, channels),
+            steps_SBlC,
+            settings.cfg * self._ratio(scale),
+            steps,
+        )
+        return index, value + out[: len(out) // 2].reshape(code.shape), guided
+
+    @_stage
+    def scatter(self, params: Params, places: list[jax.Array], parts: list[tuple[jax.Array, ...]]):
+        """What the iterations found, in the order of the positions."""
+        at_Bl = jnp.argsort(jnp.concatenate(places, axis=1), axis=1)
+        index, value, guided = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+        return jnp.take_along_axis(index, at_Bl, axis=1), _pick(value, at_Bl), _pick(guided, at_Bl)
+
+    def _apply(self, params: Params, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._hart.apply({"params": params["transformer"]}, *args, **kwargs, method=method)
+
+    def _tokenize(self, params: Params, method: str, *args: Any) -> jax.Array:
+        return self._tokenizer.apply({"params": params["tokenizer"]}, *args, method=method)
+
+    def _ratio(self, scale: int) -> float:
+        """Progress 0..1; at the last scale it stays what it was."""
+        last = len(self._sides) - 1
+        return min(scale, last - 1) / last
+
+
+def pictures_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
+    """By one device, where there are so many."""
+    return settings.decode_at_once or max(1, DECODED_PIXELS // config.image_size**2)
+
+
+def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
+    """Positions `at` of (B, L, ...) or of both halves, (2B, L, ...)."""
+    if at_Bl is None:
+        return array
+    at_Bl = jnp.tile(at_Bl, (len(array) // len(at_Bl), 1))
+    return jnp.take_along_axis(array, at_Bl.reshape(*at_Bl.shape, *[1] * (array.ndim - 2)), axis=1)
+
+
+Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
+# Told of every stage of a layered run, when it is over: its name, its settings and its seconds.
+Watch = Callable[[str, dict[str, Any], float], None]
+
+
+def make_sampler(
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement | None = None
+) -> Program:
+    """The program (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
+
+    The seed is one for all, or (B,) of their own. With a placement, everything lies on its mesh.
+
+    A picture depends on its condition, the seed and its index, never on the others of its batch.
+    """
+    return Program("sampler", _sampling(hart, tokenizer, settings), placement, hart.dtype)
+
+
+def make_grid_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement) -> Program:
+    """As `make_sampler`, of one more argument, a count: only the first so many images, whole on every device."""
+    sample = _sampling(hart, tokenizer, settings)
+
+    def some(params: Params, condition: Condition, seed: Any, indices_B: jax.Array, count: int) -> jax.Array:
+        return sample(params, condition, seed, indices_B)[0][:count]
+
+    return Program("sample grid", some, placement, hart.dtype, static_argnums=4, out_shardings=placement.whole)
+
+
+def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
+    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings)
+
+    def sample(params, condition, seed, indices_B):
+        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B))
+        return out.image, out.indices
+
+    return sample
+
+
+def make_layered_sampler(
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, watch: Watch | None = None
+) -> Sampler:
+    """As `make_sampler`, layer by layer, on `split_layers` of the parameters; it waits for each stage to `watch`."""
+    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings, layered=True, watch=watch)
+
+    def sample(params, condition, seed, indices_B):
+        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)
+        return out.image, out.indices
+
+    return sample
+
+
+def split_layers(params: Params) -> Params:
+    """The parameters with the transformer's stacked layers as one tree for each, as views where they are NumPy's."""
+    layers = params["transformer"]["layers"]
+    depth = len(jax.tree.leaves(layers)[0])
+    each = [jax.tree.map(lambda x, at=at: x[at], layers) for at in range(depth)]
+    return {**params, "transformer": {**params["transformer"], "layers": each}}
+
+
+def narrowed(transformer: Any, dtype: Any) -> Any:
+    """The transformer's parameters with those matrices in the compute type that its products round to it in any case.
+
+    Given float32 ones, a program would first make a copy of the whole stack of layers.
+    """
+    if dtype in (None, jnp.float32):
+        return transformer
+
+    def narrow(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [str(getattr(key, "key", "")) for key in path]
+        rounded = names[0] in ("layers", "diffusion_head") and names[-1] in ("kernel", "qkv")
+        return leaf.astype(dtype) if rounded else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, transformer)

@@ -1,0 +1,123 @@
+"""Weight files: what goes in comes out, and a bad file is one clear error."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from hart_jax.errors import UserError
+from hart_jax.evaluation.networks.base import checked_tensors
+from hart_jax.io.safetensors import check_tree, load_weights, save_weights, tree_digest
+
+
+def _params(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "embed": {"table": rng.normal(size=(300, 64)).astype(np.float32)},
+        "layers": {
+            "kernel": rng.normal(size=(3, 64, 96)).astype(np.float32),
+            "thin": rng.normal(size=(3, 3, 8, 96)).astype(np.float32),
+            "scale": rng.normal(size=(64, 64)).astype(np.float32),
+        },
+        "bias": np.arange(5, dtype=np.float32),
+        "steps": np.array(7, np.int32),
+    }
+
+
+def test_float32_round_trip_is_exact(tmp_path):
+    params = _params()
+    save_weights(tmp_path / "new" / "m.safetensors", jax.tree.map(jnp.asarray, params))
+    loaded = load_weights(tmp_path / "new" / "m.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.safetensors"]
+
+
+def test_transposed_views_keep_their_values(tmp_path):
+    view = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    save_weights(tmp_path / "m", {"a": view})
+    np.testing.assert_array_equal(load_weights(tmp_path / "m")["a"], view)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.004), ("int8", 0.02)])
+def test_small_types_come_back_as_close_float32(tmp_path, dtype, tolerance):
+    params = _params()
+    save_weights(tmp_path / "full", params)
+    save_weights(tmp_path / "small", params, dtype=dtype)
+    loaded = load_weights(tmp_path / "small")
+    for want, got in zip(jax.tree.leaves(params), jax.tree.leaves(loaded), strict=True):
+        assert got.dtype == want.dtype
+        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+    assert (tmp_path / "small").stat().st_size < (tmp_path / "full").stat().st_size * 0.6
+    if dtype == "int8":
+        np.testing.assert_array_equal(loaded["layers"]["scale"], params["layers"]["scale"])
+
+
+def test_int8_follows_rows_of_very_different_size(tmp_path):
+    rows = np.geomspace(1e-3, 1e3, 100, dtype=np.float32)[:, None]
+    table = rows * np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
+    save_weights(tmp_path / "m", {"table": table, "zeros": np.zeros((64, 64), np.float32)}, dtype="int8")
+    loaded = load_weights(tmp_path / "m")
+    assert (np.abs(loaded["table"] - table) <= 0.02 * np.abs(table).max(1, keepdims=True)).all()
+    assert not loaded["zeros"].any()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    save_weights(tmp_path / "m", {"a": np.ones(3)})
+    with pytest.raises(UserError, match="not finite"):
+        save_weights(tmp_path / "m", {"a": np.full((64, 64), np.nan)}, dtype="int8")
+    with pytest.raises(UserError, match="int4"):
+        save_weights(tmp_path / "m", {"a": np.ones(3)}, dtype="int4")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    np.testing.assert_array_equal(load_weights(tmp_path / "m")["a"], np.ones(3, np.float32))
+
+
+def test_missing_cut_or_foreign_files_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="none: no such weight file"):
+        load_weights(tmp_path / "none")
+    save_weights(tmp_path / "m", _params())
+    whole = (tmp_path / "m").read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:4], b"", b"PK not this at all" * 10):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(UserError, match="bad is cut short or not a safetensors file"):
+            load_weights(tmp_path / "bad")
+
+
+def test_check_tree_names_what_differs():
+    dense = nn.Dense(4, kernel_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed", "mlp")))
+    expected = jax.eval_shape(dense.init, jax.random.key(0), jnp.zeros((1, 3)))["params"]
+    good = {"kernel": np.zeros((3, 4)), "bias": np.zeros(4)}
+    check_tree(good, expected, "head")
+    with pytest.raises(UserError, match=r"head.*1 missing \(bias\); 1 unexpected \(extra/a\); .*kernel \(4, 3\)"):
+        check_tree({"kernel": np.zeros((4, 3)), "extra": {"a": np.zeros(1)}}, expected, "head")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_named(bad):
+    tree = {"a": {"kernel": np.ones((3, 4), np.float32)}, "b": np.arange(3)}
+    expected = {"a": {"kernel": np.zeros((3, 4))}, "b": np.zeros(3)}
+    check_tree(tree, expected, "weights")
+    check_tree({**tree, "a": {"kernel": np.full((3, 4), 3e38, np.float32)}}, expected, "weights")
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, jnp.float32):
+        kernel = np.ones((3, 4), dtype)
+        kernel[1, 2] = bad
+        wrong = jnp.asarray(kernel) if dtype is jnp.float32 else kernel
+        with pytest.raises(UserError, match=r"^weights: array a/kernel has values that are not finite"):
+            check_tree({**tree, "a": {"kernel": wrong}}, expected, "weights")
+
+
+def test_a_digest_is_of_every_number_and_name():
+    tree = {"a": {"kernel": np.ones((300, 40), np.float32)}, "b": np.zeros(2)}
+    digest = tree_digest(tree)
+    assert tree_digest({"b": tree["b"], "a": {"kernel": jnp.ones((300, 40))}}) == digest
+    changed = tree["a"]["kernel"].copy()
+    changed[299, 39] += 1
+    others = [{**tree, "a": {"kernel": changed}}, {"a": tree["a"], "c": tree["b"]}, {**tree, "b": np.zeros((2, 1))}]
+    assert len({digest, *map(tree_digest, others), tree_digest(tree, tree)}) == 5
+
+
+def test_networks_that_judge_are_finite_too():
+    tensor = np.array([1, np.inf], np.float32)
+    with pytest.raises(UserError, match=r"net\.pth: tensor 'w' has values that are not finite"):
+        checked_tensors({"w": tensor}, {"w": (2,)}, [], source="net.pth", network="a net")

@@ -1,0 +1,207 @@
+"""Painters: the same tokens in any batch on any devices, batch sizes by memory, where a text encoder comes from."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hart_jax.checkpoints.model_folder import read_model, write_model
+from hart_jax.config import HartExperiment, SampleConfig, TokenizerConfig, TransformerConfig, read_experiment
+from hart_jax.errors import UserError
+from hart_jax.sampling import pipeline
+from hart_jax.sampling.memory import MOST_PICTURES, free_bytes, picture_bytes, pictures_that_fit
+from hart_jax.sampling.pipeline import Painter, text_source
+from tests.sample_runs import ROOT, environment, sample, write_released
+from tests.tiny import tiny_model
+from tests.tiny_qwen2 import SYSTEM_PROMPT
+
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
+SETTINGS = SampleConfig(top_k=8, top_k_late=8)
+SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+LABELS = tiny_model(num_classes=3, context_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    return write_released(tmp_path_factory.mktemp("released"))
+
+
+def released_flags(released: Path) -> list[str]:
+    return [f"--config={released / 'released.py'}", f"--checkpoint={released / 'release'}"]
+
+
+def test_the_released_folders_draw(released, tmp_path):
+    """And from the second time on with the weights converted before: the same pictures."""
+    (released / "prompts.txt").write_text("7\ta red apple\na blue dog\n")
+    given = [f"--prompts_file={released / 'prompts.txt'}", f"--text_encoder={released / 'qwen2'}"]
+    files = []
+    for start in range(2):
+        out = tmp_path / f"out{start}"
+        code, _, err = sample(
+            released, *released_flags(released), *given, "--system_prompt=system_prompt.md", f"--out={out}"
+        )
+        assert code == 0 and "warning" not in err, err
+        assert len(list((released / "cache/converted").iterdir())) == 1
+        files.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 4
+    run, first, second = map(json.loads, (out / "00000-pictures.jsonl").read_text().splitlines())
+    assert (first["seed"], second["seed"], run["batch_size"]) == (7, 0, 2)
+    # Without what is kept, and without a system prompt: another picture.
+    code, _, err = sample(released, *released_flags(released), *given, "--nocache", f"--out={out}")
+    assert code == 0, err
+    assert (out / "00002-a-red-apple.png").read_bytes() != files[0]["00000-a-red-apple.png"]
+
+
+def test_the_text_encoder_is_the_given_then_the_models_then_the_configs(released, tmp_path):
+    experiment = read_experiment(released / "released.py")
+    assert isinstance(experiment, HartExperiment)
+    folder = str(released / "qwen2")
+    named = dataclasses.replace(experiment, text_encoder=folder, system_prompt="data/hart")
+    plain = tiny_model()
+    assert text_source(plain, experiment) == (None, None)
+    assert text_source(plain, named) == (folder, "data/hart")
+    mine = str(tmp_path)
+    assert text_source(plain, named, mine) == (mine, "data/hart")
+    assert text_source(plain, named, mine, "prompt.txt") == (mine, "prompt.txt")
+    own = dataclasses.replace(plain, text_encoder=released / "qwen2", system_prompt=released / "system_prompt.md")
+    assert text_source(own, named) == (released / "qwen2", released / "system_prompt.md")
+    write_model(tmp_path / "model", own)
+    beside = tmp_path / "model/text_encoder/system_prompt.txt"
+    assert beside.read_text() == SYSTEM_PROMPT
+    assert text_source(read_model(tmp_path / "model"), named) == (tmp_path / "model/text_encoder", beside)
+
+
+def test_a_refused_prompt_is_named_not_replaced(released):
+    model = tiny_model(context_dim=24)
+    painter = Painter(model, SETTINGS, released / "qwen2", prompt_filter=lambda prompt: "dog" not in prompt)
+    painter.check(["a red apple"])
+    with pytest.raises(UserError, match="the prompt filter refuses 'a blue dog'"):
+        painter.draw(["a red apple", "a blue dog"])
+
+
+_ON_DEVICES = """
+import sys
+import jax
+import numpy as np
+from hart_jax.config import MeshConfig
+from hart_jax.config import SampleConfig
+from hart_jax.sampling.pipeline import Asked, Painter
+from tests.tiny import tiny_model
+
+folder = sys.argv[1]
+model = tiny_model(context_tokens=16, context_dim=24, heads=4)
+words = ("a red apple", "a blue dog", "the side of the dog")
+asked = [Asked(words[number % 3], number // 2, number % 2) for number in range(8)]
+
+
+def tokens(devices, batch, weights="float", **mesh):
+    settings = SampleConfig(top_k=8, top_k_late=8, weights=weights)
+    painter = Painter(
+        model, settings, folder + "/qwen2", folder + "/system_prompt.md", MeshConfig(**mesh), jax.devices()[:devices]
+    )
+    size, found, sampler = painter.batch_size(8, batch), [], painter._sample
+
+    def sample(*inputs):
+        images, indices = sampler(*inputs)
+        found.append(np.concatenate([np.asarray(index) for index in indices], axis=1))
+        return images, indices
+
+    painter._sample = sample
+    batches = [asked[start : start + size] for start in range(0, 8, size)]
+    pictures = [picture.image for batch in painter.batches(batches, size) for picture in batch]
+    return size, np.concatenate(found)[:8], np.stack(pictures), painter
+
+
+one = tokens(1, 1)
+assert one[0] == 1 and len(np.unique(one[1], axis=0)) == 8
+for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor": 2, "data": 4})):
+    size, found, pictures, painter = tokens(devices, batch, **mesh)
+    np.testing.assert_array_equal(found, one[1], err_msg=str((devices, batch, mesh)))
+    assert np.abs(pictures.astype(int) - one[2]).max() <= 1
+    assert size == {1: 8, 8: 8, 4: 2}[devices]
+    if mesh.get("tensor"):
+        kernel = painter._params["transformer"]["layers"]["attn"]["qkv"]
+        assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+_, _, pictures, painter = tokens(4, 8, "int8", tensor=2)
+assert painter._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
+assert (pictures != one[2]).any()
+"""
+
+
+def test_batches_and_devices_do_not_change_a_token(released):
+    command = [sys.executable, "-c", _ON_DEVICES, str(released)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(released, 8), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
+    painter = Painter(LABELS, SETTINGS)
+    assert painter.batch_size(20, 3) == 3 and painter.batch_size(2, 3) == 2
+    assert painter.batch_size(20) == MOST_PICTURES
+    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 1000)
+    assert painter.batch_size(20) == 1
+    assert painter([1, 2], seed=3).shape == (2, 8, 8, 3)
+
+    def too_big(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    monkeypatch.setattr(painter, "_sample", too_big)
+    with pytest.raises(UserError, match=r"4 pictures at a time do not fit on a device; lower --batch_size from 4"):
+        list(painter.draw([0, 1], num_images=2, batch_size=4))
+    monkeypatch.setattr(painter, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        list(painter.draw([0]))
+
+
+def test_one_device_cannot_be_split_and_several_processes_draw_apart(monkeypatch):
+    with pytest.raises(UserError, match=r"mesh.tensor=2: does not divide the 1 devices"):
+        Painter(LABELS, SETTINGS, mesh=pipeline.MeshConfig(tensor=2))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="drawing in 2 processes: one draws alone"):
+        Painter(LABELS, SETTINGS)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_more_memory_never_takes_fewer_pictures(platform):
+    transformer = TransformerConfig(patch_nums=SIDES_1024)
+    tokenizer = TokenizerConfig(image_size=1024, patch_nums=SIDES_1024)
+    each = [pictures_that_fit(transformer, tokenizer, SampleConfig(), free * 2**30, 2, platform) for free in range(80)]
+    assert each == sorted(each) and each[0] == 1 and each[-1] == MOST_PICTURES
+    if platform == "tpu":
+        # As compiled (docs/pods.md): of the 11.4 GiB that weights and text encoder leave on v5e two take 8.9, of 27.4
+        # on v6e eight take 29.2.
+        assert (each[11], each[27]) == (2, 6)
+        assert 3.4 * 2**30 < picture_bytes(transformer, SampleConfig(), platform="tpu") < 3.9 * 2**30
+
+
+def test_what_a_picture_takes_on_a_cpu():
+    transformer = TransformerConfig(patch_nums=SIDES_1024)
+    # The published model takes some GiB for a picture.
+    assert 1.5 * 2**30 < picture_bytes(transformer, SampleConfig()) < 4 * 2**30
+    assert 0 < free_bytes(jax.devices()[0]) < 2**45
+
+
+def test_pictures_in_bfloat16_are_near_those_in_float32():
+    one_code = dataclasses.replace(SETTINGS, top_k=1, top_k_late=1)
+    exact, near = (
+        Painter(LABELS, dataclasses.replace(one_code, dtype=dtype))([0, 1, 2]).astype(float)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < np.abs(near - exact).mean() < 0.2 * exact.std()
+    with pytest.raises(UserError, match="dtype='half': must be one of auto, float32, bfloat16"):
+        SampleConfig(dtype="half")
+
+
+def test_latents_are_decoded_in_parts():
+    # Four at once, and two and two: three do not divide four.
+    settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 3)]
+    pictures, others = (Painter(LABELS, each)([0, 1], num_images=2) for each in settings)
+    assert np.abs(others.astype(int) - pictures).max() <= 1
+    with pytest.raises(UserError, match="decode_at_once=-1"):
+        SampleConfig(decode_at_once=-1)
