@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer and make, nothing else:
 #   make sample PROMPT="a flat icon of a dog"      draws a picture with the bundled model
 #   make test                                      runs the tests
-#   make lint                                      ruff and mypy
+#   make lint                                      ruff, mypy and the order of imports
 # PYTHON=python3.12 picks the interpreter, VENV=folder the environment, ARGS="..." passes more flags on.
 
 SHELL := /bin/sh
@@ -34,6 +34,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

@@ -24,11 +24,11 @@ import numpy as np
 from hart_jax.checkpoints.model_folder import Model, abstract_tokenizer, abstract_transformer
 from hart_jax.config import DTYPES, HartExperiment, read_experiment
 from hart_jax.errors import UserError, run_cli
+from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.planning import cost_model
 from hart_jax.sampling.pipeline import draws_by_layers, load_model
 from hart_jax.sampling.sampler import make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
 
 MATRIX = 2048

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import check_readable, write_whole
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import check_readable, read_json, write_whole
 from hart_jax.io.paths import as_path
 
 CLASSES = "classes.json"
@@ -19,10 +20,12 @@ def class_names(folders: Sequence[str | Path]) -> tuple[str, ...]:
     """Those of training shards, as training numbers them; none where a folder is gone or has no categories."""
     if not folders or not all((as_path(folder) / "dataset.json").is_file() for folder in folders):
         return ()
-    # Here, because it takes seconds to import and most models have no classes.
-    from hart_jax.data.shards import RecordSource
+    return merged([read_json(local_copy(as_path(folder) / "dataset.json")).get("categories", []) for folder in folders])
 
-    return RecordSource(folders).categories
+
+def merged(categories: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Of several folders, sorted; none where one has none."""
+    return tuple(sorted(set().union(*categories))) if all(categories) else ()
 
 
 def read_classes(folder: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from hart_jax.errors import UserError
 from hart_jax.io.files import read_json
 from hart_jax.io.paths import check_path
 
-# What is computed in: see `hart_jax.training.state.compute_dtype`.
+# What is computed in: see `hart_jax.nn.dtypes.compute_dtype`.
 DTYPES = ("auto", "float32", "bfloat16")
 # How attention is computed: `pallas_kernels.attention.IMPLEMENTATIONS`.
 ATTENTION = ("auto", "reference", "xla", "tpu", "gpu", "splash", "cudnn", "tokamax")

@@ -33,6 +33,7 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from hart_jax.checkpoints.class_names import merged
 from hart_jax.data.caption_column import CaptionColumn, caption_line, open_column
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
@@ -235,8 +236,7 @@ class RecordSource:
         self._starts = [0, *accumulate(shard.count for shard in self.shards)]
         about = [read_dataset(folder) for folder in as_paths(folders)]
         self.precomputed = [dataset.get("precomputed", {}) for dataset in about]
-        categories = [dataset.get("categories", []) for dataset in about]
-        self.categories = tuple(sorted(set().union(*categories))) if all(categories) else ()
+        self.categories = merged([dataset.get("categories", []) for dataset in about])
         self._labels = {category: label for label, category in enumerate(self.categories)}
 
     def __len__(self) -> int:

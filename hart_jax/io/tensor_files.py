@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +13,32 @@ from hart_jax.io.files import check_readable, read_json
 from hart_jax.io.safetensors import check_finite
 from hart_jax.io.torch_files import read_torch
 
+# Which of a part's weights: the exponential moving average of training, or those it was computed from.
+Weights = Literal["ema", "model"]
+_FILES = {
+    "ema": ("ema_model.safetensors", "ema_model.safetensors.index.json", "ema_model.bin"),
+    "model": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+}
 # Names that DistributedDataParallel and torch.compile put before those of what they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
+
+
+def weight_file(part: Path, weights: Weights = "ema") -> Path:
+    """The file of a part's weights; the EMA's if `weights` is "ema" and there is one.
+
+    Raises:
+      UserError: there is none.
+    """
+    names = (_FILES["ema"] if weights == "ema" else ()) + _FILES["model"]
+    for name in names:
+        if (part / name).is_file():
+            return part / name
+    raise UserError(f"{part}: no weight file; looked for {', '.join(names)}")
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:

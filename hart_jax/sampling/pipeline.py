@@ -24,6 +24,7 @@ from hart_jax.io.buckets import local_copy
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.images import to_uint8
 from hart_jax.io.paths import as_path
+from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
@@ -34,7 +35,6 @@ from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.prompt_filter import PromptFilter
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.state import compute_dtype
 from hart_jax.transformer.model import Hart
 
 # A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.

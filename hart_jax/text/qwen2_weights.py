@@ -9,10 +9,9 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hart_jax.checkpoints.convert.released import weight_file
 from hart_jax.errors import UserError
 from hart_jax.io.state_dict import StateDict
-from hart_jax.io.tensor_files import open_tensors
+from hart_jax.io.tensor_files import open_tensors, weight_file
 from hart_jax.nn.int8 import Int8, quantize, quantize_matrix
 from hart_jax.text.qwen2 import Qwen2Config, abstract_params
 

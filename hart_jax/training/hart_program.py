@@ -11,6 +11,7 @@ import optax
 
 from hart_jax.checkpoints.model_folder import boxed_transformer
 from hart_jax.config import HartExperiment, HartLossConfig
+from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
@@ -19,7 +20,7 @@ from hart_jax.sampling.sampler import make_grid_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.hart_step import make_hart_step, make_loss, tokens_of
-from hart_jax.training.state import TrainState, compute_dtype, make_optimizer, new_state
+from hart_jax.training.state import TrainState, make_optimizer, new_state
 from hart_jax.transformer.model import Hart
 
 

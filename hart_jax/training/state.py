@@ -133,11 +133,3 @@ def all_finite(tree: Any) -> jax.Array:
 def keep_if(finite: jax.Array, after: Tree, before: Tree) -> Tree:
     """The tree after a step, or the one before it."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-
-
-def compute_dtype(setting: str, platform: str = "") -> jnp.dtype:
-    """ "auto" is bfloat16 where the platform (empty: this machine's) multiplies it natively, float32 on CPUs."""
-    if setting == "auto":
-        accelerated = (platform or jax.default_backend()) in ("tpu", "gpu", "cuda", "rocm")
-        return jnp.dtype(jnp.bfloat16 if accelerated else jnp.float32)
-    return jnp.dtype(setting)

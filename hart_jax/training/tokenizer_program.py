@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from hart_jax.config import TokenizerExperiment
 from hart_jax.io.images import from_uint8
+from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.state import compute_dtype, make_optimizer
+from hart_jax.training.state import make_optimizer
 from hart_jax.training.tokenizer_step import (
     TokenizerState,
     init_tokenizer_state,

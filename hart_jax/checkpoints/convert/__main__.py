@@ -8,12 +8,13 @@ import dataclasses
 
 import jax
 
-from hart_jax.checkpoints.convert.released import TRANSFORMER, read_released, weight_file
+from hart_jax.checkpoints.convert.released import TRANSFORMER, read_released
 from hart_jax.checkpoints.model_folder import write_model
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import check_can_write
 from hart_jax.io.paths import as_path
+from hart_jax.io.tensor_files import weight_file
 from hart_jax.text.system_prompt import read_system_prompt
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from hart_jax.checkpoints.convert.released import TOKENIZER, TRANSFORMER, Weights, read_released, weight_file
+from hart_jax.checkpoints.convert.released import TOKENIZER, TRANSFORMER, read_released
 from hart_jax.checkpoints.model_folder import (
     CONFIG,
     WEIGHTS,
@@ -28,7 +28,7 @@ from hart_jax.io.buckets import local_copy
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.files import check_readable, content_digest, read_json
 from hart_jax.io.safetensors import check_tree, map_weights
-from hart_jax.io.tensor_files import read_weight_map
+from hart_jax.io.tensor_files import Weights, read_weight_map, weight_file
 
 # Of what is stored, and of how it is converted: with another, all is converted anew.
 FORMAT = 1

@@ -9,7 +9,7 @@ Where a `model.safetensors` is expected, one in several files with its `model.sa
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hart_jax.checkpoints.convert.tokenizer import discriminator_variables, tokenizer_config, tokenizer_params
 from hart_jax.checkpoints.convert.transformer import transformer_config, transformer_params
@@ -20,38 +20,14 @@ from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
 from hart_jax.io.safetensors import check_tree
 from hart_jax.io.state_dict import StateDict
-from hart_jax.io.tensor_files import open_tensors
-
-Weights = Literal["ema", "model"]
+from hart_jax.io.tensor_files import Weights, open_tensors, weight_file
 
 TOKENIZER, TRANSFORMER = "tokenizer", "llm"
-_FILES = {
-    "ema": ("ema_model.safetensors", "ema_model.safetensors.index.json", "ema_model.bin"),
-    "model": (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ),
-}
 
 
 def is_released(folder: str | Path) -> bool:
     """Whether `folder` has the released layout, rather than that of our model folders."""
     return (local_copy(folder) / TRANSFORMER / "config.json").is_file()
-
-
-def weight_file(part: Path, weights: Weights = "ema") -> Path:
-    """The file of a part's weights; the EMA's if `weights` is "ema" and there is one.
-
-    Raises:
-      UserError: there is none.
-    """
-    names = (_FILES["ema"] if weights == "ema" else ()) + _FILES["model"]
-    for name in names:
-        if (part / name).is_file():
-            return part / name
-    raise UserError(f"{part}: no weight file; looked for {', '.join(names)}")
 
 
 def read_released(source: str | Path, weights: Weights = "ema") -> Model:

@@ -20,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hart_jax.checkpoints.convert.released import weight_file
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
 from hart_jax.io.safetensors import check_tree
 from hart_jax.io.state_dict import StateDict
-from hart_jax.io.tensor_files import open_tensors
+from hart_jax.io.tensor_files import open_tensors, weight_file
 from hart_jax.parallel.program import Program
 from hart_jax.text.prompts import check_prompts
 
