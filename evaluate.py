@@ -36,7 +36,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the drawn pictures and of every rand
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side to compare at; 0: pictures as they are; else the model's.")
 _BY = flags.DEFINE_string("by", "category", "Attribute whose values get scores of their own; empty for none.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures judged at a time.")
-_DRAW_BATCH_SIZE = flags.DEFINE_integer("draw_batch_size", 0, "Pictures drawn at a time; 0: as many as memory holds.")
+_DRAW_BATCH_SIZE = flags.DEFINE_integer(
+    "draw_batch_size", 0, "Pictures drawn at a time, halved where they do not fit; 0: eight."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder for results and pictures.")
 
 

@@ -48,7 +48,7 @@ _FILTER = flags.DEFINE_string("prompt_filter", "off", "Folder of a classifier th
 _ALLOWS = flags.DEFINE_list("prompt_filter_allows", [], "The classifier's labels that let a prompt through.")
 _OUT = flags.DEFINE_string("out", "outputs", "Folder for the pictures, or the name of a new .png for a single one.")
 _RESUME = flags.DEFINE_bool("resume", False, "Goes on with an interrupted run of this command in --out.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Pictures drawn at a time; 0: as many as the memory holds.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Pictures drawn at a time, halved where they do not fit; 0: eight.")
 
 
 def settings(experiment: HartExperiment) -> SampleConfig:

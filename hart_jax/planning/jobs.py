@@ -19,7 +19,7 @@ from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.planning.cost_model import SYSTEM_PROMPT_TOKENS
-from hart_jax.sampling.memory import MOST_PICTURES
+from hart_jax.sampling.pipeline import MOST_PICTURES
 from hart_jax.sampling.sampler import make_sampler, narrowed
 from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import EncoderConfig, encode_program

@@ -38,7 +38,7 @@ from hart_jax.planning.jobs import (
 from hart_jax.planning.plan_report import table
 from hart_jax.planning.plans import Plan
 from hart_jax.planning.topology import Topology, read_topology
-from hart_jax.sampling.memory import MOST_PICTURES
+from hart_jax.sampling.pipeline import MOST_PICTURES
 from hart_jax.text.program import EncoderConfig
 
 _TOPOLOGY = flags.DEFINE_string(

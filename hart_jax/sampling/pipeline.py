@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
-from hart_jax.sampling.memory import MOST_PICTURES, free_bytes, pictures_that_fit
 from hart_jax.sampling.sampler import Sampler, make_layered_sampler, make_sampler, narrowed, split_layers
 from hart_jax.text.conditioning import conditions_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
@@ -39,6 +39,9 @@ from hart_jax.transformer.model import Hart
 
 # A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.
 LAYERED_BYTES = 2**28
+# Drawn at a time, of each part of a batch. More are not faster; layer by layer, a second image makes use of the weights
+# that are read, and more only wait for each other.
+MOST_PICTURES, MOST_LAYERED = 8, 2
 
 
 def use_compilation_cache() -> None:
@@ -171,17 +174,12 @@ class Painter:
         placement = sampling_placement(mesh or MeshConfig(), config, devices)
         tokenizer, self._may_be_drawn = model.tokenizer_config, prompt_filter
         self._devices = list(placement.mesh.devices.flat)
-        self._that_fit = functools.partial(
-            pictures_that_fit,
-            config,
-            tokenizer,
-            settings,
-            itemsize=dtype.itemsize,
-            platform=self._devices[0].platform,
-        )
         # One device needs no layout, and may be any.
         self._placement = placement if len(self._devices) > 1 else None
         self._layered = self._placement is None and draws_by_layers(model)
+        self._parts = self._placement.batch_parts if self._placement else 1
+        # What was found to fit.
+        self._at_once = sys.maxsize
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
         networks = Hart(config, dtype), Tokenizer(tokenizer, dtype)
@@ -190,7 +188,7 @@ class Painter:
             if self._layered
             else make_sampler(*networks, settings, self._placement)
         )
-        with _explained("the weights do not fit"):
+        with _weights_fit():
             with jax.default_device(self._devices[0]):
                 self._conditions = conditions_of(config, *text, self._placement, text_dtype)
             self._params = self._put(model, settings)
@@ -208,16 +206,12 @@ class Painter:
         }
 
     def batch_size(self, count: int, wanted: int = 0) -> int:
-        """Of so many pictures, how many to draw at a time: `wanted`, or with 0 as many as the memory is estimated to
-        hold, made a multiple of the parts that the devices share a batch in."""
-        parts = self._placement.batch_parts if self._placement else 1
-        each = -(-(wanted or count) // parts)
+        """Of so many pictures, how many to draw at a time: `wanted`, or with 0 as many as are of use, made a multiple
+        of the parts that the devices share a batch in."""
+        each = -(-(wanted or count) // self._parts)
         if not wanted:
-            # Layer by layer, a second picture makes use of the weights that are read; more only wait for each other.
-            most = 2 if self._layered else MOST_PICTURES
-            free = min(map(free_bytes, self._devices))
-            each = min(each, most, self._that_fit(free))
-        return parts * min(each, -(-count // parts))
+            each = min(each, MOST_LAYERED if self._layered else MOST_PICTURES)
+        return self._parts * min(each, -(-count // self._parts))
 
     def check(self, wishes: Sequence[str | int]) -> None:
         """Raises `UserError` for no wish, an empty or refused prompt, or a label that the model does not have."""
@@ -229,36 +223,65 @@ class Painter:
     def batches(self, batches: Iterable[Sequence[Asked]], size: int) -> Iterator[list[Picture]]:
         """The pictures of each batch, of at most `size`; each depends on what was asked for alone.
 
-        On an accelerator the next batch is on its way while one is looked at.
+        Where the device's memory does not hold a batch, half of it is drawn at a time from then on. On an accelerator
+        the next batch is on its way while one is looked at.
 
         Raises:
-          UserError: the device has not enough memory for `size` pictures.
+          UserError: the device has not enough memory for one picture.
         """
-        fewer = f"lower --batch_size from {size}" if size > 1 else "set --config.mesh.tensor=2 or --weights=int8"
-        with _explained(f"{size} pictures at a time do not fit", fewer):
-            before: tuple[Sequence[Asked], jax.Array] | None = None
-            for batch in batches:
-                started = batch, self._start(batch, size)
-                if before is not None:
-                    yield _pictures(*before)
-                before = started
-                if self._devices[0].platform == "cpu":
-                    yield _pictures(*started)
-                    before = None
+        before: tuple[Sequence[Asked], list[jax.Array]] | None = None
+        for batch in batches:
+            started = batch, self._start(batch, size)
             if before is not None:
-                yield _pictures(*before)
+                yield self._finish(*before, size)
+            before = started
+            if self._devices[0].platform == "cpu":
+                yield self._finish(*started, size)
+                before = None
+        if before is not None:
+            yield self._finish(*before, size)
 
-    def _start(self, batch: Sequence[Asked], size: int) -> jax.Array:
+    def _start(self, batch: Sequence[Asked], size: int) -> list[jax.Array]:
+        while True:
+            each = min(size, self._at_once)
+            try:
+                return [self._images(batch[at : at + each], each) for at in range(0, len(batch), each)]
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                self._fewer(each, error)
+
+    def _finish(self, batch: Sequence[Asked], images: list[jax.Array], size: int) -> list[Picture]:
+        while True:
+            try:
+                arrays = to_uint8(np.concatenate(jax.device_get(images)))
+                return [
+                    Picture(one.wish, one.seed, one.index, array) for one, array in zip(batch, arrays, strict=False)
+                ]
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                self._fewer(len(images[0]), error)
+                images = self._start(batch, size)
+
+    def _fewer(self, size: int, error: Exception) -> None:
+        """After an error while so many were drawn at a time: half of them, where memory was short."""
+        if not _is_out_of_memory(error):
+            raise error
+        if size <= self._parts:
+            raise UserError(
+                f"out of memory: {size} pictures at a time do not fit on a device; "
+                "set --config.mesh.tensor=2 or --weights=int8"
+            ) from error
+        fewer = self._parts * -(-size // (2 * self._parts))
+        if fewer < self._at_once:
+            self._at_once = fewer
+            print(f"{size} pictures at a time do not fit in the device's memory; drawing {fewer}", file=sys.stderr)
+
+    def _images(self, batch: Sequence[Asked], size: int) -> jax.Array:
         # A shorter batch is filled up, so that one compilation serves all.
         full = [*batch, *[batch[0]] * (size - len(batch))]
         seeds = np.array([asked.seed for asked in full], np.uint32)
         indices = np.array([asked.index for asked in full], np.int32)
         condition = self._conditions([asked.wish for asked in full])
-        if self._placement is None:
-            inputs = jax.device_put((condition, seeds, indices), self._devices[0])
-            return self._sample(self._params, *inputs)[0]
-        inputs = jax.device_put((condition, seeds, indices), self._placement.batch)
-        return self._sample(self._params, *inputs)[0]
+        where = self._devices[0] if self._placement is None else self._placement.batch
+        return self._sample(self._params, *jax.device_put((condition, seeds, indices), where))[0]
 
     def draw(
         self, wishes: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
@@ -280,19 +303,19 @@ class Painter:
         return np.stack([picture.image for batch in self.draw(wishes, num_images, seed) for picture in batch])
 
 
-def _pictures(batch: Sequence[Asked], images: jax.Array) -> list[Picture]:
-    arrays = to_uint8(jax.device_get(images))
-    return [Picture(asked.wish, asked.seed, asked.index, image) for asked, image in zip(batch, arrays, strict=False)]
-
-
 @contextlib.contextmanager
-def _explained(
-    what: str, fix: str = "set --weights=int8, or --config.mesh.tensor=2 on several devices"
-) -> Iterator[None]:
-    """Makes an error of too little memory the user's."""
+def _weights_fit() -> Iterator[None]:
+    """Makes an error of too little memory for them the user's."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not _is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory: {what} on a device; {fix}") from error
+        raise UserError(
+            "out of memory: the weights do not fit on a device; set --weights=int8, or --config.mesh.tensor=2 on "
+            "several devices"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
