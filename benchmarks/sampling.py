@@ -24,10 +24,11 @@ import numpy as np
 from hart_jax.checkpoints.model_folder import Model, abstract_tokenizer, abstract_transformer
 from hart_jax.config import DTYPES, HartExperiment, read_experiment
 from hart_jax.errors import UserError, run_cli
-from hart_jax.nn.dtypes import compute_dtype
+from hart_jax.nn.dtypes import cast_weights, compute_dtype
 from hart_jax.planning import cost_model
+from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.pipeline import draws_by_layers, load_model
-from hart_jax.sampling.sampler import make_layered_sampler, make_sampler, narrowed, split_layers
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 
@@ -142,7 +143,7 @@ def main() -> None:
         spent[step_of(name, static, experiment)] += taken
 
     parts = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), experiment.sample
-    params = {"transformer": narrowed(model.transformer, dtype), "tokenizer": model.tokenizer}
+    params = {"transformer": cast_weights(model.transformer, dtype), "tokenizer": model.tokenizer}
     layered = arguments.parts or draws_by_layers(model)
     if layered:
         sampler = make_layered_sampler(*parts, watch if arguments.parts else None)

@@ -30,11 +30,12 @@ from hart_jax.evaluation.networks import clip, efficientnet, inception
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.parts import row_program
 from hart_jax.evaluation.reconstruction import columns_of, make_rebuild
+from hart_jax.nn.dtypes import cast_weights
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import AXES, RULES, parameter_axes
-from hart_jax.sampling.sampler import make_sampler, narrowed
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import encode_program, make_key_values
 from hart_jax.text.qwen2 import Qwen2Config, no_prefix
@@ -161,7 +162,7 @@ def sample_grid(placement: Placement, dtype: str) -> Call:
 
 def sampler(placement: Placement, dtype: str, weights: str = "float", **settings: Any) -> Call:
     compute, boxed = jnp.dtype(dtype), boxed_transformer(TRANSFORMER)
-    narrow = quantize if weights == "int8" else functools.partial(narrowed, dtype=compute)
+    narrow = quantize if weights == "int8" else functools.partial(cast_weights, dtype=compute)
     transformer = jax.eval_shape(narrow, nn.unbox(boxed))
     params = {
         "transformer": at(transformer, placement.state(transformer, parameter_axes(boxed))),

@@ -11,7 +11,7 @@ from hart_jax.config import DiffusionConfig, HartExperiment, TokenizerConfig, Tr
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
-from hart_jax.sampling.sampler import iteration_sizes
+from hart_jax.sampling.rules import iteration_sizes
 from hart_jax.text.minilm import MiniLMConfig
 from hart_jax.text.qwen2 import Qwen2Config
 

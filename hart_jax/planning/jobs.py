@@ -14,13 +14,14 @@ from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
+from hart_jax.nn.dtypes import cast_weights
 from hart_jax.nn.flop_counter import StepFlops, flops_of
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.planning.cost_model import SYSTEM_PROMPT_TOKENS
 from hart_jax.sampling.pipeline import MOST_PICTURES
-from hart_jax.sampling.sampler import make_sampler, narrowed
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import EncoderConfig, encode_program
 from hart_jax.text.qwen2 import QWEN2_1P5B, Qwen2Config
@@ -70,7 +71,7 @@ def sampling_job(experiment: HartExperiment, devices: list[Any], batch_size: int
     program: HartProgram = hart_program(experiment, placement)
     transformer = boxed_transformer(experiment.transformer)
     axes, transformer = parameter_axes(transformer), nn.unbox(transformer)
-    narrow = functools.partial(narrowed, dtype=program.hart.dtype)
+    narrow = functools.partial(cast_weights, dtype=program.hart.dtype)
     transformer = jax.eval_shape(quantize if experiment.sample.weights == "int8" else narrow, transformer)
     weights = {
         "transformer": _at(transformer, placement.state(transformer, axes)),

@@ -25,11 +25,12 @@ from hart_jax.io.buckets import local_copy
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.images import to_uint8
 from hart_jax.io.paths import as_path
-from hart_jax.nn.dtypes import compute_dtype
+from hart_jax.nn.dtypes import cast_weights, compute_dtype
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
-from hart_jax.sampling.sampler import Sampler, make_layered_sampler, make_sampler, narrowed, split_layers
+from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
+from hart_jax.sampling.sampler import Sampler, make_sampler
 from hart_jax.text.conditioning import conditions_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.prompt_filter import PromptFilter
@@ -194,7 +195,7 @@ class Painter:
             self._params = self._put(model, settings)
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
-        narrow = functools.partial(narrowed, dtype=compute_dtype(settings.dtype))
+        narrow = functools.partial(cast_weights, dtype=compute_dtype(settings.dtype))
         transformer = (quantize if settings.weights == "int8" else narrow)(model.transformer)
         params = {"transformer": transformer, "tokenizer": model.tokenizer}
         if self._placement is None:

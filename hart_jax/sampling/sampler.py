@@ -1,20 +1,16 @@
 """From conditions to pictures: all scales, the residual, the decoder (SPEC.md section 3).
 
 Classifier-free guidance doubles the batch: rows 0..B-1 are conditional, rows B..2B-1 unconditional. `make_sampler` is
-one compiled program. `make_layered_sampler` computes the same in many small ones, layer by layer, which is how a CPU
-draws from a large model: there a loop over stacked layers copies the weights of each before it uses them.
+one compiled program; `hart_jax.sampling.layerwise` computes the same layer by layer.
 """
 
-import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hart_jax.config import SampleConfig, TokenizerConfig
 from hart_jax.diffusion.schedule import sample_residual
@@ -23,9 +19,10 @@ from hart_jax.nn.layers import split_rows
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
+from hart_jax.sampling.rules import iteration_sizes, keep_top
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
-from hart_jax.transformer.block import Block, KVCache
+from hart_jax.transformer.block import KVCache
 from hart_jax.transformer.model import Context, Hart
 
 # Pictures of so many pixels are decoded at a time: one of 1024 px.
@@ -46,47 +43,6 @@ class Generated:
     image: jax.Array
 
 
-def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the nucleus of mass `top_p` (1: all)."""
-    if 0 < top_k < logits_V.shape[-1]:
-        logits_V = jnp.where(logits_V < kth_largest(logits_V, top_k), -jnp.inf, logits_V)
-    if top_p < 1:
-        ascending = jnp.sort(logits_V, axis=-1)
-        outside = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
-        # The largest always stays; the smallest that stays is the threshold.
-        outside = outside.at[..., -1].set(False)
-        threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
-        logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
-    return logits_V
-
-
-def kth_largest(x_V: jax.Array, k: int) -> jax.Array:
-    """The k-th largest of float32 values (..., V), exactly, as (..., 1): found bit by bit, where sorting costs more."""
-    bits = jax.lax.bitcast_convert_type(x_V.astype(jnp.float32), jnp.int32)
-    # As unsigned integers in the order of the floats.
-    ordered = jax.lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
-
-    def add_bit(at, found):
-        candidate = found | (jnp.uint32(1) << (31 - at).astype(jnp.uint32))
-        enough = jnp.sum(ordered >= candidate, axis=-1, keepdims=True) >= k
-        return jnp.where(enough, candidate, found)
-
-    found = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros((*x_V.shape[:-1], 1), jnp.uint32))
-    found = jax.lax.bitcast_convert_type(found, jnp.int32)
-    return jax.lax.bitcast_convert_type(jnp.where(found < 0, found ^ jnp.int32(-(2**31)), ~found), jnp.float32)
-
-
-def iteration_sizes(positions: int, iterations: int) -> list[int]:
-    """How many of the last scale's positions each masked iteration fills."""
-    left, sizes = positions, []
-    for iteration in range(iterations):
-        later = int(np.floor(positions * np.cos(np.pi / 2 * (iteration + 1) / iterations)))
-        later = 0 if iteration == iterations - 1 else max(1, min(left - 1, later))
-        sizes.append(left - later)
-        left = later
-    return sizes
-
-
 def generate(
     hart: Hart, tokenizer: Tokenizer, params: Params, condition: Condition, noise: Noise, settings: SampleConfig
 ) -> Generated:
@@ -97,60 +53,19 @@ def generate(
       condition: (B,) labels, or text states (B, T, D) and mask (B, T).
       noise: `KeyedNoise`, or given arrays.
     """
-    return _Stages(hart, tokenizer, settings).run(params, condition, noise)
+    return Sampling(hart, tokenizer, settings).run(params, condition, noise)
 
 
-def _stage(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method (params, arrays, settings by name) that a layered run compiles by itself."""
-
-    @functools.wraps(function)
-    def call(self: "_Stages", params: Params, *arrays: Any, **static: Any) -> Any:
-        return self.compiled(function, **static)(params, *arrays)
-
-    return call
-
-
-class _Stages:
+class Sampling:
     """The steps of a generation, and `run`, which puts them together.
 
-    `layered`: to be called outside of a compiled function, on the weights of `split_layers`; see `Watch`.
+    A step takes parameters, arrays, and settings by name. `hart_jax.sampling.layerwise` compiles each by itself.
     """
 
-    def __init__(
-        self,
-        hart: Hart,
-        tokenizer: Tokenizer,
-        settings: SampleConfig,
-        layered: bool = False,
-        watch: "Watch | None" = None,
-    ):
+    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig):
         settings.check_fits(hart.config)
-        self._hart, self._tokenizer, self._settings, self._layered = hart, tokenizer, settings, layered
-        self._config, self._sides, self._watch = hart.config, hart.config.patch_nums, watch
-        self._programs: dict[Any, Callable[..., Any]] = {}
-
-    def compiled(self, function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-        """The method with these settings, compiled where the run is layered."""
-        bound = functools.partial(function, self, **static)
-        if not self._layered:
-            return bound
-        key = function.__name__, *sorted(static.items())
-        # The cache is written in place.
-        donated = ("cache",) if function is _Stages.block else ()
-        program = self._programs.setdefault(
-            key, Program("sampler, layer by layer", bound, None, self._hart.dtype, donate_argnames=donated)
-        )
-        watch = self._watch
-        if watch is None:
-            return program
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            result = jax.block_until_ready(program(*args, **kwargs))
-            watch(function.__name__, static, time.perf_counter() - started)
-            return result
-
-        return watched
+        self._hart, self._tokenizer, self._settings = hart, tokenizer, settings
+        self._config, self._sides = hart.config, hart.config.patch_nums
 
     def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
         sides, iterations = self._sides, self._settings.masked_iterations
@@ -182,7 +97,6 @@ class _Stages:
         f_hat, image = self.decode(params, f_hat, value)
         return Generated(tuple(indices), tuple(logits), f_hat, image)
 
-    @_stage
     def context(self, params: Params, condition: Condition) -> tuple[Context, Any, Any]:
         """The doubled context, then (inputs, rotations, pooled) of the conditional and of the unconditional context.
 
@@ -212,15 +126,14 @@ class _Stages:
             out, cache = self._blocks(params, x, turns, pooled, cache, start=0)
             hidden.append(out)
             caches.append(cache)
-        join = self.compiled(_Stages.join, context_tokens=self._config.context_tokens, length=length)
-        if self._layered:
-            return self.last_position(params, *hidden), [join(*each) for each in zip(*caches, strict=True)]
-        return self.last_position(params, *hidden), join(*caches)
+        return self.last_position(params, *hidden), self._join(caches[0], caches[1], length)
 
-    @_stage
     def last_position(self, params: Params, cond_BTW: jax.Array, uncond_1TW: jax.Array) -> jax.Array:
         last = cond_BTW[:, -1:]
         return jnp.concatenate([last, jnp.broadcast_to(uncond_1TW[:, -1:], last.shape)])
+
+    def _join(self, cond: Any, uncond: Any, length: int) -> Any:
+        return self.join(cond, uncond, context_tokens=self._config.context_tokens, length=length)
 
     def join(self, cond: KVCache, uncond: KVCache, context_tokens: int, length: int) -> KVCache:
         """The cache of both halves."""
@@ -233,40 +146,28 @@ class _Stages:
         return KVCache(both(cond.k, uncond.k), both(cond.v, uncond.v)).placed()
 
     def _empty_cache(self, rows: int, positions: int) -> Any:
-        dtype = self._hart.dtype or jnp.float32
-        if not self._layered:
-            return KVCache.empty(self._config, rows, positions, dtype)
-        one = dataclasses.replace(self._config, depth=1)
-        return [KVCache.empty(one, rows, positions, dtype) for _ in range(self._config.depth)]
+        return KVCache.empty(self._config, rows, positions, self._hart.dtype or jnp.float32)
 
     def _blocks(
-        self, params: Params, x: jax.Array, turns: jax.Array, pooled: jax.Array | None, cache: Any, **static: Any
+        self,
+        params: Params,
+        x: jax.Array,
+        turns: jax.Array,
+        pooled: jax.Array | None,
+        cache: Any,
+        *,
+        start: int,
+        keep: bool = True,
     ) -> tuple[jax.Array, Any]:
         """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions."""
-        if not self._layered:
-            keep, start = static.get("keep", True), static["start"]
-            return self._apply(params, "blocks", x, turns, pooled, cache=cache, cache_start=start, keep=keep)
-        block, caches = self.compiled(_Stages.block, **static), []
-        for weights, part in zip(params["transformer"]["layers"], cache, strict=True):
-            x, part = block(weights, x, turns, pooled, cache=part)
-            caches.append(part)
-        return x, caches
+        return self._apply(params, "blocks", x, turns, pooled, cache=cache, cache_start=start, keep=keep)
 
-    def block(self, weights, x, turns, pooled, cache: KVCache, start: int, keep: bool = True):
-        """One block of a layered run, whose cache is its own alone."""
-        hart = self._hart
-        block = Block(self._config, None, start, hart.dtype, hart.attention)
-        x, new = block.apply({"params": weights}, x, jnp.int32(0), turns, pooled, cache)
-        return x, cache.append(start, jax.tree.map(lambda own: own[None], new)) if keep else cache
-
-    @_stage
     def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
         side = self._sides[scale]
         latent = area(f_hat, side).reshape(len(f_hat), side * side, -1)
         index_1l = jnp.arange(side * side)[None]
         return self._apply(params, "scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
 
-    @_stage
     def choose(
         self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -288,11 +189,9 @@ class _Stages:
         smooth = jax.nn.softmax(noisy / tau, axis=-1) @ params["tokenizer"]["quantizer"]["codebook"]
         return index, smooth, code, guided
 
-    @_stage
     def add(self, params: Params, f_hat: jax.Array, code: jax.Array, scale: int) -> jax.Array:
         return f_hat + self._tokenize(params, "contribution", code, scale)
 
-    @_stage
     def decode(self, params: Params, f_hat: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         f_hat = f_hat + value.reshape(f_hat.shape)
         return f_hat, jnp.clip(self._pictures(params, f_hat), -1.0, 1.0)
@@ -337,17 +236,14 @@ class _Stages:
             places.append(at_Bl)
         return self.scatter(params, places, parts)
 
-    @_stage
     def order(self, params: Params, f_hat: jax.Array, noise: Noise) -> jax.Array:
         return noise.order((len(f_hat), self._sides[-1] ** 2))
 
-    @_stage
     def part(self, params: Params, order_Bl, x_all, turns_all, begin: int, end: int):
         """The positions of an iteration, (B, l), and their inputs and rotations."""
         at_Bl = jnp.sort(order_Bl[:, begin:end], axis=1)
         return at_Bl, _pick(x_all, at_Bl), _pick(turns_all, at_Bl)
 
-    @_stage
     def fill(self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None):
         """Indices, code plus residual and guided logits of these positions of the last scale."""
         scale, settings = len(self._sides) - 1, self._settings
@@ -373,7 +269,6 @@ class _Stages:
         )
         return index, value + out[: len(out) // 2].reshape(code.shape), guided
 
-    @_stage
     def scatter(self, params: Params, places: list[jax.Array], parts: list[tuple[jax.Array, ...]]):
         """What the iterations found, in the order of the positions."""
         at_Bl = jnp.argsort(jnp.concatenate(places, axis=1), axis=1)
@@ -406,8 +301,6 @@ def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
 
 
 Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
-# Told of every stage of a layered run, when it is over: its name, its settings and its seconds.
-Watch = Callable[[str, dict[str, Any], float], None]
 
 
 def make_sampler(
@@ -433,47 +326,10 @@ def make_grid_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, 
 
 
 def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
-    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings)
+    sampling = Sampling(hart.clone(attention=settings.attention), tokenizer, settings)
 
     def sample(params, condition, seed, indices_B):
-        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B))
+        out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B))
         return out.image, out.indices
 
     return sample
-
-
-def make_layered_sampler(
-    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, watch: Watch | None = None
-) -> Sampler:
-    """As `make_sampler`, layer by layer, on `split_layers` of the parameters; it waits for each stage to `watch`."""
-    stages = _Stages(hart.clone(attention=settings.attention), tokenizer, settings, layered=True, watch=watch)
-
-    def sample(params, condition, seed, indices_B):
-        out = stages.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)
-        return out.image, out.indices
-
-    return sample
-
-
-def split_layers(params: Params) -> Params:
-    """The parameters with the transformer's stacked layers as one tree for each, as views where they are NumPy's."""
-    layers = params["transformer"]["layers"]
-    depth = len(jax.tree.leaves(layers)[0])
-    each = [jax.tree.map(lambda x, at=at: x[at], layers) for at in range(depth)]
-    return {**params, "transformer": {**params["transformer"], "layers": each}}
-
-
-def narrowed(transformer: Any, dtype: Any) -> Any:
-    """The transformer's parameters with those matrices in the compute type that its products round to it in any case.
-
-    Given float32 ones, a program would first make a copy of the whole stack of layers.
-    """
-    if dtype in (None, jnp.float32):
-        return transformer
-
-    def narrow(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = [str(getattr(key, "key", "")) for key in path]
-        rounded = names[0] in ("layers", "diffusion_head") and names[-1] in ("kernel", "qkv")
-        return leaf.astype(dtype) if rounded else leaf
-
-    return jax.tree_util.tree_map_with_path(narrow, transformer)

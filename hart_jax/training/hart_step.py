@@ -13,7 +13,7 @@ from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
 from hart_jax.io.images import from_uint8
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
-from hart_jax.sampling.sampler import keep_top
+from hart_jax.sampling.rules import keep_top
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Mistakes, Tokens
 from hart_jax.training.accumulate import in_parts

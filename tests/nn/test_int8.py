@@ -21,7 +21,8 @@ from hart_jax.nn import layers
 from hart_jax.nn.int8 import SHARED_AXIS, Int8, quantize, quantize_matrix, widen
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.rules import parameter_axes
-from hart_jax.sampling.sampler import make_layered_sampler, make_sampler, split_layers
+from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart

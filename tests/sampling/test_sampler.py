@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 
 from hart_jax.config import SampleConfig
 from hart_jax.errors import UserError
-from hart_jax.sampling.sampler import (
-    iteration_sizes,
-    keep_top,
-    kth_largest,
-    make_layered_sampler,
-    make_sampler,
-    narrowed,
-    split_layers,
-)
+from hart_jax.nn.dtypes import cast_weights
+from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
+from hart_jax.sampling.rules import iteration_sizes, keep_top, kth_largest
+from hart_jax.sampling.sampler import make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
@@ -116,7 +111,7 @@ def test_narrow_weights_draw_what_wide_ones_do():
     parts = Hart(MODEL.transformer_config, jnp.bfloat16), Tokenizer(TOKENIZER), ALL
     text = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
     wanted = (text, np.ones((1, 4), np.int32)), 0, jnp.array([0])
-    narrow = narrowed(MODEL.transformer, jnp.bfloat16)
+    narrow = cast_weights(MODEL.transformer, jnp.bfloat16)
     assert narrow["layers"]["attn"]["qkv"].dtype == jnp.bfloat16 and narrow["head"]["kernel"].dtype == np.float32
     sample = make_sampler(*parts)
     wide, narrow = (
