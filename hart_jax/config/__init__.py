@@ -13,20 +13,17 @@ from hart_jax.config.experiment import (
     raised_in,
     read_experiment,
 )
-from hart_jax.config.settings import (
+from hart_jax.config.model import DiffusionConfig, TokenizerConfig, TransformerConfig, check_fit
+from hart_jax.config.settings import Settings
+from hart_jax.config.training import (
     ATTENTION,
     DTYPES,
     DataConfig,
-    DiffusionConfig,
     HartLossConfig,
     MeshConfig,
     OptimizerConfig,
-    Settings,
-    TokenizerConfig,
     TokenizerLossConfig,
     TrainConfig,
-    TransformerConfig,
-    check_fit,
 )
 
 __all__ = [

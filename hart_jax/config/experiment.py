@@ -12,19 +12,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hart_jax.config.settings import (
+from hart_jax.config.model import TokenizerConfig, TransformerConfig, check_fit
+from hart_jax.config.settings import Settings
+from hart_jax.config.training import (
     ATTENTION,
     DTYPES,
     DataConfig,
     HartLossConfig,
     MeshConfig,
     OptimizerConfig,
-    Settings,
-    TokenizerConfig,
     TokenizerLossConfig,
     TrainConfig,
-    TransformerConfig,
-    check_fit,
 )
 from hart_jax.errors import UserError
 from hart_jax.io.paths import check_path
