@@ -137,8 +137,9 @@ def main() -> None:
 
 def draw(experiment: HartExperiment, chosen: SampleConfig, asked: "list[Asked]", out: Path) -> Path:
     """Draws the images; gives the path of their grid, of the only one, or of their folder."""
+    from hart_jax.checkpoints.load import check_model, load_model
     from hart_jax.sampling import output
-    from hart_jax.sampling.pipeline import Painter, check_model, load_model, text_source
+    from hart_jax.sampling.pipeline import Painter, text_source
 
     source = _CHECKPOINT.value or experiment.model
     model = load_model(source, cache=_CACHE.value)

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import Model, abstract_transformer
 from hart_jax.config import SampleConfig, TransformerConfig
 from hart_jax.errors import run_cli
 from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.int8 import quantize
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
-from hart_jax.sampling.pipeline import load_model
 from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.conditioning import conditions_of
 from hart_jax.text.qwen2 import Qwen2, Qwen2Config, no_prefix

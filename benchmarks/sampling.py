@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import Model, abstract_tokenizer, abstract_transformer
 from hart_jax.config import DTYPES, HartExperiment, read_experiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.nn.dtypes import cast_weights, compute_dtype
 from hart_jax.planning import cost_model
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
-from hart_jax.sampling.pipeline import draws_by_layers, load_model
+from hart_jax.sampling.pipeline import draws_by_layers
 from hart_jax.sampling.sampler import make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from hart_jax.checkpoints.class_names import CLASSES, class_names, normalized
+from hart_jax.checkpoints.load import check_model, load_model
 from hart_jax.checkpoints.model_folder import Model
 from hart_jax.checkpoints.workdir import load_tokenizer
 from hart_jax.config import Experiment, HartExperiment
@@ -24,7 +25,7 @@ from hart_jax.evaluation.scores import NEIGHBOURS
 from hart_jax.io.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import output
-from hart_jax.sampling.pipeline import Painter, check_model, load_model, text_source
+from hart_jax.sampling.pipeline import Painter, text_source
 from hart_jax.tokenizer.perceptual import load_lpips
 
 

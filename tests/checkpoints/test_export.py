@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from hart_jax.checkpoints.export import export
+from hart_jax.checkpoints.load import check_model, load_model
 from hart_jax.checkpoints.model_folder import read_model, write_model
 from hart_jax.checkpoints.orbax import Checkpoints
 from hart_jax.checkpoints.workdir import load_tokenizer
 from hart_jax.config import OptimizerConfig, TokenizerExperiment, TokenizerLossConfig, read_experiment
 from hart_jax.errors import UserError
-from hart_jax.sampling.pipeline import check_model, load_model
 from hart_jax.training.state import make_optimizer, new_state
 from tests.tiny import TOKENIZER, tiny_model
 from tests.train_runs import write_hart_config

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import read_model, write_folder
 from hart_jax.config import DataConfig, HartExperiment, TokenizerExperiment, TokenizerLossConfig
 from hart_jax.data.mjhq import read_folder
@@ -18,7 +19,6 @@ from hart_jax.evaluation.networks.inception import load_inception
 from hart_jax.evaluation.pictures import open_pictures
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.paths import absolute, as_path, local_only
-from hart_jax.sampling.pipeline import load_model
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.text.prompt_filter import load_prompt_filter
 from hart_jax.text.prompts import read_prompts_file
