@@ -1,4 +1,6 @@
-"""Draws pictures: `python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"`.
+"""Samples images: `python sample.py --checkpoint=assets/emoji --prompt="a 3D render of a red apple"`.
+
+A model brings its sampling settings along; those of --config come before them, and flags before both.
 
 Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG. While a
 run writes into a folder, another one is refused. Exits with 3 where --prompt_filter refused a prompt; the others are
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from hart_jax import flags as hart_flags
-from hart_jax.config import WEIGHTS, HartExperiment, SampleConfig
+from hart_jax.config import WEIGHTS, Experiment, HartExperiment, SampleConfig
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path
 
@@ -49,6 +51,17 @@ _ALLOWS = flags.DEFINE_list("prompt_filter_allows", [], "The classifier's labels
 _OUT = flags.DEFINE_string("out", "outputs", "Folder for the pictures, or the name of a new .png for a single one.")
 _RESUME = flags.DEFINE_bool("resume", False, "Goes on with an interrupted run of this command in --out.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Pictures drawn at a time, halved where they do not fit; 0: eight.")
+
+
+def described() -> Experiment:
+    """The experiment of --config, or without one what the model of --checkpoint says of itself."""
+    if hart_flags.given():
+        return hart_flags.experiment()
+    if _CHECKPOINT.value is None:
+        raise UserError("no model: give --checkpoint=FOLDER, like --checkpoint=assets/emoji, or --config=FILE")
+    from hart_jax.checkpoints.load import read_experiment_of
+
+    return read_experiment_of(_CHECKPOINT.value)
 
 
 def settings(experiment: HartExperiment) -> SampleConfig:
@@ -108,7 +121,7 @@ def allowed(asked: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
 
 def main() -> None:
     hart_flags.parse()
-    experiment = hart_flags.experiment()
+    experiment = described()
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
     for flag, least in ((_NUM_IMAGES, 1), (_BATCH_SIZE, 0)):

@@ -45,6 +45,11 @@ def parse(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
 
 
+def given() -> bool:
+    """Whether there is a --config."""
+    return _CONFIG.value is not None
+
+
 def experiment() -> Experiment:
     """The experiment that --config and its overrides describe, checked."""
     if _CONFIG.value is None:

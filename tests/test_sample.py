@@ -51,6 +51,29 @@ def test_pictures_a_grid_and_what_they_are(folder, tmp_path):
     assert np.abs(first.astype(int) - second).max() <= 1
 
 
+def test_a_model_folder_says_by_itself_how_it_is_sampled_from(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = {"cfg": 2.5, "top_k": 5, "top_k_late": 3, "temperature": 0.5}
+    (tmp_path / "model" / "sampling.json").write_text(json.dumps(settings))
+    asked = ["--prompt=a red apple", "--seed=3", f"--out={tmp_path / 'own.png'}"]
+    code, _, err = sample(folder, f"--checkpoint={tmp_path / 'model'}", *asked)
+    assert code == 0, err
+    given = [f"--config.sample.{name}={value}" for name, value in settings.items()]
+    code, _, err = run_sample(folder, *given, *asked[:2], f"--out={tmp_path / 'given.png'}")
+    assert code == 0, err
+    own, given = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("own", "given"))
+    np.testing.assert_array_equal(own, given)
+    assert json.loads(read_png_metadata(tmp_path / "own.png")["settings"])["top_k_late"] == 3
+    (tmp_path / "model" / "sampling.json").write_text('{"top_k": 500}')
+    code, _, err = sample(folder, f"--checkpoint={tmp_path / 'model'}", *asked)
+    assert code == 2 and "sampling.json: top_k=500: the codebook has" in err
+
+
+def test_without_a_model_or_a_config(folder):
+    code, _, err = sample(folder, "--prompt=a red apple")
+    assert code == 2 and err.startswith("error: no model: give --checkpoint=FOLDER")
+
+
 def test_a_prompt_that_is_too_long_is_cut_and_reported(folder, tmp_path):
     out = tmp_path / "one.png"
     code, _, err = run_sample(folder, "--prompt=a red apple of a blue dog of a red dog", f"--out={out}")

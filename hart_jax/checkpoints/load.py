@@ -3,9 +3,16 @@
 from pathlib import Path
 
 from hart_jax.checkpoints.convert.cache import read_released_cached
-from hart_jax.checkpoints.convert.released import is_released, read_released
-from hart_jax.checkpoints.model_folder import Model, read_model
-from hart_jax.config import HartExperiment
+from hart_jax.checkpoints.convert.released import is_released, read_configs, read_released
+from hart_jax.checkpoints.model_folder import CONFIG, Model, read_model, read_sampling
+from hart_jax.config import (
+    HartExperiment,
+    HartLossConfig,
+    SampleConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    experiment_from,
+)
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.paths import as_path
@@ -19,9 +26,7 @@ def load_model(path: str | Path, cache: bool = True) -> Model:
     Raises:
       UserError: the path holds none of them, or a damaged one.
     """
-    path = as_path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
+    path = _model_path(path)
     if (path / "checkpoints").is_dir():
         # Here, because Orbax takes seconds to import and only workdirs need it.
         from hart_jax.checkpoints.workdir import read_workdir
@@ -31,6 +36,40 @@ def load_model(path: str | Path, cache: bool = True) -> Model:
     if is_released(path):
         return read_released_cached(path) if cache else read_released(path)
     return read_model(path)
+
+
+def read_experiment_of(path: str | Path) -> HartExperiment:
+    """What a model is and how it is sampled from, without its weights; the path as `load_model` takes it.
+
+    Raises:
+      UserError: the path holds no model, a damaged one, or a tokenizer alone.
+    """
+    path = _model_path(path)
+    if (path / "checkpoints").is_dir():
+        from hart_jax.checkpoints.orbax import load_config
+
+        experiment = experiment_from(load_config(path))
+        if not isinstance(experiment, HartExperiment):
+            raise UserError(f"{path}: this workdir trains a tokenizer; give the workdir of a transformer")
+        return experiment
+    folder, sampling = local_copy(path), None
+    if is_released(folder):
+        tokenizer, transformer = read_configs(folder)
+    else:
+        tokenizer = TokenizerConfig.read(folder / "tokenizer" / CONFIG)
+        transformer = TransformerConfig.read(folder / "transformer" / CONFIG)
+        sampling = read_sampling(folder, tokenizer)
+    sample = sampling or SampleConfig.default(tokenizer.vocab_size)
+    # A loss is part of an experiment; a small codebook has fewer codes than its default asks for.
+    loss = HartLossConfig(condition_top_k=min(HartLossConfig.condition_top_k, tokenizer.vocab_size))
+    return HartExperiment(tokenizer, transformer, loss, sample=sample)
+
+
+def _model_path(path: str | Path) -> Path:
+    path = as_path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
+    return path
 
 
 def check_model(model: Model, experiment: HartExperiment, source: str | Path) -> None:

@@ -1,4 +1,7 @@
-"""A model folder, complete in itself: `tokenizer/ transformer/ text_encoder/`, each with config and weights."""
+"""A model folder, complete in itself: `tokenizer/ transformer/ text_encoder/`, each with config and weights.
+
+`sampling.json` beside them says how the model is best sampled from; without it, as the release.
+"""
 
 import dataclasses
 import json
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.checkpoints.class_names import read_classes, write_classes
-from hart_jax.config import Settings, TokenizerConfig, TransformerConfig, check_fit
+from hart_jax.config import SampleConfig, Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy, upload_folder
 from hart_jax.io.files import sync
@@ -26,7 +29,7 @@ from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, SAMPLING = "config.json", "model.safetensors", "sampling.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Model:
 
     `system_prompt` is the file of the text encoder's system prompt where it does not lie in that folder.
     `classes` are the names of a class-conditional model's classes, in the order of their labels, where they are known.
+    `sampling` are the settings that the model brings along, None of one that says nothing.
     """
 
     tokenizer_config: TokenizerConfig
@@ -44,6 +48,12 @@ class Model:
     text_encoder: Path | None
     system_prompt: Path | None = None
     classes: tuple[str, ...] = ()
+    sampling: SampleConfig | None = None
+
+    @property
+    def sample_config(self) -> SampleConfig:
+        """The model's own settings, or the release's."""
+        return self.sampling or SampleConfig.default(self.tokenizer_config.vocab_size)
 
 
 def abstract_tokenizer(config: TokenizerConfig) -> Any:
@@ -111,7 +121,21 @@ def read_model(folder: str | Path) -> Model:
         transformer,
         text_encoder if text_encoder.is_dir() else None,
         classes=read_classes(folder / "transformer") if transformer_config.num_classes else (),
+        sampling=read_sampling(folder, tokenizer_config),
     )
+
+
+def read_sampling(folder: Path, tokenizer: TokenizerConfig) -> SampleConfig | None:
+    """The sampling settings of a model folder, None where it has none; `UserError` where they do not fit the model."""
+    path = folder / SAMPLING
+    if not path.is_file():
+        return None
+    settings = SampleConfig.read(path)
+    try:
+        settings.check_fits(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return settings
 
 
 def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> None:
@@ -121,6 +145,8 @@ def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> Non
         write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer, dtype)
         write_part(target / "transformer", model.transformer_config, model.transformer, dtype)
         write_classes(target / "transformer", model.classes)
+        if model.sampling is not None:
+            (target / SAMPLING).write_text(json.dumps(model.sampling.image_settings(), indent=2) + "\n")
         if model.text_encoder is not None:
             shutil.copytree(model.text_encoder, target / "text_encoder")
             if model.system_prompt is not None:

@@ -120,6 +120,7 @@ def read_workdir(path: str | Path, which: str = "ema") -> Model:
         text_encoder if text_encoder and text_encoder.is_dir() else None,
         local_copy(experiment.system_prompt, "system_prompt") if experiment.system_prompt else None,
         _classes(as_path(path), experiment),
+        experiment.sample,
     )
 
 

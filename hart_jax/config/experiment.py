@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from ml_collections import ConfigDict
 
@@ -70,6 +70,10 @@ class TokenizerExperiment(Settings):
             )
 
 
+# Of `SampleConfig`: how it is computed.
+_COMPUTED = ("attention", "weights", "dtype", "decode_at_once")
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Settings):
     """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
@@ -93,6 +97,15 @@ class SampleConfig(Settings):
     weights: str = "float"
     dtype: str = "auto"
     decode_at_once: int = 0
+
+    @classmethod
+    def default(cls, vocab_size: int) -> Self:
+        """The release's; a codebook of fewer codes than its top-k keeps all of them."""
+        return cls(top_k=min(cls.top_k, vocab_size), top_k_late=min(cls.top_k_late, vocab_size))
+
+    def image_settings(self) -> dict[str, Any]:
+        """Those that say which image is sampled, not how it is computed."""
+        return {name: value for name, value in self.to_dict().items() if name not in _COMPUTED}
 
     def __post_init__(self) -> None:
         checks = {

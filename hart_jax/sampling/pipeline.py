@@ -1,7 +1,7 @@
 """Pictures from prompts with a model from anywhere: what `sample.py` and a notebook call.
 
-model = load_model("assets/emoji")
-images = Painter(model, SampleConfig(cfg=3.0))(["a flat icon of a dog"], seed=0)
+pipe = load("assets/emoji")
+images = pipe("a flat icon of a dog", seed=0)
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import Model, boxed_transformer
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TransformerConfig
 from hart_jax.errors import UserError
@@ -268,8 +269,9 @@ class Painter:
         size = self.batch_size(len(asked), batch_size)
         return self.batches([asked[start : start + size] for start in range(0, len(asked), size)], size)
 
-    def __call__(self, wishes: Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
-        """All pictures at once, uint8 (N, H, W, 3), wish by wish."""
+    def __call__(self, wishes: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
+        """All images at once, uint8 (N, H, W, 3), prompt by prompt (or label by label)."""
+        wishes = [wishes] if isinstance(wishes, str | int) else wishes
         return np.stack([picture.image for batch in self.draw(wishes, num_images, seed) for picture in batch])
 
 
@@ -285,6 +287,21 @@ def _weights_fit() -> Iterator[None]:
             "out of memory: the weights do not fit on a device; set --weights=int8, or --config.mesh.tensor=2 on "
             "several devices"
         ) from error
+
+
+def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Painter:
+    """A pipeline of the model at a path (see `load_model`), with the sampling settings that it brings along.
+
+    Args:
+      changes: of the settings, by name: `load("assets/emoji", cfg=3.0, temperature=1.0)`; see `SampleConfig`.
+
+    Raises:
+      UserError: no such model, an unknown setting, or a value that does not fit.
+    """
+    model = load_model(path, cache)
+    settings = SampleConfig.from_dict({**model.sample_config.to_dict(), **changes})
+    settings.check_fits(model.tokenizer_config)
+    return Painter(model, settings)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -41,7 +41,13 @@ def test_the_averages_are_exported_with_all_parts(run, tmp_path):
     export(workdir, tmp_path / "model", dtype="bfloat16")
     model = read_model(tmp_path / "model")
     assert all((leaf == 0.5).all() for leaf in jax.tree.leaves(model.transformer))
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["text_encoder", "tokenizer", "transformer"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "sampling.json",
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+    ]
+    assert model.sampling.image_settings() == read_experiment(config).sample.image_settings()
     check_model(model, read_experiment(config), "model")
     from_workdir = load_model(workdir)
     assert from_workdir.transformer_config == model.transformer_config

@@ -44,7 +44,7 @@ def read_released(source: str | Path, weights: Weights = "ema") -> Model:
     for part in (TOKENIZER, TRANSFORMER):
         if not (source / part).is_dir():
             raise UserError(f"{source / part}: no such folder; a release has tokenizer/ and llm/ side by side")
-    tokenizer_settings, transformer_settings = _read_configs(source)
+    tokenizer_settings, transformer_settings = read_configs(source)
     tokenizer = _convert_tokenizer(_open(weight_file(source / TOKENIZER, "model")), tokenizer_settings)
     transformer = _convert(
         _open(weight_file(source / TRANSFORMER, weights)),
@@ -111,7 +111,8 @@ class _ReleasedConfig(dict[str, Any]):
         raise UserError(f"{self._path}: no setting {name!r}; this is not the config of a released HART")
 
 
-def _read_configs(source: Path) -> tuple[TokenizerConfig, TransformerConfig]:
+def read_configs(source: Path) -> tuple[TokenizerConfig, TransformerConfig]:
+    """Settings of both parts; `UserError` where a config.json is missing or says what we do not know."""
     tokenizer = _ReleasedConfig(source / TOKENIZER / "config.json")
     llm = _ReleasedConfig(source / TRANSFORMER / "config.json")
     try:
