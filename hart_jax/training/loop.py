@@ -111,7 +111,6 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         workdir,
         config,
         train.keep_checkpoints,
-        train.save_every,
         may_change,
         train.keep_every,
         train.keep_best,
@@ -171,7 +170,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                     writer.flush()
                     unlogged = window.stored()
                     with stopwatch.waiting("checkpoint"):
-                        checkpoints.save(step, state, batches, unlogged, values, force=True)
+                        checkpoints.save(step, state, batches, unlogged, values)
                 if due(train.sample_every, step) and (last or not stopping):
                     with stopwatch.waiting("pictures"):
                         grids.draw(writer, state, step)
