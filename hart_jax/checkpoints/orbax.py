@@ -102,12 +102,6 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the latest complete checkpoint, None without one."""
-        latest = self._orbax.latest
-        return None if latest is None else latest.step
-
     def save(
         self,
         step: int,

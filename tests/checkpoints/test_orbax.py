@@ -136,8 +136,6 @@ def test_keeps_the_latest(tmp_path):
     with Checkpoints(tmp_path, CONFIG, keep=2) as checkpoints:
         for step in (2, 4, 6, 7):
             checkpoints.save(step, make_state(step))
-        checkpoints.wait()
-        assert checkpoints.latest_step == 7
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7"]
 
 
@@ -473,7 +471,7 @@ def test_keys_that_may_change_are_updated(tmp_path):
     save_steps(tmp_path, range(1, 2))
     longer = {**CONFIG, "train": {"num_steps": 20, "rate": 1e-3}}
     with Checkpoints(tmp_path, longer, may_change={"train.num_steps"}) as checkpoints:
-        assert checkpoints.latest_step == 1
+        assert checkpoints.restore(make_state()).step == 1
     assert load_config(tmp_path)["train"]["num_steps"] == 20
 
 
@@ -482,7 +480,7 @@ def test_settings_that_a_run_of_an_older_version_lacks_are_the_defaults(tmp_path
     defaults = {"model": {"width": 4, "depth": 2}}
     newer = {**CONFIG, "model": {**CONFIG["model"], "depth": 2}}
     with Checkpoints(tmp_path, newer, defaults=defaults) as checkpoints:
-        assert checkpoints.latest_step == 1
+        assert checkpoints.restore(make_state()).step == 1
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     newer["model"]["depth"] = 3
     with pytest.raises(UserError, match=r"model\.depth is 3, the run has 2"):
