@@ -67,7 +67,6 @@ class Checkpoints:
       keep_every: checkpoints of its multiples stay as well; 0 for none.
       keep_best: name of a metric; of the checkpoints saved with a finite value of it, the one with the lowest stays as
         well. Empty for none.
-      save_every: steps between checkpoints.
       may_change: dotted config keys ("train.num_steps", or "sample.*" for all of a section) that a resumed run may
         change.
       defaults: a whole configuration, of whose settings a run has those that its own, of an older version, lacks.
@@ -82,16 +81,14 @@ class Checkpoints:
         workdir: str | os.PathLike,
         config: Mapping[str, Any],
         keep: int = 3,
-        save_every: int = 1000,
         may_change: Collection[str] = (),
         keep_every: int = 0,
         keep_best: str = "",
         defaults: Mapping[str, Any] | None = None,
     ):
-        for name, value in (("keep", keep), ("save_every", save_every)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        self.save_every, self._keep_best = save_every, keep_best
+        if keep < 1:
+            raise UserError(f"keep is {keep}; it must be at least 1")
+        self._keep_best = keep_best
         workdir = absolute(as_path(workdir))
         check_no_pattern(workdir, "workdir")
         directory = workdir / CHECKPOINT_DIR
@@ -105,12 +102,6 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the latest complete checkpoint, None without one."""
-        latest = self._orbax.latest
-        return None if latest is None else latest.step
-
     def save(
         self,
         step: int,
@@ -118,30 +109,22 @@ class Checkpoints:
         data_iterator: Iterator | None = None,
         log: Any = None,
         metrics: Mapping[str, float] | None = None,
-        force: bool = False,
-    ) -> bool:
-        """Starts writing a checkpoint if `step` is due, and returns as soon as the arrays are copied to the host.
+    ) -> None:
+        """Starts writing a checkpoint, and returns as soon as the arrays are copied to the host.
 
         Args:
-          step: number of finished training steps.
+          step: number of finished training steps; later than that of any checkpoint there is.
           state: pytree of arrays; its buffers may be donated to the next step at once.
           data_iterator: a Grain iterator (or anything Orbax calls a stateful checkpointable); its position is stored.
           log: JSON values to store beside them.
           metrics: what this state measures up to, for `keep_best`.
-          force: saves even where `step` is no multiple of `save_every`; for the last step of a run.
-
-        Returns:
-          whether a checkpoint was started; False also where `step` is already on disk.
 
         Raises:
           UserError: `metrics` lack `keep_best`.
         """
-        if (step % self.save_every and not force) or step == self.latest_step:
-            return False
         items = {"state": state, "data": data_iterator, "log": log, "digests": digests_of(state, data_iterator, log)}
         items = {name: item for name, item in items.items() if item is not None}
         self._orbax.save_checkpointables_async(step, items, force=True, metrics=self._measured(metrics))
-        return True
 
     def _measured(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
         if not self._keep_best or metrics is None:

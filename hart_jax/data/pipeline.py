@@ -143,8 +143,6 @@ def make_loader(
     tokens: TokenFunction | None = None,
     flip: bool = False,
     cache: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     workers: int = 0,
     epochs: int | None = None,
@@ -154,8 +152,7 @@ def make_loader(
 
     For training, images come in a new order each epoch, forever, each with one of its captions at random; both depend
     on `seed` and the position alone: batch k of all processes together is the same images however many processes there
-    are, process p of n has the rows from p B / n to (p + 1) B / n. Otherwise images come once, in order, with their
-    prompts, every n-th to a process, the last batch possibly smaller.
+    are. Otherwise images come once, in order, with their prompts, the last batch possibly smaller.
 
     Args:
       shards: folder, or folders, written by `hart_jax.data.shards`.
@@ -171,22 +168,20 @@ def make_loader(
         decode; must be picklable with `workers`; not with `flip`.
       flip: mirror every second training image, except where the caption says left or right.
       cache: keep the resized images in memory; without `workers` only.
-      process_index: p, this process' number.
-      process_count: n, number of processes that share each batch; divides B.
-      rows: in training, the rows of each batch that this process has, ascending, instead of those said above.
+      rows: in training, the n rows of each batch that this process has, ascending; None for all of them.
       workers: processes that decode; 0 decodes in threads.
       epochs: passes over the images; None is without end for training, one otherwise.
       max_bad_records: in training, how many records may not decode; the next that does takes the place of each.
 
     Returns:
-      An iterator of dicts: `image` uint8 (B / n, S, S, 3), `index` int32 (B / n,), the image's place in the shards,
-      `label` int32 (B / n,), that of its category among the sorted ones, where the shards have labels, and what `text`
-      gives, stacked to (B / n, ...).
+      An iterator of dicts: `image` uint8 (n, S, S, 3), `index` int32 (n,), the image's place in the shards, `label`
+      int32 (n,), that of its category among the sorted ones, where the shards have labels, and what `text` gives,
+      stacked to (n, ...); n is B without `rows`.
 
     Raises:
       UserError: a bad argument, shards that are missing or damaged, or, while reading, images that do not decode.
     """
-    _check_arguments(image_size, batch_size, process_index, process_count, workers, cache, epochs)
+    _check_arguments(image_size, batch_size, workers, cache, epochs)
     if flip and tokens is not None:
         raise UserError("flip=True needs images; tokens computed ahead are of images as they are (set data.flip=False)")
     source: Any = TokenSource(shards, tokens) if tokens else PictureSource(shards, image_size, cache=cache)
@@ -205,18 +200,16 @@ def make_loader(
         pictures = grain.MapDataset.mix(parts, weights)
     elif train:
         pictures = pictures.seed(seed).shuffle()
-    # In training this takes all; Grain derives a step's seed from the number of steps before it, which must stay.
-    first, stride = (0, 1) if train else (process_index, process_count)
-    pictures = pictures[first::stride]
+    # This takes all; Grain derives a step's seed from the number of steps before it, which must stay.
+    pictures = pictures[:]
     if train or epochs is not None:
         pictures = pictures.repeat(epochs)
     views = pictures.random_map(_RandomView(flip)) if train else pictures.map(_plain_view)
     examples = views.map(_AddText(text))
     if train:
-        size = batch_size // process_count
-        rows = range(process_index * size, (process_index + 1) * size) if rows is None else rows
-        examples = ProcessRows(examples, batch_size, rows)
-    batches = examples.batch(len(rows) if train and rows else batch_size // process_count, drop_remainder=train)
+        rows = range(batch_size) if rows is None else rows
+        examples, batch_size = ProcessRows(examples, batch_size, rows), len(rows)
+    batches = examples.batch(batch_size, drop_remainder=train)
     return Batches(batches, workers, records.name_of, max_bad_records)
 
 
@@ -273,21 +266,9 @@ class _AddText:
         return {**view, **self._text(caption)}
 
 
-def _check_arguments(
-    image_size: int,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
-    workers: int,
-    cache: bool,
-    epochs: int | None,
-) -> None:
+def _check_arguments(image_size: int, batch_size: int, workers: int, cache: bool, epochs: int | None) -> None:
     if image_size < 1 or batch_size < 1:
         raise UserError(f"image_size {image_size} and batch_size {batch_size} must be at least 1")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} must be from 0 to process_count - 1 = {process_count - 1}")
-    if batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} must be a multiple of process_count {process_count}, which share it")
     if workers < 0 or (workers and cache):
         raise UserError(f"workers {workers} must be 0 with cache=True (each would keep its own) and never negative")
     if epochs is not None and epochs < 1:

@@ -31,7 +31,6 @@ from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.sampler import Sampler, make_sampler
 from hart_jax.text.conditioning import conditions_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
-from hart_jax.text.prompt_filter import PromptFilter
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
@@ -128,7 +127,6 @@ class Painter:
 
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Pictures are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
-    `prompt_filter` says of a prompt whether it may be drawn: see `check`.
     """
 
     def __init__(
@@ -139,11 +137,9 @@ class Painter:
         system_prompt: str | Path | None = None,
         mesh: MeshConfig | None = None,
         devices: Sequence[jax.Device] | None = None,
-        prompt_filter: PromptFilter | None = None,
     ):
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
         placement = sampling_placement(mesh or MeshConfig(), config, devices)
-        tokenizer, self._may_be_drawn = model.tokenizer_config, prompt_filter
         self._devices = list(placement.mesh.devices.flat)
         # One device needs no layout, and may be any.
         self._placement = placement if len(self._devices) > 1 else None
@@ -153,7 +149,7 @@ class Painter:
         self._at_once = sys.maxsize
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
-        networks = Hart(config, dtype), Tokenizer(tokenizer, dtype)
+        networks = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype)
         self._sample: Sampler = (
             make_layered_sampler(*networks, settings)
             if self._layered
@@ -185,11 +181,8 @@ class Painter:
         return self._parts * min(each, -(-count // self._parts))
 
     def check(self, wishes: Sequence[str | int]) -> None:
-        """Raises `UserError` for no wish, an empty or refused prompt, or a label that the model does not have."""
+        """Raises `UserError` for no wish, an empty prompt, or a label that the model does not have."""
         self._conditions.check(wishes)
-        refused = [wish for wish in wishes if self._may_be_drawn is not None and not self._may_be_drawn(str(wish))]
-        if refused:
-            raise UserError(f"the prompt filter refuses {', '.join(map(repr, refused))}; leave it out")
 
     def batches(self, batches: Iterable[Sequence[Asked]], size: int) -> Iterator[list[Picture]]:
         """The pictures of each batch, of at most `size`; each depends on what was asked for alone.

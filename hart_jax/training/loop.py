@@ -67,8 +67,9 @@ class Task(Protocol):
 
     `load_previous` reads what a new run starts from, before anything is written; `start` gives its state, `shapes` that
     state's shapes; `places` says where each of its arrays lies (`NamedSharding`). `step` does step number `step` (from
-    1) with this process's rows of a batch, and returns before the device is done; among its metrics are `loss`, `flops`
-    (of the whole step) and `skipped_steps`, 1 if it changed nothing as something was not finite, else 0.
+    1) with this process's rows of a batch, and returns before the device is done; among its metrics are `loss`,
+    `skipped_steps`, 1 if it changed nothing as something was not finite, else 0, and, as plain numbers that no device
+    computes, `model_flops` and `hardware_flops` (`hart_jax.nn.flop_counter.StepFlops`).
     """
 
     places: Any
@@ -111,7 +112,6 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         workdir,
         config,
         train.keep_checkpoints,
-        train.save_every,
         may_change,
         train.keep_every,
         train.keep_best,
@@ -171,7 +171,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                     writer.flush()
                     unlogged = window.stored()
                     with stopwatch.waiting("checkpoint"):
-                        checkpoints.save(step, state, batches, unlogged, values, force=True)
+                        checkpoints.save(step, state, batches, unlogged, values)
                 if due(train.sample_every, step) and (last or not stopping):
                     with stopwatch.waiting("pictures"):
                         grids.draw(writer, state, step)

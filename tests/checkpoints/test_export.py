@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
     params = jax.tree.map(jnp.asarray, tiny_model(context_tokens=6, context_dim=24).transformer)
     state = new_state(params, make_optimizer(OptimizerConfig(), 10))
     state = state.replace(ema=jax.tree.map(lambda p: jnp.full_like(p, 0.5), params))
-    with Checkpoints(folder / "run", experiment.to_dict(), save_every=1) as checkpoints:
+    with Checkpoints(folder / "run", experiment.to_dict()) as checkpoints:
         checkpoints.save(1, state)
     return config, folder / "run"
 
@@ -70,7 +70,7 @@ def test_an_existing_folder_stays_as_it_is(run, tmp_path):
 
 def test_a_tokenizer_workdir_is_no_model(tmp_path):
     experiment = TokenizerExperiment(tokenizer=TOKENIZER, loss=TokenizerLossConfig(adversarial=0.0, perceptual=0.0))
-    with Checkpoints(tmp_path, experiment.to_dict(), save_every=1) as checkpoints:
+    with Checkpoints(tmp_path, experiment.to_dict()) as checkpoints:
         checkpoints.save(1, {"model": {"ema": {"a": jnp.zeros(2)}}})
     with pytest.raises(UserError, match="trains a tokenizer"):
         load_model(tmp_path)

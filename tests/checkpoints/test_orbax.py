@@ -68,7 +68,7 @@ def bits(tree: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
 
 
 def save_steps(workdir: Path, steps: range, **settings) -> None:
-    with Checkpoints(workdir, CONFIG, save_every=1, **settings) as checkpoints:
+    with Checkpoints(workdir, CONFIG, **settings) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step))
 
@@ -93,10 +93,9 @@ def test_round_trip_is_bit_exact_and_continues_the_data(tmp_path):
     state, iterator = make_state(3), make_iterator()
     for _ in range(5):
         next(iterator)
-    with Checkpoints(tmp_path, CONFIG, save_every=4) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         assert checkpoints.restore(state, iterator) is None
-        assert not checkpoints.save(3, state, iterator)
-        assert checkpoints.save(4, state, iterator)
+        checkpoints.save(4, state, iterator)
         expected = [next(iterator) for _ in range(30)]
 
     abstract, iterator = jax.eval_shape(lambda: state), make_iterator()
@@ -110,7 +109,7 @@ def test_round_trip_is_bit_exact_and_continues_the_data(tmp_path):
 
 def test_what_is_not_logged_yet_is_stored_to_the_last_bit(tmp_path):
     log = [{"loss": float(np.float32(0.1)), "absent": float("nan")}, {}]
-    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(1, make_state(1), log=log)
         checkpoints.save(2, make_state(2), log=[])
         checkpoints.wait()
@@ -123,7 +122,7 @@ def test_what_is_not_logged_yet_is_stored_to_the_last_bit(tmp_path):
 
 def test_saved_state_may_be_donated_at_once(tmp_path):
     step_fn = jax.jit(lambda x: x + 1, donate_argnums=0)
-    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         x = jnp.zeros((1000, 1000))
         for step in range(1, 4):
             x = step_fn(x)
@@ -133,20 +132,16 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     np.testing.assert_array_equal(load_params(tmp_path, "params"), np.full((1000, 1000), 13.0))
 
 
-def test_keeps_the_latest_and_saves_the_last_step_once(tmp_path):
-    with Checkpoints(tmp_path, CONFIG, keep=2, save_every=2) as checkpoints:
-        saved = [step for step in range(1, 8) if checkpoints.save(step, make_state(step))]
-        assert saved == [2, 4, 6]
-        assert checkpoints.save(7, make_state(7), force=True)
-        assert not checkpoints.save(7, make_state(7), force=True)
-        checkpoints.wait()
-        assert checkpoints.latest_step == 7
+def test_keeps_the_latest(tmp_path):
+    with Checkpoints(tmp_path, CONFIG, keep=2) as checkpoints:
+        for step in (2, 4, 6, 7):
+            checkpoints.save(step, make_state(step))
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "7"]
 
 
 def test_keeps_multiples_and_the_best_besides_the_latest(tmp_path):
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 4.0, 6: None, 7: 6.0, 8: 9.0, 9: 2.0, 10: 3.0, 11: 3.0}
-    settings = {"keep": 1, "save_every": 1, "keep_every": 5, "keep_best": "loss"}
+    settings = {"keep": 1, "keep_every": 5, "keep_best": "loss"}
     kept = {}
     # Twice, as a run that is killed and resumed: the metrics are read back.
     for steps in (range(1, 8), range(8, 12)):
@@ -165,7 +160,7 @@ def test_keeps_multiples_and_the_best_besides_the_latest(tmp_path):
 
 def test_best_by_a_metric_that_is_not_logged(tmp_path):
     with (
-        Checkpoints(tmp_path, CONFIG, save_every=1, keep_best="lost") as checkpoints,
+        Checkpoints(tmp_path, CONFIG, keep_best="lost") as checkpoints,
         pytest.raises(UserError, match="keep_best='lost': no such metric; there are accuracy, loss"),
     ):
         checkpoints.save(1, {"params": jnp.ones(3)}, metrics={"loss": 1.0, "accuracy": 0.0})
@@ -201,10 +196,10 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
     save_steps(tmp_path, range(1, 4))
     damage(tmp_path / "checkpoints" / "3", how)
     assert bits(load_params(tmp_path)) == bits(make_state(2).ema)
-    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         step, restored, _ = checkpoints.restore(make_state())
         assert (step, bits(restored)) == (2, bits(make_state(2)))
-        assert checkpoints.save(3, make_state(3))
+        checkpoints.save(3, make_state(3))
     out = capfd.readouterr().out
     assert "checkpoints/3 cannot be read" in out and "tensorstore_spec" not in out
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -214,7 +209,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capfd, how):
 
 def test_whichever_file_is_torn_nothing_wrong_is_restored(tmp_path):
     whole = tmp_path / "whole"
-    with Checkpoints(whole, CONFIG, save_every=1) as checkpoints:
+    with Checkpoints(whole, CONFIG) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), make_iterator(), log=[step])
     files = [path.relative_to(whole) for path in (whole / "checkpoints" / "2").rglob("*") if path.is_file()]
@@ -237,7 +232,7 @@ def test_whichever_file_is_torn_nothing_wrong_is_restored(tmp_path):
 @pytest.mark.parametrize("item", ["state", "data", "log", "digests"])
 def test_an_item_that_is_readable_but_not_what_was_saved_counts_as_damaged(tmp_path, capfd, item):
     """What a flipped bit may do that no format notices."""
-    with Checkpoints(tmp_path, CONFIG, save_every=1) as checkpoints:
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
         iterator = make_iterator()
         for step in (1, 2, 3):
             next(iterator)
@@ -366,7 +361,7 @@ RESTORING_TOGETHER = """
         whole = np.full((4, 3), step, np.float32)
         return {name: jax.make_array_from_callback(whole.shape, at, lambda i: whole[i]) for name, at in places.items()}
 
-    with Checkpoints(sys.argv[1], {"a": 1}, save_every=1) as checkpoints:
+    with Checkpoints(sys.argv[1], {"a": 1}) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state(step), log=[step])
 
@@ -428,7 +423,7 @@ KILLED_RUN = """
     import jax.numpy as jnp
     from hart_jax.checkpoints.orbax import Checkpoints
 
-    with Checkpoints(sys.argv[1], {"a": 1}, keep=2, save_every=1) as checkpoints:
+    with Checkpoints(sys.argv[1], {"a": 1}, keep=2) as checkpoints:
         restored = checkpoints.restore({"params": jnp.zeros((700, 1000))})
         for step in range((restored[0] if restored else 0) + 1, 10_000):
             checkpoints.save(step, {"params": jnp.full((700, 1000), float(step))})
@@ -476,7 +471,7 @@ def test_keys_that_may_change_are_updated(tmp_path):
     save_steps(tmp_path, range(1, 2))
     longer = {**CONFIG, "train": {"num_steps": 20, "rate": 1e-3}}
     with Checkpoints(tmp_path, longer, may_change={"train.num_steps"}) as checkpoints:
-        assert checkpoints.latest_step == 1
+        assert checkpoints.restore(make_state()).step == 1
     assert load_config(tmp_path)["train"]["num_steps"] == 20
 
 
@@ -485,7 +480,7 @@ def test_settings_that_a_run_of_an_older_version_lacks_are_the_defaults(tmp_path
     defaults = {"model": {"width": 4, "depth": 2}}
     newer = {**CONFIG, "model": {**CONFIG["model"], "depth": 2}}
     with Checkpoints(tmp_path, newer, defaults=defaults) as checkpoints:
-        assert checkpoints.latest_step == 1
+        assert checkpoints.restore(make_state()).step == 1
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     newer["model"]["depth"] = 3
     with pytest.raises(UserError, match=r"model\.depth is 3, the run has 2"):

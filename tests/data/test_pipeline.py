@@ -100,10 +100,7 @@ def indices(batches: list[dict[str, np.ndarray]]) -> list[list[int]]:
 def all_processes(shards: Path, process_count: int, state: dict | None = None):
     """A function that gives the next so many batches of all processes, put together, and their common state."""
     options = {"image_size": 8, "batch_size": 4, "seed": 5, "text": number_of, "flip": True}
-    loaders = [
-        make_loader(shards, **options, process_index=process, process_count=process_count)
-        for process in range(process_count)
-    ]
+    loaders = [make_loader(shards, **options, rows=rows) for rows in np.split(np.arange(4), process_count)]
     for loader in loaders:
         if state is not None:
             loader.set_state(state)
@@ -151,15 +148,6 @@ def test_resuming_with_other_numbers_of_workers(shards: Path):
     assert_same(take(again, 3), expected)
     assert_same(take(loader, 3), expected)
     loader.close()
-
-
-def test_evaluation_is_shared_by_stride(shards: Path):
-    options = {"image_size": 8, "batch_size": 10, "train": False, "process_count": 2}
-    loaders = [make_loader(shards, **options, process_index=process) for process in range(2)]
-    assert [indices(list(loader)) for loader in loaders] == [
-        [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18], [20, 22]],
-        [[1, 3, 5, 7, 9], [11, 13, 15, 17, 19], [21]],
-    ]
 
 
 @settings(deadline=None, max_examples=6)
@@ -265,7 +253,7 @@ def test_weighted_folders_have_their_shares_and_epochs_of_their_own(shards: Path
         assert sorted(small[9 * epoch : 9 * epoch + 9]) == list(range(23, 32))
     assert small[:9] != small[9:18]
     assert both == visits(3) != visits(4)
-    halves = [np.reshape(visits(3, process_count=2, process_index=process), (46, 2)) for process in range(2)]
+    halves = [np.reshape(visits(3, rows=rows), (46, 2)) for rows in ((0, 1), (2, 3))]
     assert np.hstack(halves).ravel().tolist() == both
 
 
@@ -397,7 +385,7 @@ def test_bad_records_are_replaced_named_once_and_counted(corrupted: Path, capsys
 def test_bad_records_have_the_same_places_in_every_process(corrupted: Path):
     options = {"image_size": 8, "batch_size": 4, "seed": 3}
     one = np.array(indices(take(make_loader(corrupted, **options), 50)))
-    loaders = [make_loader(corrupted, **options, process_index=process, process_count=2) for process in range(2)]
+    loaders = [make_loader(corrupted, **options, rows=rows) for rows in ((0, 1), (2, 3))]
     np.testing.assert_array_equal(np.hstack([indices(take(loader, 50)) for loader in loaders]), one)
     assert sorted(sum((loader.bad_records.names for loader in loaders), ())) == ["'pic050'", "'pic051'"]
 
@@ -435,8 +423,6 @@ def test_damaged_shard_counts_as_bad_record(shards: Path, tmp_path: Path, capsys
     [
         {"image_size": 0},
         {"batch_size": 24},
-        {"process_index": 1},
-        {"process_count": 3},
         {"workers": 1, "cache": True},
         {"epochs": 0},
     ],

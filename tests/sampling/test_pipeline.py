@@ -76,14 +76,6 @@ def test_the_text_encoder_is_the_given_then_the_models_then_the_configs(released
     assert text_source(read_model(tmp_path / "model"), named) == (tmp_path / "model/text_encoder", beside)
 
 
-def test_a_refused_prompt_is_named_not_replaced(released):
-    model = tiny_model(context_dim=24)
-    painter = Painter(model, SETTINGS, released / "qwen2", prompt_filter=lambda prompt: "dog" not in prompt)
-    painter.check(["a red apple"])
-    with pytest.raises(UserError, match="the prompt filter refuses 'a blue dog'"):
-        painter.draw(["a red apple", "a blue dog"])
-
-
 _ON_DEVICES = """
 import sys
 import jax
