@@ -4,12 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hart_jax.errors import UserError
 from hart_jax.evaluation.alignment import alignment, attributes_of
 from hart_jax.evaluation.metrics.discriminant import Discriminant
 from hart_jax.evaluation.metrics.retrieval import nearest
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
+from hart_jax.evaluation.parts import Rows
 from hart_jax.evaluation.pictures import About
-from hart_jax.evaluation.scores import LEAST, Seen, by_group, compare, distance_name, floor, moments_of, warnings_of
+from hart_jax.evaluation.scores import LEAST, Seen, by_group, compare, distance_name, floor, warnings_of
 from hart_jax.evaluation.softened import softened
 
 WIDTH = 6
@@ -18,7 +20,7 @@ STYLES = ("flat", "3d")
 
 def seen(features: np.ndarray, abouts=None, logits=None, textures=None) -> Seen:
     abouts = [About(str(index)) for index in range(len(features))] if abouts is None else abouts
-    return Seen(abouts, features.astype(np.float32), logits, textures, moments_of(features))
+    return Seen(abouts, features.astype(np.float32), logits, textures)
 
 
 def normal(count: int, seed: int = 0, mean: float = 0.0) -> np.ndarray:
@@ -193,3 +195,11 @@ def test_what_can_be_asked_of_pictures():
 def test_few_pictures_are_warned_of():
     (warning,) = warnings_of({"drawn": 400, "real": 20_000})
     assert warning.startswith("only 400 drawn pictures") and "10000" in warning
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = normal(5)
+    features[3, 2] = np.nan
+    rows = Rows(np.arange(5), {"features": features})
+    with pytest.raises(UserError, match="features of 1 of 5 images are not finite"):
+        Seen.of(rows, [About(str(index)) for index in range(5)])
