@@ -29,7 +29,7 @@ def concepts_in_two_styles(count: int = 30) -> tuple[np.ndarray, list[About]]:
     return textures, abouts
 
 
-def test_alignment_finds_what_captions_ask_for_between_ceiling_and_floor():
+def test_it_finds_what_captions_ask_for_between_ceiling_and_floor():
     textures, abouts = concepts_in_two_styles()
     real = seen(normal(len(textures)), abouts, textures=textures)
     assert attributes_of(real) == ["concept", "style"]
@@ -91,7 +91,7 @@ def test_only_pictures_that_share_their_value_are_the_ceiling():
     assert set(aligned(real, fake, own, ["concept"])["concept"]) == {"drawn", "shuffled"}
 
 
-def test_alignment_of_one_value_alone():
+def test_one_value_alone():
     abouts = [About(str(index), category="cats") for index in range(12)]
     real = seen(normal(12), abouts)
     recalls = aligned(real, real, np.arange(12), ["category"])["category"]
