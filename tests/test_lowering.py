@@ -272,9 +272,9 @@ def judge_of(name: str) -> Judge:
     return Judge(FeatureNetwork(name, False, "", 0, params, apply), 0, BATCH)
 
 
-def features(placement: Placement, dtype: str, network: str, softly: bool = False) -> Call:
+def features(placement: Placement, dtype: str, network: str, blurred: bool = False) -> Call:
     judge = judge_of(network)
-    program = row_program("features, softened" if softly else "features", judge.function(softly=softly), placement)
+    program = row_program("features, blurred" if blurred else "features", judge.function(blurred=blurred), placement)
     return Call(program, (at(judge.network.params, placement.whole), at(images(side=64), placement.batch)))
 
 
@@ -330,7 +330,7 @@ PROGRAMS: dict[str, list[Callable[[Placement, str], Call]]] = {
 # Always float32, and without anything that a mesh or a platform changes: lowered once for each platform.
 PLAIN: dict[str, list[Callable[[Placement, str], Call]]] = {
     "features": [functools.partial(features, network=name) for name in ("inception", "efficientnet", "clip")],
-    "features, softened": [functools.partial(features, network="clip", softly=True)],
+    "features, blurred": [functools.partial(features, network="clip", blurred=True)],
     "reconstructions": [reconstructions],
     "reconstructions shown": [reconstructions_shown],
     "tokens ahead": [tokens_ahead],

@@ -12,7 +12,7 @@ import numpy as np
 from hart_jax.checkpoints.class_names import normalized
 from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
-from hart_jax.evaluation.alignment import alignment, attributes_of
+from hart_jax.evaluation.concept_retrieval.recall import attributes_of, concept_recall
 from hart_jax.evaluation.judge import Judges
 from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.networks.clip import clip_score
@@ -124,8 +124,8 @@ def judge(
             found[f"by {by}"] = by_group(theirs, ours, by)
         names = attributes_of(theirs) if own_N is not None and number == 0 else []
         if names and own_N is not None:
-            soft = one.see(real, "real pictures", softly=True)
-            (found["alignment"],) = alignment(theirs, soft, [ours], own_N, names, by, seed)
+            soft = one.see(real, "real pictures", blurred=True)
+            (found["alignment"],) = concept_recall(theirs, soft, [ours], own_N, names, by, seed)
         scores[one.network.name] = found
     if judges.clip is not None:
         clip, judge_of_clip = judges.clip

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from hart_jax.errors import UserError
+from hart_jax.evaluation.concept_retrieval.blurred_copies import blurred_copies
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.networks.clip import Clip, load_clip
 from hart_jax.evaluation.networks.efficientnet import load_efficientnet
@@ -18,7 +19,6 @@ from hart_jax.evaluation.networks.inception import Resize, load_inception
 from hart_jax.evaluation.parts import Compiled, Rows, rows_of
 from hart_jax.evaluation.pictures import Pictures
 from hart_jax.evaluation.scores import COLUMNS, Seen, seen_by
-from hart_jax.evaluation.softened import softened
 from hart_jax.io.cache_dir import cache_folder
 
 
@@ -34,32 +34,32 @@ class Judge:
     size: int
     batch_size: int
 
-    def function(self, *, softly: bool) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-        """Of the network's parameters and pictures, or their softened copies, to be compiled."""
+    def function(self, *, blurred: bool) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+        """Of the network's parameters and pictures, or their blurred copies, to be compiled."""
 
         def seen(params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
-            return seen_by(self.network, params, softened(images_BHWC) if softly else images_BHWC)
+            return seen_by(self.network, params, blurred_copies(images_BHWC) if blurred else images_BHWC)
 
         return seen
 
     @functools.cached_property
     def _compiled(self) -> Compiled:
-        return Compiled("features", self.function(softly=False), self.network.params)
+        return Compiled("features", self.function(blurred=False), self.network.params)
 
     @functools.cached_property
-    def _compiled_softly(self) -> Compiled:
-        return Compiled("features, softened", self.function(softly=True), self.network.params)
+    def _compiled_blurred(self) -> Compiled:
+        return Compiled("features, blurred", self.function(blurred=True), self.network.params)
 
-    def see(self, pictures: Pictures, title: str, keep: Path | None = None, *, softly: bool = False) -> Seen:
-        """The features of all pictures, or of their softened copies, in every process."""
-        return Seen.of(self.rows(pictures, title, keep, softly=softly), pictures.abouts)
+    def see(self, pictures: Pictures, title: str, keep: Path | None = None, *, blurred: bool = False) -> Seen:
+        """The features of all pictures, or of their blurred copies, in every process."""
+        return Seen.of(self.rows(pictures, title, keep, blurred=blurred), pictures.abouts)
 
-    def rows(self, pictures: Pictures, title: str, keep: Path | None = None, *, softly: bool = False) -> Rows:
+    def rows(self, pictures: Pictures, title: str, keep: Path | None = None, *, blurred: bool = False) -> Rows:
         known = [pictures.digest, self.size, self.network.name, self.network.digest, COLUMNS]
         compiled, name = self._compiled, f"{title}, {self.network.name}"
-        if softly:
+        if blurred:
             known.append("softened")
-            compiled, name = self._compiled_softly, f"{title}, softened, {self.network.name}"
+            compiled, name = self._compiled_blurred, f"{title}, blurred, {self.network.name}"
         key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
         cache = cache_folder() if keep is None else None
         keep = cache / "features" if cache else keep

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.evaluation.alignment import alignment, attributes_of
+from hart_jax.evaluation.concept_retrieval.recall import attributes_of, concept_recall
 from hart_jax.evaluation.judge import Judge
 from hart_jax.evaluation.metrics.codebook import Usage
 from hart_jax.evaluation.metrics.gather import gather_rows
@@ -78,8 +78,8 @@ def judge_reconstructions(
 
     Args:
       judges: compare the sets of originals and reconstructions; at `config.image_size`.
-      gallery: real pictures among which reconstructions are sought (`alignment`), and the places of `pictures` there:
-        what drawing with a transformer that makes no mistake would score.
+      gallery: real images among which reconstructions are sought (`concept_recall`), and the places of `pictures`
+        there: what a transformer that makes no mistake would score.
       keep: folder for what was computed of the pictures.
     """
     networks = [one.network for one in judges]
@@ -132,13 +132,13 @@ def judge_reconstructions(
 
 
 def _sought(judge: Judge, gallery: tuple[Pictures, np.ndarray], sets: Sequence[Seen]) -> list[dict[str, Any]] | None:
-    """The `alignment` of each set of reconstructions; None where nothing is known of the pictures to ask for."""
+    """The `concept_recall` of each set of reconstructions; None where nothing is known of the pictures to ask for."""
     pictures, places_N = gallery
     real = judge.see(pictures, "real pictures")
     names = attributes_of(real)
     if not names:
         return None
-    return alignment(real, judge.see(pictures, "real pictures", softly=True), sets, places_N, names)
+    return concept_recall(real, judge.see(pictures, "real pictures", blurred=True), sets, places_N, names)
 
 
 def digest(params: Any) -> str:

@@ -95,7 +95,7 @@ def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str
 
 
 def _aligned(scores: Mapping[str, Any], whose: str) -> dict[str, str]:
-    """Recall at 1 and 5 of every attribute, as `alignment` gives it: of "drawn" (or rebuilt) or "real" pictures."""
+    """Recall at 1 and 5 of every attribute, from `concept_recall`: of "drawn" (or rebuilt) or "real" images."""
     return {
         f"right {attribute} at {k}": f"{recalls[whose][f'recall_at_{k}']:.3f}"
         for attribute, recalls in scores.get("alignment", {}).items()

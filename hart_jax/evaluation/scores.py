@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from hart_jax.errors import UserError
 from hart_jax.evaluation.metrics.frechet import frechet_distance
-from hart_jax.evaluation.metrics.gather import gather_rows, merge_over_processes
+from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.metrics.inception_score import inception_score
 from hart_jax.evaluation.metrics.kid import kid
-from hart_jax.evaluation.metrics.moments import Moments
 from hart_jax.evaluation.metrics.precision_recall import precision_recall
 from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.parts import Rows
@@ -27,7 +27,6 @@ LEAST = 10
 # Changes with what `seen_by` gives, so that what an older version kept is not taken for it.
 COLUMNS = 2
 SUBSETS, SUBSET_SIZE, NEIGHBOURS, SPLITS = 100, 1000, 3, 10
-_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +37,16 @@ class Seen:
     features_NF: np.ndarray
     logits_NK: np.ndarray | None
     textures_NT: np.ndarray | None
-    moments: Moments
 
     @classmethod
     def of(cls, rows: Rows, abouts: Sequence[About]) -> "Seen":
-        """Joins what the processes computed; the moments are summed where the rows are, and merged."""
-        local = moments_of(rows.columns["features"])
+        """Joins what the processes computed; raises `UserError` for features that are not finite."""
         gathered = {name: gather_rows(column, rows.places_N) for name, column in rows.columns.items()}
-        logits, textures = gathered.get("logits"), gathered.get("textures")
-        return cls(abouts, gathered["features"], logits, textures, merge_over_processes(local))
+        features_NF = gathered["features"]
+        bad = int(np.sum(~np.isfinite(features_NF).all(axis=1)))
+        if bad:
+            raise UserError(f"features of {bad} of {len(features_NF)} images are not finite")
+        return cls(abouts, features_NF, gathered.get("logits"), gathered.get("textures"))
 
     @property
     def look_NP(self) -> np.ndarray:
@@ -61,14 +61,6 @@ def seen_by(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dic
     return {name: column for name, column in columns.items() if column is not None}
 
 
-def moments_of(features_NF: np.ndarray) -> Moments:
-    """Mean and covariance, in blocks, so that no second copy in float64 is held."""
-    moments = Moments.empty(features_NF.shape[1])
-    for start in range(0, len(features_NF), _BLOCK):
-        moments = moments.add(features_NF[start : start + _BLOCK])
-    return moments
-
-
 def distance_name(network: FeatureNetwork) -> str:
     return "FID" if network.standard else f"Frechet distance, {network.name}"
 
@@ -81,7 +73,7 @@ def compare(real: Seen, fake: Seen, seed: int = 0) -> dict[str, Any]:
     mean, deviation = kid(real.features_NF, fake.features_NF, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
     precision, recall = precision_recall(real.features_NF, fake.features_NF, k=NEIGHBOURS)
     scores = {
-        "frechet_distance": frechet_distance(real.moments, fake.moments),
+        "frechet_distance": frechet_distance(real.features_NF, fake.features_NF),
         "kid_x1000": 1000 * mean,
         "kid_x1000_deviation": 1000 * deviation,
         "kid_subset": min(SUBSET_SIZE, len(real.features_NF), len(fake.features_NF)),
@@ -106,7 +98,7 @@ def floor(real: Seen, count: int, seed: int = 0) -> dict[str, Any]:
     mean, _ = kid(other, one, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
     return {
         "pictures": part,
-        "frechet_distance": frechet_distance(moments_of(other), moments_of(one)),
+        "frechet_distance": frechet_distance(other, one),
         "kid_x1000": 1000 * mean,
     }
 
@@ -121,7 +113,7 @@ def by_group(real: Seen, fake: Seen, attribute: str) -> dict[str, dict[str, Any]
             for features, values in ((fake.features_NF, fake_values), (real.features_NF, real_values))
         )
         if min(len(ours), len(theirs)) >= LEAST:
-            distance = frechet_distance(moments_of(theirs), moments_of(ours))
+            distance = frechet_distance(theirs, ours)
             groups[value] = {"pictures": len(ours), "frechet_distance": distance}
     return groups
 

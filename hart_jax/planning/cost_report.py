@@ -4,34 +4,27 @@
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
 
 Nothing is compiled: `hart_jax.planning.cost_model` counts. --config.text_encoder names the folder whose config.json
-says how large the text encoder is. For the two sizes whose MACs are published it says how those come about.
+says how large the text encoder is. docs/performance.md says how the published MACs come about.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Callable, Iterable
 
 from absl import flags
 
 from hart_jax import flags as hart_flags
-from hart_jax.config import HartExperiment, TokenizerConfig, TransformerConfig
+from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.chips import CHIPS, Chip
 from hart_jax.planning.cost_model import (
-    ADALN,
     ATTENTION,
     BFLOAT16,
-    CONTEXT,
-    DIFFUSION,
-    EMBEDDINGS,
     MLP,
     OUT,
     PARTS,
     QKV,
-    SYSTEM_PROMPT_TOKENS,
-    TOKEN_HEAD,
     TextSize,
     Work,
     drawing,
@@ -40,17 +33,6 @@ from hart_jax.planning.cost_model import (
     read_text_size,
     savings,
 )
-from hart_jax.text.qwen2 import QWEN2_1P5B
-
-# px: scales (SPEC.md section 1) and MACs of the paper's table of text-to-image models.
-PUBLISHED = {
-    1024: ((1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64), 12.5e12),
-    512: ((1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 3.2e12),
-}
-
-
-SYSTEM_PROMPT = "system prompt"
-
 
 PART_COLUMNS = (
     "part",
@@ -111,78 +93,6 @@ def grouped(works: Iterable[Work], key: Callable[[Work], str]) -> dict[str, list
 def least_seconds(works: Iterable[Work], chip: Chip) -> float:
     """Of steps one after the other."""
     return sum(floor(group, chip).seconds for group in grouped(works, lambda work: work.step).values())
-
-
-def published_experiment(px: int) -> HartExperiment:
-    """The sizes of the released 0.7B model at 512 or 1024 px."""
-    sides, _ = PUBLISHED[px]
-    return HartExperiment(
-        tokenizer=TokenizerConfig(image_size=px, patch_nums=sides), transformer=TransformerConfig(patch_nums=sides)
-    )
-
-
-def rounds_to(macs: float, published: float) -> bool:
-    """Whether so many MACs would be printed as the published figure, in T with one decimal."""
-    return f"{macs / 1e12:.1f}" == f"{published / 1e12:.1f}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Counted:
-    """A way of counting one picture: which parts, with both halves of the guidance or one, with the context or not."""
-
-    parts: tuple[str, ...]
-    guided: bool
-    context: bool
-
-    def macs(self, px: int) -> int:
-        """Of the released model, whose text encoder is Qwen2 1.5B."""
-        text = TextSize.of(QWEN2_1P5B)
-        works = drawing(published_experiment(px), 1, guided=self.guided, text=text)
-        counted = [work.macs for work in works if work.part in self.parts and (self.context or work.step != CONTEXT)]
-        return sum(counted) + text.macs(SYSTEM_PROMPT_TOKENS) * (SYSTEM_PROMPT in self.parts)
-
-
-# What a counter with hooks on PyTorch's modules sees of the released transformer.
-HOOKED = Counted((EMBEDDINGS, OUT, MLP, TOKEN_HEAD, DIFFUSION), guided=True, context=True)
-
-
-def explanations() -> tuple[list[Counted], int]:
-    """All ways of counting that round to both published figures, and how many were tried: every set of parts."""
-    parts = [SYSTEM_PROMPT, *(part for part in PARTS if part != ADALN)]
-    found, tried = [], 0
-    for guided, context in itertools.product((False, True), repeat=2):
-        macs = {part: [Counted((part,), guided, context).macs(px) for px in PUBLISHED] for part in parts}
-        for size in range(1, len(parts) + 1):
-            for chosen in itertools.combinations(parts, size):
-                tried += 1
-                totals = [sum(column) for column in zip(*(macs[part] for part in chosen), strict=True)]
-                if all(rounds_to(total, macs) for total, (_, macs) in zip(totals, PUBLISHED.values(), strict=True)):
-                    found.append(Counted(chosen, guided, context))
-    return found, tried
-
-
-def published_line(experiment: HartExperiment) -> str | None:
-    """How this config's published MACs come about; None for a config without published ones."""
-    px = experiment.tokenizer.image_size
-    if px not in PUBLISHED:
-        return None
-    released = published_experiment(px)
-    if (experiment.tokenizer, experiment.transformer) != (released.tokenizer, released.transformer):
-        return None
-    _, published = PUBLISHED[px]
-    ours = HOOKED.macs(px)
-    found, tried = explanations()
-    needed = [part for part in PARTS if all(part in counted.parts for counted in found)]
-    either = [part for part in PARTS if part not in needed and any(part in counted.parts for counted in found)]
-    guided = "with" if all(counted.guided for counted in found) else "some with"
-    return (
-        f"published: {_si(published, 3)} MACs. One picture with guidance: {', '.join(HOOKED.parts)} make "
-        f"{_si(ours)} ({ours / published - 1:+.1%}).\n"
-        "That is what a counter with hooks on PyTorch's modules sees of the released transformer, where qkv and "
-        "attention are calls of functions; text encoder and decoder are not in it.\n"
-        f"Of {tried:,} ways to count, {len(found)} round to both published figures, 12.5T and 3.2T: all {guided} "
-        f"guidance, with {', '.join(needed)}; they differ in {', '.join(either)}."
-    )
 
 
 def _si(value: float, digits: int = 4) -> str:
@@ -307,7 +217,6 @@ def as_dict(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text
         "cache_bytes": full_cache_bytes(experiment, batch),
         "savings": savings(experiment, batch),
         "least_seconds": {name: least_seconds(both, chip) for name, chip in chips.items()},
-        "published": published_line(experiment),
     }
 
 
@@ -341,9 +250,6 @@ def main() -> None:
         return
     make_report = functools.partial(floor_report, chips=chips) if chips else work_report
     print("\n\n".join(make_report(experiment, batch, text=text) for batch in batches))
-    published = published_line(experiment)
-    if published and not chips:
-        print(f"\n{published}")
 
 
 if __name__ == "__main__":

@@ -22,15 +22,10 @@ from hart_jax.parallel.chips import Chip
 from hart_jax.planning import cost_model
 from hart_jax.planning.cost_model import TextSize, Work, drawing, params, passes, read_text_size, savings
 from hart_jax.planning.cost_report import (
-    HOOKED,
-    PUBLISHED,
     Floor,
-    explanations,
     floor,
     floor_report,
     least_seconds,
-    published_experiment,
-    rounds_to,
     work_report,
 )
 from hart_jax.sampling.noise import KeyedNoise
@@ -278,20 +273,11 @@ def test_a_text_encoders_folder(tmp_path):
         read_text_size(str(tmp_path))
 
 
-def test_published_macs_are_those_of_hooked_modules():
-    assert all(rounds_to(HOOKED.macs(px), macs) for px, (_, macs) in PUBLISHED.items())
-    found, tried = explanations()
-    assert HOOKED in found and len(found) < tried / 1000
-    needed = {cost_model.OUT, cost_model.MLP, cost_model.TOKEN_HEAD, cost_model.DIFFUSION}
-    for counted in found:
-        assert counted.guided and counted.context and needed <= set(counted.parts)
-        assert not {cost_model.QKV, cost_model.ATTENTION, cost_model.DECODER, cost_model.TEXT} & set(counted.parts)
-
-
-@pytest.mark.parametrize(("px", "name"), [(512, "hart_0p7b_512"), (1024, "hart_0p7b_1024")])
-def test_published_sizes_are_the_configs(px, name):
-    config, released = experiment(name), published_experiment(px)
-    assert (config.tokenizer, config.transformer) == (released.tokenizer, released.transformer)
+@pytest.mark.parametrize(("name", "published"), [("hart_0p7b_512", 3.2e12), ("hart_0p7b_1024", 12.5e12)])
+def test_modules_that_hooks_see_make_the_published_macs(name, published):
+    """docs/performance.md says why these parts; the paper's figures have two and three digits."""
+    seen = (cost_model.EMBEDDINGS, cost_model.OUT, cost_model.MLP, cost_model.TOKEN_HEAD, cost_model.DIFFUSION)
+    assert macs_in(drawing(experiment(name), 1), *seen) == pytest.approx(published, rel=0.006)
 
 
 def test_floor():
@@ -320,7 +306,7 @@ def test_command():
     result = command("--config=configs/hart_0p7b_1024.py", "--batch_size=1,8", "--chips=h200", "--json")
     assert result.returncode == 0, result.stderr
     one, eight = json.loads(result.stdout)["batches"]
-    assert one["published"].startswith("published: 12.5T MACs") and not one["text_encoder_counted"]
+    assert not one["text_encoder_counted"]
     assert sum(part["macs"] for part in one["work"]) == pytest.approx(27.8e12, rel=1e-3)
     assert 1 < eight["least_seconds"]["h200"] / one["least_seconds"]["h200"] < 8
 

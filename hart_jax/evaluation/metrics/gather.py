@@ -1,12 +1,8 @@
 """Host arrays of all processes, bit for bit, float64 included. Every process must make the same calls."""
 
-import functools
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-from hart_jax.evaluation.metrics.moments import Moments
 
 
 def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -29,18 +25,6 @@ def gather_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
     if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise ValueError(f"positions of {len(order)} rows: need each of 0 to {len(order) - 1} once")
     return rows[np.argsort(order)]
-
-
-def merge_over_processes(moments: Moments) -> Moments:
-    """Of all processes' pictures, with the same bits in every process.
-
-    They are merged in the processes' order; to rounding they are those that one process would have. Takes 8 F^2 bytes
-    of a device for every process.
-    """
-    arrays = {name: _of_all_processes(np.atleast_1d(array)) for name, array in moments.to_arrays().items()}
-    arrays["count"] = [count[0] for count in arrays["count"]]
-    each = (dict(zip(arrays, values, strict=True)) for values in zip(*arrays.values(), strict=True))
-    return functools.reduce(Moments.merge, map(Moments.from_arrays, each))
 
 
 def _of_all_processes(rows: np.ndarray) -> list[np.ndarray]:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from hart_jax.evaluation.metrics import gather as gather_module
-from hart_jax.evaluation.metrics.frechet import frechet_distance
-from hart_jax.evaluation.metrics.gather import gather_rows, merge_over_processes
-from hart_jax.evaluation.metrics.moments import Moments
+from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.parallel.launch import join_processes
 from tests.train_runs import loopback_job, quick_environment
 
@@ -55,8 +53,6 @@ def work(out: Path) -> None:
         order = np.array(orders[jax.process_index()], np.int64)
         for name, rows in whole().items():
             found[f"{share} {name}"] = gather_rows(rows[order], order)
-        merged = merge_over_processes(Moments.empty(WIDTH).add(features()[order]))
-        found |= {f"{share} moments {name}": array for name, array in merged.to_arrays().items()}
     none = np.zeros(0, np.int64)
     found["none"] = gather_rows(np.zeros((0, 3)), none)
     mine = np.arange(2) + jax.process_index()
@@ -97,29 +93,9 @@ def test_two_processes_have_what_one_has_bit_for_bit(of_two, share):
         assert found["none"].shape == (0, 3)
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_moments_of_two_processes(of_two, share):
-    first, second = (
-        {name: array for name, array in found.items() if name.startswith(f"{share} moments")} for found in of_two
-    )
-    for name, array in first.items():
-        assert_same_bits(array, second[name])
-    merged, alone = (
-        Moments.from_arrays({name: first[f"{share} moments {name}"] for name in ("count", "mean", "scatter")}),
-        Moments.empty(WIDTH).add(features()),
-    )
-    assert merged.count == alone.count == COUNT
-    np.testing.assert_allclose(merged.mean_F, alone.mean_F, rtol=1e-14)
-    np.testing.assert_allclose(merged.covariance, alone.covariance, atol=1e-13)
-    other = Moments.empty(WIDTH).add(2 * features()[:7])
-    np.testing.assert_allclose(frechet_distance(merged, other), frechet_distance(alone, other), rtol=1e-12)
-
-
 def test_one_process_puts_its_rows_in_order():
     order = np.random.default_rng(0).permutation(COUNT)
     assert_same_bits(gather_rows(bits()[order], order), bits())
-    moments = Moments.empty(WIDTH).add(features())
-    assert_same_bits(merge_over_processes(moments).scatter_FF, moments.scatter_FF)
 
 
 def test_positions_that_do_not_fit():

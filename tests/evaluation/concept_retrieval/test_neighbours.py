@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hart_jax.errors import UserError
-from hart_jax.evaluation.metrics.retrieval import Standardized, nearest, recall_at, unit
+from hart_jax.evaluation.concept_retrieval.neighbours import Standardized, nearest, recall_at, unit
 
 
 def features(count: int, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from hart_jax.evaluation.metrics.retrieval import Standardized, unit
+from hart_jax.evaluation.concept_retrieval.neighbours import Standardized, unit
 
 # Added to the scatter within labels, in variances of a feature: few pictures leave it singular. Picked on real ones.
 SHRINKAGE = 0.1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def softened(images_BHWC: jax.Array) -> jax.Array:
+def blurred_copies(images_BHWC: jax.Array) -> jax.Array:
     """uint8 pictures reduced to a half or to a quarter of their height and width, and enlarged again.
 
     Which of the two is a lot that a picture's own pixels draw, the parity of their sum: the same in whatever batch.

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hart_jax.evaluation.metrics.discriminant import SHRINKAGE, Discriminant
-from hart_jax.evaluation.metrics.retrieval import Standardized, nearest
+from hart_jax.evaluation.concept_retrieval.discriminant import SHRINKAGE, Discriminant
+from hart_jax.evaluation.concept_retrieval.neighbours import Standardized, nearest
 
 
 def labelled(seed: int, count: int = 60, width: int = 5) -> tuple[np.ndarray, np.ndarray]:

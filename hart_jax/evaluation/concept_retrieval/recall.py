@@ -2,7 +2,7 @@
 
 A drawn picture is right where the nearest of the real pictures, or one of the five nearest, has the concept (or style)
 of its caption. Near is near in a space of that attribute's own (`Discriminant`), learned from real pictures: to a
-classifier's features alone, the nearest picture of a dog is a dog in whichever style. Softened copies of them are
+classifier's features alone, the nearest picture of a dog is a dog in whichever style. Blurred copies of them are
 learned from as well, so that a space does not go by what little a blur takes away. No picture is sought in a space
 that was learned from its own concept: there are two spaces, each learned from half of the concepts and asked for the
 others. The real pictures themselves, each without itself, are the ceiling; captions shuffled among the drawn pictures
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hart_jax.evaluation.metrics.discriminant import Discriminant
-from hart_jax.evaluation.metrics.retrieval import nearest, recall_at
+from hart_jax.evaluation.concept_retrieval.discriminant import Discriminant
+from hart_jax.evaluation.concept_retrieval.neighbours import nearest, recall_at
 from hart_jax.evaluation.scores import Seen
 
 RANKS = (1, 5)
@@ -29,7 +29,7 @@ def attributes_of(seen: Seen) -> list[str]:
     return ["category"] if all(about.category for about in seen.abouts) else []
 
 
-def alignment(
+def concept_recall(
     real: Seen,
     soft: Seen,
     fakes: Sequence[Seen],
@@ -41,7 +41,7 @@ def alignment(
     """Recall at 1 and 5 of each attribute: of drawn pictures, of real ones, of shuffled captions.
 
     Args:
-      real: the pictures to be found; `soft` are their softened copies, to learn from (`softened`).
+      real: the pictures to be found; `soft` are their blurred copies, to learn from (`blurred_copies`).
       fakes: sets of drawn pictures, each of the same captions; there is a result for each.
       own_N: the places in `real` of the pictures whose captions those are. These are the real pictures that are asked,
         those of them that are not the only one with their value.
