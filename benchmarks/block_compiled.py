@@ -38,20 +38,20 @@ def block_programs(
     length = segments[-1][1]
     block = Block(config, segments, dtype=jnp.bfloat16, attention="gpu" if topology.startswith("h") else "tpu")
     x = jax.ShapeDtypeStruct((batch, length, config.width), jnp.bfloat16)
-    turns = jax.ShapeDtypeStruct((batch, length, 2, config.head_dim), jnp.float32)
+    cos_sin = jax.ShapeDtypeStruct((batch, length, 2, config.head_dim), jnp.float32)
     pooled = None if config.adaln == "none" else jax.ShapeDtypeStruct((batch, config.width), jnp.bfloat16)
-    inputs = (x, turns, pooled)
+    inputs = (x, cos_sin, pooled)
 
     def init() -> Any:
-        x, turns, pooled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
-        return nn.unbox(block.init(jax.random.key(0), x, 0, turns, pooled, None)["params"])
+        x, cos_sin, pooled = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs)
+        return nn.unbox(block.init(jax.random.key(0), x, 0, cos_sin, pooled, None)["params"])
 
-    def forward(params: Any, x: Any, turns: Any, pooled: Any) -> Any:
-        out, _ = block.apply({"params": params}, x, 0, turns, pooled, None)
+    def forward(params: Any, x: Any, cos_sin: Any, pooled: Any) -> Any:
+        out, _ = block.apply({"params": params}, x, 0, cos_sin, pooled, None)
         return out
 
-    def both(params: Any, x: Any, turns: Any, pooled: Any, out_gradient: Any) -> Any:
-        out, pull = jax.vjp(lambda params, x: forward(params, x, turns, pooled), params, x)
+    def both(params: Any, x: Any, cos_sin: Any, pooled: Any, out_gradient: Any) -> Any:
+        out, pull = jax.vjp(lambda params, x: forward(params, x, cos_sin, pooled), params, x)
         return out, pull(out_gradient)
 
     place = NamedSharding(mesh, PartitionSpec())

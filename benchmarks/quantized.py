@@ -25,7 +25,7 @@ from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.int8 import quantize
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.sampler import make_sampler
-from hart_jax.text.conditioning import conditions_of
+from hart_jax.text.conditioning import conditioner_of
 from hart_jax.text.qwen2 import Qwen2, Qwen2Config, no_prefix
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
@@ -100,7 +100,7 @@ def of_model(model: Model, repeats: int, sampling: dict[str, Any]) -> Iterator[t
     small = quantize(model.transformer)
     yield from memory(model.transformer, small)
     hart, tokenizer = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype)
-    condition = conditions_of(config, model.text_encoder)(PROMPTS)
+    condition = conditioner_of(config, model.text_encoder)(PROMPTS)
     numbers = jnp.arange(len(PROMPTS))
 
     def drawn(make: Callable, lay: Callable, transformer: Any) -> tuple[float, Any]:

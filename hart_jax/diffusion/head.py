@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import DiffusionConfig
-from hart_jax.nn.layers import TimestepEmbed, dense, split_rows
+from hart_jax.nn.layers import TimestepEmbed, dense, shard_batch
 
 ZEROS = nn.initializers.zeros
 XAVIER = nn.initializers.xavier_uniform()
@@ -26,17 +26,17 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x_NW: jax.Array, y_NW: jax.Array):
         modulation = dense(3 * self.width, (None, "diffusion"), init=ZEROS, dtype=self.dtype, name="ada_lin")
-        shift, scale, gate = jnp.split(split_rows(modulation(y_NW)), 3, axis=-1)
+        shift, scale, gate = jnp.split(shard_batch(modulation(y_NW)), 3, axis=-1)
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("diffusion",))
         zeros = nn.with_logical_partitioning(ZEROS, ("diffusion",))
         h = _layer_norm(x_NW) * self.param("norm_scale", ones, (self.width,))
         h = (h + self.param("norm_bias", zeros, (self.width,))).astype(x_NW.dtype)
         h = h * (1 + scale) + shift
-        h = dense(self.width, ("diffusion", None), init=XAVIER, dtype=self.dtype, name="linear_1")(split_rows(h))
+        h = dense(self.width, ("diffusion", None), init=XAVIER, dtype=self.dtype, name="linear_1")(shard_batch(h))
         h = dense(self.width, (None, "diffusion"), init=XAVIER, dtype=self.dtype, name="linear_2")(
-            nn.silu(split_rows(h))
+            nn.silu(shard_batch(h))
         )
-        return split_rows(x_NW + gate * h), None
+        return shard_batch(x_NW + gate * h), None
 
 
 class DiffusionHead(nn.Module):
@@ -76,8 +76,8 @@ class DiffusionHead(nn.Module):
         return self.cond_embed(z_NW)
 
     def __call__(self, x_NC: jax.Array, t_N: jax.Array, embedded_NW: jax.Array) -> jax.Array:
-        y = nn.silu(split_rows(embedded_NW + self.time_embed(t_N)))
-        x, _ = self.blocks(split_rows(self.input_proj(x_NC)), y)
-        shift, scale = jnp.split(split_rows(self.final_ada_lin(y)), 2, axis=-1)
+        y = nn.silu(shard_batch(embedded_NW + self.time_embed(t_N)))
+        x, _ = self.blocks(shard_batch(self.input_proj(x_NC)), y)
+        shift, scale = jnp.split(shard_batch(self.final_ada_lin(y)), 2, axis=-1)
         x = _layer_norm(x).astype(x.dtype) * (1 + scale) + shift
         return self.final_linear(x).astype(jnp.float32)

@@ -2,7 +2,7 @@
 
 `quantize` replaces the matrices of a transformer (with its heads) or of a Qwen2, each by an `Int8` in the same place of
 the tree; all else stays as it is. Modules, samplers, `split_layers` and the rules of `parallel.rules` take such a tree
-as they take floats: `layers.product` and `layers.lookup` widen a matrix where they use it, one layer at a time.
+as they take floats: `layers.matmul` and `layers.lookup` dequantize a matrix where they use it, one layer at a time.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ def quantize_matrix(matrix: Any, kind: str, name: str) -> Int8:
     return Int8(values.astype(np.int8), scales)
 
 
-def widen(params: Any) -> Any:
+def dequantize(params: Any) -> Any:
     """The float32 parameters that these stand for, e.g. to write them."""
 
     def one(leaf: Any) -> Any:
@@ -82,7 +82,7 @@ def widen(params: Any) -> Any:
     return jax.tree.map(one, params, is_leaf=_is_int8)
 
 
-def product(equation: str, x: jax.Array, kernel: Int8) -> jax.Array:
+def matmul(equation: str, x: jax.Array, kernel: Int8) -> jax.Array:
     """`einsum` of x and a kernel whose first axis it sums over, the others being the result's last; in the type of x.
 
     Int8 values are exact in bfloat16, and the sum is scaled before it is rounded.

@@ -13,41 +13,41 @@ from jax.sharding import PartitionSpec
 from hart_jax.nn import int8
 from hart_jax.nn.int8 import Int8
 
-PRODUCT = "product"
+MATMUL_OUTPUT = "product"
 Axes = tuple[str | None, ...]
 
 
-def product(equation: str, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
-    """`jnp.einsum` of x and a kernel, in the type of x; rematerialisation knows its result as `PRODUCT`.
+def matmul(equation: str, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
+    """`jnp.einsum` of x and a kernel, in the type of x; rematerialisation knows its result as `MATMUL_OUTPUT`.
 
     The kernel is float32 or, to draw with, int8. Its gradient is float32 from its first sum on, over samples and over
     devices, where the usual one is rounded to the type of x before devices add theirs.
     """
-    y = int8.product(equation, x, kernel) if isinstance(kernel, Int8) else _product(equation, x, kernel)
-    return checkpoint_name(y, PRODUCT)
+    y = int8.matmul(equation, x, kernel) if isinstance(kernel, Int8) else _matmul(equation, x, kernel)
+    return checkpoint_name(y, MATMUL_OUTPUT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _in_type_of(x, equation, x, kernel.astype(x.dtype))
+def _matmul(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _einsum_as(x, equation, x, kernel.astype(x.dtype))
 
 
-def _product_forward(equation: str, x: jax.Array, kernel: jax.Array):
-    return _product(equation, x, kernel), (x, kernel)
+def _matmul_forward(equation: str, x: jax.Array, kernel: jax.Array):
+    return _matmul(equation, x, kernel), (x, kernel)
 
 
-def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _matmul_backward(equation: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array):
     (x, kernel), (inputs, out) = kept, equation.split("->")
     of_x, of_kernel = inputs.split(",")
-    x_gradient = _in_type_of(x, f"{out},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
+    x_gradient = _einsum_as(x, f"{out},{of_kernel}->{of_x}", gradient, kernel.astype(x.dtype))
     kernel_gradient = jnp.einsum(f"{of_x},{out}->{of_kernel}", x, gradient, preferred_element_type=kernel.dtype)
     return x_gradient, kernel_gradient
 
 
-_product.defvjp(_product_forward, _product_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _in_type_of(x: jax.Array, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _einsum_as(x: jax.Array, equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The product of a and b in the type of x. Of bfloat16, XLA uses a CPU's matrix unit only to sum into float32."""
     sums = jnp.float32 if platform() == "cpu" else None
     return jnp.einsum(equation, a, b, preferred_element_type=sums).astype(x.dtype)
@@ -65,7 +65,7 @@ def lookup(table: jax.Array | Int8, index: jax.Array) -> jax.Array:
 
 
 def lookup_rows(table_VW: jax.Array | Int8, index_BT: jax.Array, axis: str = "embed") -> jax.Array:
-    """`lookup` of a batch in a table with the logical axes (vocab, `axis`), split by rows as `split_rows` does.
+    """`lookup` of a batch in a table with the logical axes (vocab, `axis`), split by rows as `shard_batch` does.
 
     Where mesh axes split both the batch and the table's width, a device looks up its part of the width for the rows of
     all these devices, which then exchange parts. Left alone, the compiler makes the whole batch's rows whole on each.
@@ -80,7 +80,7 @@ def lookup_rows(table_VW: jax.Array | Int8, index_BT: jax.Array, axis: str = "em
         x_BTW = jax.lax.with_sharding_constraint(x_BTW, PartitionSpec(others or None, None, width))
     else:
         x_BTW = lookup(table_VW, index_BT)
-    return split_rows(x_BTW)
+    return shard_batch(x_BTW)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -101,11 +101,11 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         rows = "abc"[: x.ndim - 1]
-        y = product(f"{rows}i,io->{rows}o", x.astype(self.dtype or jnp.float32), kernel)
+        y = matmul(f"{rows}i,io->{rows}o", x.astype(self.dtype or jnp.float32), kernel)
         return add_bias(y, self.param("bias", self.bias_init, (self.features,))) if self.use_bias else y
 
 
-def split_rows(x: jax.Array) -> jax.Array:
+def shard_batch(x: jax.Array) -> jax.Array:
     """x with its first axis, of samples or of samples' tokens, split over the devices, and the others whole.
 
     Where activations of split parameters are left to the compiler, it may gather the batch instead of the weights.
@@ -113,7 +113,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
 
 
-def parts(*axes: str) -> int:
+def num_shards(*axes: str) -> int:
     """Into how many parts an array with these logical axes is split, by the mesh and rules that it is traced under."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in _mesh_axes(*axes))
@@ -182,6 +182,6 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t_N: jax.Array) -> jax.Array:
-        place = split_rows if self.many and len(t_N) > 1 else lambda x: x
+        place = shard_batch if self.many and len(t_N) > 1 else lambda x: x
         h = place(dense(self.features, (None, self.axis), name="linear_1", dtype=self.dtype)(place(sinusoidal(t_N))))
         return place(dense(self.features, (None, self.axis), name="linear_2", dtype=self.dtype)(nn.silu(h)))

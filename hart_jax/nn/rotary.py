@@ -35,28 +35,28 @@ def image_angles(index: jax.Array, side: int, last_side: int, offset: jax.Array,
     return jnp.concatenate([row, row, col, col], axis=-1)
 
 
-def turns(angle_BLK: jax.Array) -> jax.Array:
+def rotary_cos_sin(angle_BLK: jax.Array) -> jax.Array:
     """(B, L, 2, K): cosines and sines of angles, to be computed once for all layers and heads."""
     return jnp.stack([jnp.cos(angle_BLK), jnp.sin(angle_BLK)], axis=-2)
 
 
-def turn(x_BLHK: jax.Array, turns_BL2K: jax.Array) -> jax.Array:
-    """Rotates queries or keys by `turns`; float32 inside."""
-    cos, sin = (turns_BL2K[:, :, None, part] for part in range(2))
+def apply_rotary(x_BLHK: jax.Array, cos_sin_BL2K: jax.Array) -> jax.Array:
+    """Rotates queries or keys by `rotary_cos_sin`; float32 inside."""
+    cos, sin = (cos_sin_BL2K[:, :, None, part] for part in range(2))
     # XLA writes halves of a TPU's lanes to memory before it joins them, and fuses the product with what follows.
-    swapped = swapped_by_product(x_BLHK) if platform() == "tpu" else swapped_by_halves(x_BLHK)
+    swapped = rotate_half_by_matmul(x_BLHK) if platform() == "tpu" else rotate_half(x_BLHK)
     return (x_BLHK.astype(jnp.float32) * cos + swapped * sin).astype(x_BLHK.dtype)
 
 
-def swapped_by_halves(x_BLHK: jax.Array) -> jax.Array:
+def rotate_half(x_BLHK: jax.Array) -> jax.Array:
     """float32: minus the second half of the last axis, then the first."""
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)
 
 
 @uncounted
-def swapped_by_product(x_BLHK: jax.Array) -> jax.Array:
-    """`swapped_by_halves` as a product with a permutation with signs, which is exact."""
+def rotate_half_by_matmul(x_BLHK: jax.Array) -> jax.Array:
+    """`rotate_half` as a product with a permutation with signs, which is exact."""
     half = x_BLHK.shape[-1] // 2
     signs = np.concatenate([np.ones(half), -np.ones(half)])
     permutation_KJ = np.roll(np.diag(signs), half, axis=1)

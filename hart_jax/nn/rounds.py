@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hart_jax.nn.layers import parts, split_rows
+from hart_jax.nn.layers import num_shards, shard_batch
 
 
 def in_rounds(compute: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
@@ -20,7 +20,7 @@ def in_rounds(compute: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
     Returns:
       what `compute` gives for all B rows, split as a batch is.
     """
-    batch, devices = len(jax.tree.leaves(rows)[0]), parts("batch")
+    batch, devices = len(jax.tree.leaves(rows)[0]), num_shards("batch")
     each = batch // devices
     rounds = next(count for count in range(1, each + 1) if each % count == 0 and each // count <= at_once)
     if rounds == 1:
@@ -32,7 +32,7 @@ def in_rounds(compute: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
 
     def from_rounds(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x.reshape(rounds, devices, each // rounds, *x.shape[2:]), 0, 1)
-        return split_rows(x.reshape(batch, *x.shape[3:]))
+        return shard_batch(x.reshape(batch, *x.shape[3:]))
 
-    done = jax.lax.map(lambda part: compute(jax.tree.map(split_rows, part)), jax.tree.map(to_rounds, rows))
+    done = jax.lax.map(lambda part: compute(jax.tree.map(shard_batch, part)), jax.tree.map(to_rounds, rows))
     return jax.tree.map(from_rounds, done)

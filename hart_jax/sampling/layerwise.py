@@ -79,19 +79,19 @@ class LayerwiseSampling(Sampling):
         one, dtype = dataclasses.replace(self._config, depth=1), self._hart.dtype or jnp.float32
         return [KVCache.empty(one, rows, positions, dtype) for _ in range(self._config.depth)]
 
-    def _blocks(self, params: Params, x, turns, pooled, cache: Any, *, start: int, keep: bool = True):
+    def _blocks(self, params: Params, x, cos_sin, pooled, cache: Any, *, start: int, keep: bool = True):
         # A layer's cache is written in place.
         block, caches = self._program(self.block, ("cache",), start=start, keep=keep), []
         for weights, part in zip(params["transformer"]["layers"], cache, strict=True):
-            x, part = block(weights, x, turns, pooled, cache=part)
+            x, part = block(weights, x, cos_sin, pooled, cache=part)
             caches.append(part)
         return x, caches
 
-    def block(self, weights, x, turns, pooled, cache: KVCache, start: int, keep: bool):
+    def block(self, weights, x, cos_sin, pooled, cache: KVCache, start: int, keep: bool):
         """One block, whose cache is its own alone."""
         hart = self._hart
         block = Block(self._config, None, start, hart.dtype, hart.attention)
-        x, new = block.apply({"params": weights}, x, jnp.int32(0), turns, pooled, cache)
+        x, new = block.apply({"params": weights}, x, jnp.int32(0), cos_sin, pooled, cache)
         return x, cache.append(start, jax.tree.map(lambda own: own[None], new)) if keep else cache
 
 

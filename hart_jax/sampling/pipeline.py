@@ -29,7 +29,7 @@ from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.sampler import Sampler, make_sampler
-from hart_jax.text.conditioning import conditions_of
+from hart_jax.text.conditioning import conditioner_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
@@ -157,7 +157,7 @@ class Painter:
         )
         with _weights_fit():
             with jax.default_device(self._devices[0]):
-                self._conditions = conditions_of(config, *text, self._placement, text_dtype)
+                self._conditioner = conditioner_of(config, *text, self._placement, text_dtype)
             self._params = self._put(model, settings)
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
@@ -182,7 +182,7 @@ class Painter:
 
     def check(self, wishes: Sequence[str | int]) -> None:
         """Raises `UserError` for no wish, an empty prompt, or a label that the model does not have."""
-        self._conditions.check(wishes)
+        self._conditioner.check(wishes)
 
     def batches(self, batches: Iterable[Sequence[Asked]], size: int) -> Iterator[list[Picture]]:
         """The pictures of each batch, of at most `size`; each depends on what was asked for alone.
@@ -243,7 +243,7 @@ class Painter:
         full = [*batch, *[batch[0]] * (size - len(batch))]
         seeds = np.array([asked.seed for asked in full], np.uint32)
         indices = np.array([asked.index for asked in full], np.int32)
-        condition = self._conditions([asked.wish for asked in full])
+        condition = self._conditioner([asked.wish for asked in full])
         where = self._devices[0] if self._placement is None else self._placement.batch
         return self._sample(self._params, *jax.device_put((condition, seeds, indices), where))[0]
 

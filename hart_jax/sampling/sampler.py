@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from hart_jax.config import SampleConfig, TokenizerConfig
 from hart_jax.diffusion.schedule import sample_residual
-from hart_jax.nn.layers import parts as parts_of
-from hart_jax.nn.layers import split_rows
+from hart_jax.nn.layers import num_shards, shard_batch
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
@@ -82,8 +81,8 @@ class Sampling:
         logits: list[jax.Array] = []
         for scale in range(last):
             if scale:
-                x, turns = self.scale_input(params, f_hat, context, scale=scale)
-                hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+                x, cos_sin = self.scale_input(params, f_hat, context, scale=scale)
+                hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled)
                 filled += x.shape[1]
             index, code, _, guided = self.choose(params, hidden, context, noise, None, scale=scale)
             f_hat = self.add(params, f_hat, code, scale=scale)
@@ -121,9 +120,9 @@ class Sampling:
     def _first(self, params: Params, context: Context, cond: Any, uncond: Any, length: int) -> tuple[jax.Array, Any]:
         """The last context position's output (2B, 1, W), and a cache for `length` positions that holds the context."""
         hidden, caches = [], []
-        for x, turns, pooled in (cond, uncond):
+        for x, cos_sin, pooled in (cond, uncond):
             cache = self._empty_cache(*x.shape[:2])
-            out, cache = self._blocks(params, x, turns, pooled, cache, start=0)
+            out, cache = self._blocks(params, x, cos_sin, pooled, cache, start=0)
             hidden.append(out)
             caches.append(cache)
         return self.last_position(params, *hidden), self._join(caches[0], caches[1], length)
@@ -152,7 +151,7 @@ class Sampling:
         self,
         params: Params,
         x: jax.Array,
-        turns: jax.Array,
+        cos_sin: jax.Array,
         pooled: jax.Array | None,
         cache: Any,
         *,
@@ -160,7 +159,7 @@ class Sampling:
         keep: bool = True,
     ) -> tuple[jax.Array, Any]:
         """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions."""
-        return self._apply(params, "blocks", x, turns, pooled, cache=cache, cache_start=start, keep=keep)
+        return self._apply(params, "blocks", x, cos_sin, pooled, cache=cache, cache_start=start, keep=keep)
 
     def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
         side = self._sides[scale]
@@ -198,7 +197,7 @@ class Sampling:
 
     def _pictures(self, params: Params, f_hat: jax.Array) -> jax.Array:
         """Decoded latents, of each device a few at a time, as the widest activations are a decoder's."""
-        devices = parts_of("batch")
+        devices = num_shards("batch")
         each = len(f_hat) // devices
         at_once = pictures_decoded_at_once(self._tokenizer.config, self._settings)
         # The largest that makes even parts.
@@ -207,30 +206,30 @@ class Sampling:
             return self._tokenize(params, "decode", f_hat)
 
         def decode(latents: jax.Array) -> jax.Array:
-            flat = split_rows(latents.reshape(devices * at_once, *f_hat.shape[1:]))
+            flat = shard_batch(latents.reshape(devices * at_once, *f_hat.shape[1:]))
             images = self._tokenize(params, "decode", flat)
             return images.reshape(devices, at_once, *images.shape[1:])
 
         rounds = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
         images = jax.lax.map(decode, rounds).swapaxes(0, 1)
-        return split_rows(images.reshape(len(f_hat), *images.shape[3:]))
+        return shard_batch(images.reshape(len(f_hat), *images.shape[3:]))
 
     def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):
         """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
         iterations = self._settings.masked_iterations
         scale, count = len(self._sides) - 1, self._sides[-1] ** 2
-        x_all, turns_all = self.scale_input(params, f_hat, context, scale=scale)
+        x_all, cos_sin_all = self.scale_input(params, f_hat, context, scale=scale)
         if iterations == 1:
-            hidden, cache = self._blocks(params, x_all, turns_all, context.pooled, cache, start=filled, keep=False)
+            hidden, cache = self._blocks(params, x_all, cos_sin_all, context.pooled, cache, start=filled, keep=False)
             return self.fill(params, hidden, context, noise, None)
         order_Bl = self.order(params, f_hat, noise)
         parts, places = [], []
         # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
         end = count
         for size in iteration_sizes(count, iterations):
-            at_Bl, x, turns = self.part(params, order_Bl, x_all, turns_all, begin=end - size, end=end)
+            at_Bl, x, cos_sin = self.part(params, order_Bl, x_all, cos_sin_all, begin=end - size, end=end)
             end -= size
-            hidden, cache = self._blocks(params, x, turns, context.pooled, cache, start=filled)
+            hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled)
             filled += size
             parts.append(self.fill(params, hidden, context, noise, at_Bl))
             places.append(at_Bl)
@@ -239,10 +238,10 @@ class Sampling:
     def order(self, params: Params, f_hat: jax.Array, noise: Noise) -> jax.Array:
         return noise.order((len(f_hat), self._sides[-1] ** 2))
 
-    def part(self, params: Params, order_Bl, x_all, turns_all, begin: int, end: int):
+    def part(self, params: Params, order_Bl, x_all, cos_sin_all, begin: int, end: int):
         """The positions of an iteration, (B, l), and their inputs and rotations."""
         at_Bl = jnp.sort(order_Bl[:, begin:end], axis=1)
-        return at_Bl, _pick(x_all, at_Bl), _pick(turns_all, at_Bl)
+        return at_Bl, _pick(x_all, at_Bl), _pick(cos_sin_all, at_Bl)
 
     def fill(self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None):
         """Indices, code plus residual and guided logits of these positions of the last scale."""

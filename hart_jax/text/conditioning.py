@@ -14,7 +14,7 @@ from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.prompts import check_prompts, report_truncation
 
 
-class Conditions(Protocol):
+class Conditioner(Protocol):
     """Wishes (prompts or labels) to conditions."""
 
     def check(self, wishes: Sequence[Any]) -> None:
@@ -26,7 +26,7 @@ class Conditions(Protocol):
         ...
 
 
-class Prompts:
+class TextConditioner:
     """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once.
 
     `system_prompt` and `dtype` are those of `text_options`; `placement` lays out the encoder.
@@ -62,7 +62,7 @@ class Prompts:
         return states.states_BTD, jnp.asarray(states.mask_BT)
 
 
-class Labels:
+class ClassConditioner:
     """Labels 0 .. num_classes - 1 of a class-conditional model."""
 
     def __init__(self, config: TransformerConfig):
@@ -79,14 +79,14 @@ class Labels:
         return jnp.asarray(np.array(wishes, np.int32))
 
 
-def conditions_of(
+def conditioner_of(
     config: TransformerConfig,
     text_encoder: str | Path | None,
     system_prompt: str | Path | None = None,
     placement: Placement | None = None,
     dtype: str = "auto",
-) -> Conditions:
+) -> Conditioner:
     """Labels for a class-conditional model, prompts for any other; `UserError` if these lack a fitting encoder."""
     if config.num_classes:
-        return Labels(config)
-    return Prompts(text_encoder, config, system_prompt, placement, dtype)
+        return ClassConditioner(config)
+    return TextConditioner(text_encoder, config, system_prompt, placement, dtype)

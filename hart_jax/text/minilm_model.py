@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.nn.layers import lookup_rows, split_rows
+from hart_jax.nn.layers import lookup_rows, shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class MiniLM(nn.Module):
         position_PW = _table("position_embedding", self, config.max_position_embeddings, "position")
         type_KW = _table("type_embedding", self, config.type_vocab_size, "type")
         x_BTW = lookup_rows(word_VW, input_ids_BT) + position_PW[: input_ids_BT.shape[1]] + type_KW[0]
-        x_BTW = split_rows(_norm(config, "embedding_norm")(x_BTW))
+        x_BTW = shard_batch(_norm(config, "embedding_norm")(x_BTW))
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -96,10 +96,10 @@ class _Layer(nn.Module):
         logits_BHTS = jnp.where(mask_BT[:, None, None, :] > 0, logits_BHTS, jnp.finfo(jnp.float32).min)
         seen_BTHK = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits_BHTS), v_BTHK)
         attended_BTW = _dense(config.hidden_size, ("heads", "embed"), "attention_out")(seen_BTHK.reshape(x_BTW.shape))
-        x_BTW = split_rows(_norm(config, "attention_norm")(x_BTW + attended_BTW))
+        x_BTW = shard_batch(_norm(config, "attention_norm")(x_BTW + attended_BTW))
         hidden_BTF = _dense(config.intermediate_size, ("embed", "mlp"), "mlp_in")(x_BTW)
         mlp_BTW = _dense(config.hidden_size, ("mlp", "embed"), "mlp_out")(nn.gelu(hidden_BTF, approximate=False))
-        return split_rows(_norm(config, "mlp_norm")(x_BTW + mlp_BTW)), None
+        return shard_batch(_norm(config, "mlp_norm")(x_BTW + mlp_BTW)), None
 
 
 def _table(name: str, module: MiniLM, rows: int, axis: str) -> jax.Array:

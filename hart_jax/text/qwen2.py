@@ -19,8 +19,8 @@ import numpy as np
 from flax import linen as nn
 
 from hart_jax.errors import UserError
-from hart_jax.nn.layers import RMSNorm, dense, lookup_rows, split_rows
-from hart_jax.nn.rotary import turn, turns
+from hart_jax.nn.layers import RMSNorm, dense, lookup_rows, shard_batch
+from hart_jax.nn.rotary import apply_rotary, rotary_cos_sin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Qwen2(nn.Module):
         start, length = prefix.keys.shape[2], input_ids_BT.shape[1]
         causal_TT = np.tri(length, dtype=bool)
         visible_BTM = jnp.pad(causal_TT & (mask_BT[:, None] > 0), ((0, 0), (0, 0), (start, 0)), constant_values=True)
-        turns_1T2K = turns(jnp.asarray(_angles(np.arange(start, start + length), config)[None]))
+        cos_sin_1T2K = rotary_cos_sin(jnp.asarray(_angles(np.arange(start, start + length), config)[None]))
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
@@ -170,7 +170,7 @@ class Qwen2(nn.Module):
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.dtype, name="layers")
-        x_BTW, own = layers(x_BTW, visible_BTM, turns_1T2K, prefix)
+        x_BTW, own = layers(x_BTW, visible_BTM, cos_sin_1T2K, prefix)
         return RMSNorm(config.rms_norm_eps, "norm", name="norm")(x_BTW).astype(jnp.float32), own
 
 
@@ -187,7 +187,7 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTW: jax.Array, visible_BTM: jax.Array, turns_1T2K: jax.Array, prefix: KeyValues
+        self, x_BTW: jax.Array, visible_BTM: jax.Array, cos_sin_1T2K: jax.Array, prefix: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
         config = self.config
         linear = functools.partial(dense, dtype=self.dtype)
@@ -203,25 +203,25 @@ class _Layer(nn.Module):
                 ("value", config.num_key_value_heads, "key_value_heads"),
             )
         )
-        own = KeyValues(turn(k_BTGK, turns_1T2K), v_BTGK)
+        own = KeyValues(apply_rotary(k_BTGK, cos_sin_1T2K), v_BTGK)
         k_BMGK, v_BMGK = (
             jnp.concatenate([jnp.broadcast_to(before, (rows, *before.shape[1:])), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
-        q_BTGRK = turn(q_BTHK, turns_1T2K).reshape(rows, length, config.num_key_value_heads, -1, channels)
+        q_BTGRK = apply_rotary(q_BTHK, cos_sin_1T2K).reshape(rows, length, config.num_key_value_heads, -1, channels)
         logits_BGRTM = jnp.einsum("btgrk,bmgk->bgrtm", q_BTGRK, k_BMGK, preferred_element_type=jnp.float32)
         logits_BGRTM *= channels**-0.5
         logits_BGRTM = jnp.where(visible_BTM[:, None, None], logits_BGRTM, jnp.finfo(jnp.float32).min)
         weights_BGRTM = jax.nn.softmax(logits_BGRTM).astype(self.dtype)
         seen_BTW = jnp.einsum("bgrtm,bmgk->btgrk", weights_BGRTM, v_BMGK).reshape(rows, length, width)
         out_BTW = linear(width, ("heads", "embed"), bias=False, name="attention_out")(seen_BTW)
-        x_BTW = split_rows(x_BTW + out_BTW)
+        x_BTW = shard_batch(x_BTW + out_BTW)
         h_BTW = norm(name="mlp_norm")(x_BTW)
         gate_BTF, up_BTF = (
             linear(config.intermediate_size, ("embed", "mlp"), bias=False, name=name)(h_BTW) for name in ("gate", "up")
         )
         mlp_BTW = linear(width, ("mlp", "embed"), bias=False, name="down")(nn.silu(gate_BTF) * up_BTF)
-        return split_rows(x_BTW + mlp_BTW), own
+        return shard_batch(x_BTW + mlp_BTW), own
 
 
 @functools.cache

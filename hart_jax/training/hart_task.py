@@ -20,7 +20,7 @@ from hart_jax.errors import UserError
 from hart_jax.io.images import grid, to_uint8
 from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
-from hart_jax.text.conditioning import Prompts, conditions_of
+from hart_jax.text.conditioning import TextConditioner, conditioner_of
 from hart_jax.text.encoder import TextEncoder, text_options
 from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.hart_program import hart_program
@@ -53,8 +53,8 @@ class HartTask:
         self.places = self._program.places
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
         self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
-        self._conditions = conditions_of(config, experiment.text_encoder, experiment.system_prompt, placement)
-        self._encoder = self._conditions.encoder if isinstance(self._conditions, Prompts) else None
+        self._conditioner = conditioner_of(config, experiment.text_encoder, experiment.system_prompt, placement)
+        self._encoder = self._conditioner.encoder if isinstance(self._conditioner, TextConditioner) else None
         self._key = jax.random.key(train.seed)
         self._flops: dict[int, StepFlops] = {}
         self._last_loss: jax.Array | None = None
@@ -185,7 +185,7 @@ class HartTask:
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
         count = len(wishes)
         # Every device draws its own: of a mesh with more parts than wishes, the last wish is drawn again.
-        rows = jax.device_get(self._conditions(wishes)), np.arange(count, dtype=np.int32)
+        rows = jax.device_get(self._conditioner(wishes)), np.arange(count, dtype=np.int32)
         condition, indices = self._placement.filled(rows)
         images = self._program.grid(params, condition, 0, indices, count)
         return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=[str(wish) for wish in wishes])}

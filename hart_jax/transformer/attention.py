@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from hart_jax.errors import UserError
-from hart_jax.nn.layers import parts
+from hart_jax.nn.layers import num_shards
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention import KVEnd, Segments
 
@@ -49,6 +49,6 @@ def attention(
     if mesh.empty or mesh.size == 1:
         return run(q_BQHK, k_BMHK, v_BMHK)
     # An axis that the mesh does not divide, as the batch of one that parameters are initialised with, is whole.
-    axes = ("batch" if q_BQHK.shape[0] % parts("batch") == 0 else None, None, "heads", None)
+    axes = ("batch" if q_BQHK.shape[0] % num_shards("batch") == 0 else None, None, "heads", None)
     spec = nn.logical_to_mesh_axes(axes) or PartitionSpec()
     return jax.shard_map(run, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q_BQHK, k_BMHK, v_BMHK)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.config import TransformerConfig
-from hart_jax.nn.layers import add_bias, dense, product, rms_norm, width_init
-from hart_jax.nn.rotary import turn
+from hart_jax.nn.layers import add_bias, dense, matmul, rms_norm, width_init
+from hart_jax.nn.rotary import apply_rotary
 from hart_jax.transformer.attention import Segments, attention
 
 MAX_SCALE_MUL = float(np.log(100.0))
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BQW: jax.Array, turns_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
+    def __call__(self, x_BQW: jax.Array, cos_sin_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
         """`cached` is None, or (cache, layer, start): then the queries see the cache before `start` and each other, and
         their own keys and values are the second result, a `KVCache` of one layer, (B, Q, H * K)."""
         cfg, zeros = self.config, nn.initializers.zeros
@@ -65,14 +65,14 @@ class SelfAttention(nn.Module):
         bias_init = nn.with_logical_partitioning(zeros, ("heads", "head_dim"))
         q_bias = self.param("q_bias", bias_init, (cfg.heads, cfg.head_dim))
         v_bias = self.param("v_bias", bias_init, (cfg.heads, cfg.head_dim))
-        qkv = product("bqw,wnhk->bqnhk", x_BQW, kernel)
+        qkv = matmul("bqw,wnhk->bqnhk", x_BQW, kernel)
         q, k, v = add_bias(qkv[:, :, 0], q_bias), qkv[:, :, 1], add_bias(qkv[:, :, 2], v_bias)
         if cfg.attn_l2_norm:
             start = nn.with_logical_partitioning(nn.initializers.constant(np.log(4.0)), ("heads",))
             scale_mul = jnp.exp(jnp.minimum(self.param("scale_mul", start, (cfg.heads,)), MAX_SCALE_MUL))
             q = _unit(q) * scale_mul[:, None].astype(q.dtype)
             k = _unit(k)
-        q, k = turn(q, turns_BQ2K), turn(k, turns_BQ2K)
+        q, k = apply_rotary(q, cos_sin_BQ2K), apply_rotary(k, cos_sin_BQ2K)
         q, k, v = (nn.with_logical_constraint(x, ("batch", None, "heads", None)) for x in (q, k, v))
         new = None
         if cached is not None:
@@ -128,7 +128,7 @@ class Block(nn.Module):
         self,
         x_BQW: jax.Array,
         layer: jax.Array,
-        turns_BQ2K: jax.Array,
+        cos_sin_BQ2K: jax.Array,
         pooled_BW: jax.Array | None,
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
         cached = None if cache is None else (cache, layer, self.cache_start)
         attend = SelfAttention(cfg, self.dtype, self.attention, name="attn")
-        out, new = attend(normed(x_BQW, 0), turns_BQ2K, self.segments, cached)
+        out, new = attend(normed(x_BQW, 0), cos_sin_BQ2K, self.segments, cached)
         x_BQW = x_BQW + gated(out, 0)
         x_BQW = x_BQW + gated(SwiGLU(cfg, self.dtype, name="mlp")(normed(x_BQW, 1)), 1)
         x_BQW = nn.with_logical_constraint(x_BQW, ("batch", None, "embed"))

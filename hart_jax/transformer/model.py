@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from hart_jax.config import TransformerConfig
 from hart_jax.diffusion.head import DiffusionHead
-from hart_jax.nn.layers import PRODUCT, RMSNorm, TimestepEmbed, dense, split_rows, width_init
-from hart_jax.nn.rotary import context_angles, image_angles, turns
+from hart_jax.nn.layers import MATMUL_OUTPUT, RMSNorm, TimestepEmbed, dense, shard_batch, width_init
+from hart_jax.nn.rotary import context_angles, image_angles, rotary_cos_sin
 from hart_jax.transformer.attention import Segments, scale_causal_segments
 from hart_jax.transformer.block import Block, KVCache
 
 # What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
-REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
+REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT), "full": None}
 
 
 class Context(flax.struct.PyTreeNode):
@@ -95,7 +95,7 @@ class Hart(nn.Module):
         """The context of text states; `mask` is 1 for real tokens. Padding is not masked in attention (SPEC.md)."""
         if self.config.use_context_norm:
             text_BTD = self.context_norm(text_BTD)
-        tokens_BTW = split_rows(self.context_embed(text_BTD))
+        tokens_BTW = shard_batch(self.context_embed(text_BTD))
         pooled_BW = None
         if self.config.adaln != "none":
             largest = self.config.adaln == "own" and self.config.sep_aln_pooling_mode == "max"
@@ -129,9 +129,9 @@ class Hart(nn.Module):
         return self.level_table[scale]
 
     def context_input(self, context: Context) -> tuple[jax.Array, jax.Array]:
-        """Inputs (B, T, W) and rotations (B, T, 2, K) of the context positions (`rotary.turns`)."""
+        """Inputs (B, T, W) and rotations (B, T, 2, K) of the context positions (`rotary_cos_sin`)."""
         angle = context_angles(context.positions, self.config.head_dim)
-        return (context.tokens + self.level(0)).astype(self.dtype or jnp.float32), turns(angle)
+        return (context.tokens + self.level(0)).astype(self.dtype or jnp.float32), rotary_cos_sin(angle)
 
     def scale_input(
         self, latent_BlC: jax.Array, scale: int, index_Bl: jax.Array, context: Context
@@ -140,13 +140,13 @@ class Hart(nn.Module):
         sides = self.config.patch_nums
         x = self.word_embed(latent_BlC) + self.level(scale)
         angle = image_angles(index_Bl, sides[scale], sides[-1], context.last_position, self.config.head_dim)
-        return x.astype(self.dtype or jnp.float32), turns(angle)
+        return x.astype(self.dtype or jnp.float32), rotary_cos_sin(angle)
 
     @nn.compact
     def blocks(
         self,
         x_BQW: jax.Array,
-        turns_BQ2K: jax.Array,
+        cos_sin_BQ2K: jax.Array,
         pooled_BW: jax.Array | None,
         *,
         segments: Segments | None = None,
@@ -173,7 +173,7 @@ class Hart(nn.Module):
         )
         layers = jnp.arange(self.config.depth)
         stack = scanned(self.config, segments, cache_start, self.dtype, self.attention, name="layers")
-        x_BQW, new = stack(x_BQW, layers, turns_BQ2K, pooled_BW, cache)
+        x_BQW, new = stack(x_BQW, layers, cos_sin_BQ2K, pooled_BW, cache)
         return x_BQW, cache.append(cache_start, new) if cache and keep else cache
 
     def logits(self, x_BQW: jax.Array, context: Context) -> jax.Array:
@@ -184,7 +184,7 @@ class Hart(nn.Module):
 
     def residual_condition(self, x_BQW: jax.Array, code_BQC: jax.Array) -> jax.Array:
         """z, what the diffusion head sees: the last block's output and the code chosen there, normed."""
-        return split_rows(self.decoder_norm(x_BQW.astype(jnp.float32) + self.word_embed(code_BQC)))
+        return shard_batch(self.decoder_norm(x_BQW.astype(jnp.float32) + self.word_embed(code_BQC)))
 
     def denoise(self, x_NC: jax.Array, t_N: jax.Array, z_NW: jax.Array) -> jax.Array:
         """One call of the diffusion head's network."""
@@ -219,9 +219,9 @@ class Hart(nn.Module):
                 index_Bl = kept_BN
                 latent = jnp.take_along_axis(latent, kept_BN[..., None], axis=1)
             inputs.append(self.scale_input(latent, scale, index_Bl, context))
-        x_BQW, turns_BQ2K = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
+        x_BQW, cos_sin_BQ2K = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
         segments = scale_causal_segments(cfg.context_tokens, (*sizes[1:-1], kept_BN.shape[1]))
-        x_BQW, _ = self.blocks(split_rows(x_BQW), turns_BQ2K, context.pooled, segments=segments)
+        x_BQW, _ = self.blocks(shard_batch(x_BQW), cos_sin_BQ2K, context.pooled, segments=segments)
         predicting = x_BQW[:, cfg.context_tokens - 1 :]
         output = TrainOutput(self.logits(predicting, context), x_BQW[:, -kept_BN.shape[1] :])
         if self.is_initializing():

@@ -18,7 +18,7 @@ from hart_jax.config import MeshConfig, SampleConfig
 from hart_jax.errors import UserError
 from hart_jax.io.safetensors import check_tree, load_weights, save_weights
 from hart_jax.nn import layers
-from hart_jax.nn.int8 import SHARED_AXIS, Int8, quantize, quantize_matrix, widen
+from hart_jax.nn.int8 import SHARED_AXIS, Int8, dequantize, quantize, quantize_matrix
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
@@ -99,8 +99,8 @@ def test_a_product_is_that_of_the_widened_matrix(kind, equation, dtype):
     x = jnp.asarray(random.normal(size=(2, 3, 64)), dtype)
     matrix = random.normal(size=(64, 6) if kind == "kernel" else (64, 3, 2, 4)).astype(np.float32)
     small = quantize_matrix(matrix, kind, kind)
-    y = jax.jit(layers.product, static_argnums=0)(equation, x, small)
-    expected = np.einsum(equation, np.asarray(x, np.float32), widen(small))
+    y = jax.jit(layers.matmul, static_argnums=0)(equation, x, small)
+    expected = np.einsum(equation, np.asarray(x, np.float32), dequantize(small))
     assert y.dtype == dtype
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=2e-5 if dtype == jnp.float32 else 0.15)
     # As far from the floats' as the scales allow: sum |x| * scale / 2.
@@ -125,7 +125,7 @@ def test_under_jit_and_from_shapes_it_is_the_same():
     shapes = jax.eval_shape(quantize, abstract_transformer(MODEL.transformer_config))
     for one, other, shape in zip(*map(jax.tree.leaves, (INT8, compiled, shapes)), strict=True):
         assert one.shape == shape.shape and one.dtype == other.dtype == shape.dtype
-    for one, other in zip(*map(jax.tree.leaves, (widen(INT8), widen(compiled))), strict=True):
+    for one, other in zip(*map(jax.tree.leaves, (dequantize(INT8), dequantize(compiled))), strict=True):
         np.testing.assert_allclose(one, other, atol=0.01)
 
 
@@ -133,7 +133,7 @@ def test_under_jit_and_from_shapes_it_is_the_same():
 def test_teacher_forcing_takes_int8(flags):
     model = tiny_model(**flags)
     forward, int8 = forward_of(model.transformer_config), quantize(model.transformer)
-    exact, wide, small = (forward(params) for params in (model.transformer, widen(int8), int8))
+    exact, wide, small = (forward(params) for params in (model.transformer, dequantize(int8), int8))
     np.testing.assert_allclose(small, wide, atol=1e-4 * float(jnp.std(wide)))
     assert 0 < jnp.linalg.norm(small - exact) < 0.1 * jnp.linalg.norm(exact)
 
@@ -156,7 +156,7 @@ def test_the_stack_is_never_wide():
 
 
 def test_written_and_read_they_are_the_same(tmp_path):
-    save_weights(tmp_path / "weights", widen(INT8["layers"]["mlp"]), dtype="float32")
+    save_weights(tmp_path / "weights", dequantize(INT8["layers"]["mlp"]), dtype="float32")
     for one, other in zip(
         *map(jax.tree.leaves, (quantize(load_weights(tmp_path / "weights")), INT8["layers"]["mlp"])), strict=True
     ):

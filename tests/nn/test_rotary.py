@@ -8,12 +8,12 @@ from jax.sharding import use_abstract_mesh
 
 from hart_jax.nn.flop_counter import flops_of
 from hart_jax.nn.rotary import (
+    apply_rotary,
     context_angles,
     image_angles,
-    swapped_by_halves,
-    swapped_by_product,
-    turn,
-    turns,
+    rotary_cos_sin,
+    rotate_half,
+    rotate_half_by_matmul,
 )
 from tests.tiny import mesh_of
 
@@ -26,7 +26,7 @@ def vectors(seed: int, *shape: int) -> np.ndarray:
 
 def test_position_zero_rotates_nothing():
     x = vectors(0, 1, 1, 2, K)
-    np.testing.assert_array_equal(turn(x, turns(context_angles(jnp.zeros((1, 1), jnp.int32), K))), x)
+    np.testing.assert_array_equal(apply_rotary(x, rotary_cos_sin(context_angles(jnp.zeros((1, 1), jnp.int32), K))), x)
 
 
 def test_context_products_depend_on_the_distance_alone():
@@ -34,14 +34,14 @@ def test_context_products_depend_on_the_distance_alone():
 
     def product(a: int, b: int) -> float:
         at = [context_angles(jnp.array([[position]]), K) for position in (a, b)]
-        return float(jnp.sum(turn(q, turns(at[0])) * turn(k, turns(at[1]))))
+        return float(jnp.sum(apply_rotary(q, rotary_cos_sin(at[0])) * apply_rotary(k, rotary_cos_sin(at[1]))))
 
     assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
     assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-2)
 
 
 def test_image_rotation_is_the_formula_of_the_release():
-    """The first half turns with rows, the second with columns, and the halves against each other."""
+    """The first half rotates with rows, the second with columns, and the halves against each other."""
     side, last_side, offset, index = 3, 7, 11, 5
     x = vectors(0, 1, 1, 1, K)
     angle = image_angles(jnp.array([[index]]), side, last_side, jnp.array([[offset]]), K)
@@ -49,7 +49,7 @@ def test_image_rotation_is_the_formula_of_the_release():
     row, col = (np.tile((n / side * last_side + offset) * frequencies, 2) for n in divmod(index, side))
     first, second = x[0, 0, 0, : K // 2], x[0, 0, 0, K // 2 :]
     expected = np.concatenate([first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)])
-    np.testing.assert_allclose(turn(x, turns(angle))[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(apply_rotary(x, rotary_cos_sin(angle))[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scales_share_one_square():
@@ -63,18 +63,18 @@ def test_scales_share_one_square():
 
 def test_keeps_the_type():
     angle = context_angles(jnp.array([[3]]), K)
-    assert turn(jnp.ones((1, 1, 1, K), jnp.bfloat16), turns(angle)).dtype == jnp.bfloat16
+    assert apply_rotary(jnp.ones((1, 1, 1, K), jnp.bfloat16), rotary_cos_sin(angle)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_a_tpu_halves_are_swapped_by_a_product(dtype):
     """The same to the last bit, in gradients too, and no work of the model."""
     x, out_gradient = jnp.asarray(vectors(0, 2, 3, 2, K), dtype), vectors(1, 2, 3, 2, K)
-    (halves, pull), (product, pull_product) = (jax.vjp(swap, x) for swap in (swapped_by_halves, swapped_by_product))
+    (halves, pull), (product, pull_product) = (jax.vjp(swap, x) for swap in (rotate_half, rotate_half_by_matmul))
     np.testing.assert_array_equal(product, halves)
     np.testing.assert_array_equal(pull_product(out_gradient)[0], pull(out_gradient)[0])
-    angles = turns(context_angles(jnp.zeros((2, 3), jnp.int32), K))
+    angles = rotary_cos_sin(context_angles(jnp.zeros((2, 3), jnp.int32), K))
     with use_abstract_mesh(mesh_of("tpu")):
-        traced = jax.make_jaxpr(turn)(x, angles)
+        traced = jax.make_jaxpr(apply_rotary)(x, angles)
     assert "dot_general" in str(traced) and flops_of(traced.jaxpr) == 0
-    assert "dot_general" not in str(jax.make_jaxpr(turn)(x, angles))
+    assert "dot_general" not in str(jax.make_jaxpr(apply_rotary)(x, angles))

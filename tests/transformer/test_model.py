@@ -151,12 +151,12 @@ def test_the_loop_over_blocks_hands_on_activations_alone():
     config = built.module.config
     cache = KVCache.empty(config, B, 8, jnp.float32)
 
-    def blocks(params, x, turns):
+    def blocks(params, x, cos_sin):
         variables = {"params": params}
-        return built.module.apply(variables, x, turns, None, cache=cache, cache_start=4, method="blocks")
+        return built.module.apply(variables, x, cos_sin, None, cache=cache, cache_start=4, method="blocks")
 
-    x, turns = jnp.zeros((B, 2, config.width)), jnp.zeros((B, 2, 2, config.head_dim))
-    traced = jax.make_jaxpr(blocks)(built.params, x, turns)
+    x, cos_sin = jnp.zeros((B, 2, config.width)), jnp.zeros((B, 2, 2, config.head_dim))
+    traced = jax.make_jaxpr(blocks)(built.params, x, cos_sin)
     [loop] = [each for each in traced.eqns if each.primitive.name == "scan"]
     new = (config.depth, B, 2, config.width)
     assert [each.aval.shape for each in loop.outvars] == [x.shape, new, new]
