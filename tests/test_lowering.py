@@ -25,10 +25,10 @@ import hart_jax
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transformer
 from hart_jax.config import HartExperiment, SampleConfig, TokenizerConfig, TokenizerExperiment, TransformerConfig
 from hart_jax.data.token_table import TokenMaker
-from hart_jax.evaluation.judge import Judge
+from hart_jax.evaluation.feature_cache import row_program
+from hart_jax.evaluation.features import FeatureExtractor
 from hart_jax.evaluation.networks import clip, efficientnet, inception
 from hart_jax.evaluation.networks.base import FeatureNetwork
-from hart_jax.evaluation.parts import row_program
 from hart_jax.evaluation.reconstruction import columns_of, make_rebuild
 from hart_jax.nn.dtypes import cast_weights
 from hart_jax.nn.int8 import quantize
@@ -267,19 +267,21 @@ def abstract_networks() -> dict[str, tuple[Callable[..., Any], Any]]:
     }
 
 
-def judge_of(name: str) -> Judge:
+def extractor_of(name: str) -> FeatureExtractor:
     apply, params = abstract_networks()[name]
-    return Judge(FeatureNetwork(name, False, "", 0, params, apply), 0, BATCH)
+    return FeatureExtractor(FeatureNetwork(name, False, "", 0, params, apply), 0, BATCH)
 
 
 def features(placement: Placement, dtype: str, network: str, blurred: bool = False) -> Call:
-    judge = judge_of(network)
-    program = row_program("features, blurred" if blurred else "features", judge.function(blurred=blurred), placement)
-    return Call(program, (at(judge.network.params, placement.whole), at(images(side=64), placement.batch)))
+    extractor = extractor_of(network)
+    program = row_program(
+        "features, blurred" if blurred else "features", extractor.function(blurred=blurred), placement
+    )
+    return Call(program, (at(extractor.network.params, placement.whole), at(images(side=64), placement.batch)))
 
 
 def reconstructions(placement: Placement, dtype: str) -> Call:
-    network = judge_of("clip").network
+    network = extractor_of("clip").network
     params = {"tokenizer": abstract_tokenizer(TOKENIZER), "lpips": abstract_lpips(), "networks": [network.params]}
     program = row_program("reconstructions", functools.partial(columns_of, Tokenizer(TOKENIZER), [network]), placement)
     return Call(program, (at(params, placement.whole), at(images(), placement.batch)))
@@ -428,7 +430,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def test_every_program_is_in_the_table():
-    named, makers = set(), ("Program", "Compiled")
+    named, makers = set(), ("Program", "DataParallel")
     for path, tree in sources().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in makers:

@@ -1,4 +1,4 @@
-"""Draws a picture for each caption of a set and says how good they are: what `evaluate.py --what=generation` does."""
+"""Makes an image for each caption of a set and says how good they are: what `evaluate.py --what=generation` does."""
 
 import json
 from collections import Counter
@@ -13,65 +13,65 @@ from hart_jax.checkpoints.class_names import normalized
 from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation.concept_retrieval.recall import attributes_of, concept_recall
-from hart_jax.evaluation.judge import Judges
+from hart_jax.evaluation.features import Evaluators
+from hart_jax.evaluation.images import ImageFiles, ImageInfo, ImageSet
 from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.networks.clip import clip_score
-from hart_jax.evaluation.pictures import About, Files, Pictures
-from hart_jax.evaluation.scores import by_group, compare, distance_name, floor, warnings_of
+from hart_jax.evaluation.scores import by_group, compare, distance_name, real_vs_real, warnings_of
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import output
 from hart_jax.sampling.pipeline import Asked, Painter
 
 
-def check_wishes(abouts: Sequence[About], categories: Sequence[str], experiment: HartExperiment) -> None:
-    """Raises `UserError` where a picture has no prompt, or for a class-conditional model no category, to be drawn from;
+def check_prompts(infos: Sequence[ImageInfo], categories: Sequence[str], experiment: HartExperiment) -> None:
+    """Raises `UserError` where an image has no prompt, or for a class-conditional model no category, to be drawn from;
     or where there are more categories than classes."""
     classes = experiment.transformer.num_classes
-    for about in abouts:
-        if not (about.category if classes else about.prompt):
+    for info in infos:
+        if not (info.category if classes else info.prompt):
             what = "category" if classes else "prompt"
             raise UserError(
-                f"--reference: picture {about.name!r} has no {what} to draw from; give shards or a folder "
+                f"--reference: image {info.name!r} has no {what} to draw from; give shards or a folder "
                 "with meta_data.json"
             )
     if classes and len(categories) > classes:
         raise UserError(f"--reference: has {len(categories)} categories, the model {classes} classes; leave some out")
 
 
-def asked_of(abouts: Sequence[About], experiment: HartExperiment, names: Sequence[str], seed: int) -> list[Asked]:
+def asked_of(infos: Sequence[ImageInfo], experiment: HartExperiment, names: Sequence[str], seed: int) -> list[Asked]:
     """What to draw for each: its prompt, or for a class-conditional model the label of its category.
 
     `names` are those of the model's classes, in the order of their labels, among which every category is. A wish that
-    comes again is drawn again: as the next picture of the same seed.
+    comes again is drawn again: as the next image of the same seed.
     """
     classes, seen, asked = experiment.transformer.num_classes, Counter[str | int](), []
     label_of = {normalized(name): label for label, name in enumerate(names)}
-    for about in abouts:
-        wish = label_of[normalized(about.category)] if classes else about.prompt
+    for info in infos:
+        wish = label_of[normalized(info.category)] if classes else info.prompt
         asked.append(Asked(wish, seed, seen[wish]))
         seen[wish] += 1
     return asked
 
 
-def draw_pictures(
+def sample_images(
     painter: Painter,
     experiment: HartExperiment,
     asked: Sequence[Asked],
-    abouts: Sequence[About],
+    infos: Sequence[ImageInfo],
     out: Path,
     batch_size: int,
-    about: Mapping[str, Any],
+    identity: Mapping[str, Any],
     source: str,
-) -> Files:
-    """A picture for each of what is asked, in `out`; those that are there are kept, and processes share the rest.
+) -> ImageFiles:
+    """An image for each of what is asked, in `out`; those that are there are kept, and processes share the rest.
 
     Args:
-      abouts: what is known of each, for the scores.
-      about: what the pictures depend on, from `drawing.identity`; `source` is the model's name in their metadata.
+      infos: what is known of each, for the scores.
+      identity: what the images depend on, from `output.identity`; `source` is the model's name in their metadata.
 
     Raises:
-      UserError: `out` holds pictures of another model, other settings or prompts; or what `Painter` says.
+      UserError: `out` holds images of another model, other settings or prompts; or what `Painter` says.
       SystemExit: in every process, when a signal ended one of them early.
     """
     painter.check([one.wish for one in asked])
@@ -79,7 +79,7 @@ def draw_pictures(
     def size_of(wanted: int) -> int:
         return painter.batch_size(len(asked), wanted)
 
-    album = first_process_first(lambda: output.open_album(out, asked, about, batch_size, size_of, resume=True))
+    album = first_process_first(lambda: output.open_album(out, asked, identity, batch_size, size_of, resume=True))
     index, count = jax.process_index(), jax.process_count()
     share = output.Album(album.paths[index::count], album.batch_size, None)
     kind = "label" if experiment.transformer.num_classes else "prompt"
@@ -94,49 +94,49 @@ def draw_pictures(
     codes = [code for code in gather_texts(stopped) if code]
     if codes:
         raise SystemExit(int(codes[0]))
-    return Files(album.paths, out, abouts)
+    return ImageFiles(album.paths, out, infos)
 
 
-def judge(
-    real: Pictures,
-    fake: Pictures,
+def score_images(
+    real: ImageSet,
+    fake: ImageSet,
     own_N: np.ndarray | None,
-    judges: Judges,
+    evaluators: Evaluators,
     *,
     by: str = "",
     keep: Path,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All scores of the pictures `fake` against `real`, as `results.json` has them.
+    """All scores of the images `fake` against `real`, as `results.json` has them.
 
     Args:
-      own_N: places in `real` of the pictures whose captions those of `fake` are; None where they are not known.
+      own_N: places in `real` of the images whose captions those of `fake` are; None where they are not known.
       by: an attribute, or "category", for whose values there are scores of their own.
       keep: folder for what the networks see of `fake`.
     """
     scores: dict[str, Any] = {}
-    for number, one in enumerate(judges.features):
-        ours, theirs = one.see(fake, "drawn pictures", keep), one.see(real, "real pictures")
+    for number, one in enumerate(evaluators.extractors):
+        ours, theirs = one.extract(fake, "samples", keep), one.extract(real, "real images")
         found: dict[str, Any] = {"distance": distance_name(one.network), "weights": one.network.digest}
         found |= compare(theirs, ours, seed)
-        found["floor"] = floor(theirs, len(ours.features_NF), seed)
+        found["floor"] = real_vs_real(theirs, len(ours.features_NF), seed)
         if by:
             found[f"by {by}"] = by_group(theirs, ours, by)
         names = attributes_of(theirs) if own_N is not None and number == 0 else []
         if names and own_N is not None:
-            soft = one.see(real, "real pictures", blurred=True)
-            (found["alignment"],) = concept_recall(theirs, soft, [ours], own_N, names, by, seed)
+            blurred = one.extract(real, "real images", blurred=True)
+            (found["alignment"],) = concept_recall(theirs, blurred, [ours], own_N, names, by, seed)
         scores[one.network.name] = found
-    if judges.clip is not None:
-        clip, judge_of_clip = judges.clip
-        rows = judge_of_clip.rows(fake, "drawn pictures", keep)
+    if evaluators.clip is not None:
+        clip, clip_extractor = evaluators.clip
+        rows = clip_extractor.rows(fake, "samples", keep)
         embedded = gather_rows(rows.columns["features"], rows.places_N)
-        values = clip_score(embedded, clip.embed([about.prompt for about in fake.abouts]))
+        values = clip_score(embedded, clip.embed([info.prompt for info in fake.infos]))
         scores[clip.images.name] = {"clip_score": float(np.mean(values)), "weights": clip.images.digest}
     return {
-        "pictures": len(fake.abouts),
-        "reference_pictures": len(real.abouts),
+        "pictures": len(fake.infos),
+        "reference_pictures": len(real.infos),
         "reference_digest": real.digest,
         "scores": scores,
-        "warnings": warnings_of({"drawn": len(fake.abouts), "real": len(real.abouts)}) if judges.features else [],
+        "warnings": warnings_of({"drawn": len(fake.infos), "real": len(real.infos)}) if evaluators.extractors else [],
     }

@@ -53,9 +53,9 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row for the pictures, and one for the real pictures in their place."""
+    """A row for the images, and one for the real images in their place."""
     row = {"pictures of": model, "number": str(results["pictures"])}
-    floor = {"pictures of": "the reference itself", "number": ""}
+    reference_row = {"pictures of": "the reference itself", "number": ""}
     for name, scores in results["scores"].items():
         if "clip_score" in scores:
             row[f"CLIP score, {name}"] = f"{scores['clip_score']:.2f}"
@@ -69,12 +69,12 @@ def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, st
         row[f"recall{suffix}"] = f"{scores['recall']:.3f}"
         if "inception_score" in scores and distance == "FID":
             row[f"inception score{suffix}"] = f"{scores['inception_score']:.2f}"
-        floor["number"] = str(scores["floor"]["pictures"])
-        floor[distance] = f"{scores['floor']['frechet_distance']:.2f}"
-        floor[f"KID x 1000{suffix}"] = f"{scores['floor']['kid_x1000']:.2f}"
+        reference_row["number"] = str(scores["floor"]["pictures"])
+        reference_row[distance] = f"{scores['floor']['frechet_distance']:.2f}"
+        reference_row[f"KID x 1000{suffix}"] = f"{scores['floor']['kid_x1000']:.2f}"
         row |= _aligned(scores, "drawn")
-        floor |= _aligned(scores, "real")
-    return [row, floor]
+        reference_row |= _aligned(scores, "real")
+    return [row, reference_row]
 
 
 def reconstruction_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, str]]:

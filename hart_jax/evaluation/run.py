@@ -15,12 +15,12 @@ from hart_jax.checkpoints.workdir import load_tokenizer
 from hart_jax.config import Experiment, HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report
-from hart_jax.evaluation.boards import show_drawn, show_groups
-from hart_jax.evaluation.generation import asked_of, check_wishes, draw_pictures, judge
-from hart_jax.evaluation.judge import Judge, Judges, load_judges
+from hart_jax.evaluation.features import Evaluators, FeatureExtractor, load_evaluators
+from hart_jax.evaluation.generation import asked_of, check_prompts, sample_images, score_images
+from hart_jax.evaluation.image_grids import save_group_grid, save_sample_grid
+from hart_jax.evaluation.images import ImageInfo, ImageSet, Relabelled, Subset, open_images, random_subset
 from hart_jax.evaluation.networks.inception import Resize
-from hart_jax.evaluation.pictures import About, Chosen, Described, Pictures, choose, open_pictures
-from hart_jax.evaluation.reconstruction import digest, judge_reconstructions, show_reconstructions
+from hart_jax.evaluation.reconstruction import digest, save_reconstruction_grid, score_reconstructions
 from hart_jax.evaluation.scores import NEIGHBOURS
 from hart_jax.io.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
@@ -52,8 +52,8 @@ class Request:
     draw_batch_size: int
     out: Path
 
-    def judges(self, size: int) -> Judges:
-        return load_judges(*self.networks, size=size, batch_size=self.batch_size, resize=self.resize)
+    def evaluators(self, size: int) -> Evaluators:
+        return load_evaluators(*self.networks, size=size, batch_size=self.batch_size, resize=self.resize)
 
 
 def evaluate(request: Request) -> tuple[str, list[str]]:
@@ -62,7 +62,7 @@ def evaluate(request: Request) -> tuple[str, list[str]]:
     Raises:
       UserError: bad input, before anything is drawn or written; or `out` holds something else.
     """
-    reference = open_pictures(request.reference)
+    reference = open_images(request.reference)
     _check_by(request, reference)
     kinds = {"reconstruction": _reconstruction, "generation": _generation, "pictures": _pictures}
     with owned(request.out, "an evaluation"):
@@ -70,26 +70,25 @@ def evaluate(request: Request) -> tuple[str, list[str]]:
     return table, results["warnings"]
 
 
-def _check_by(request: Request, reference: Pictures) -> None:
-    """Raises `UserError` where --by was given, not left at its default, and no picture has such an attribute."""
-    if request.by_given and request.by and not any(about.value(request.by) for about in reference.abouts):
-        known = sorted({name for about in reference.abouts for name in about.attributes})
-        known += ["category"] if any(about.category for about in reference.abouts) else []
-        raise UserError(f"--by={request.by}: no picture of --reference has it; they have {', '.join(known) or 'none'}")
+def _check_by(request: Request, reference: ImageSet) -> None:
+    """Raises `UserError` where --by was given, not left at its default, and no image has such an attribute."""
+    if request.by_given and request.by and not any(info.value(request.by) for info in reference.infos):
+        known = sorted({name for info in reference.infos for name in info.attributes})
+        known += ["category"] if any(info.category for info in reference.infos) else []
+        raise UserError(f"--by={request.by}: no image of --reference has it; they have {', '.join(known) or 'none'}")
 
 
-def _check_enough(judges: Judges | Sequence[Judge], **counts: int) -> None:
+def _check_enough(extractors: Sequence[FeatureExtractor], **counts: int) -> None:
     """Raises `UserError` where sets are too small for what is measured, before anything is drawn."""
-    features = judges.features if isinstance(judges, Judges) else judges
     for name, count in counts.items():
-        if features and count <= NEIGHBOURS:
+        if extractors and count <= NEIGHBOURS:
             raise UserError(
-                f"{count} {name} pictures: distances, precision and recall need {NEIGHBOURS + 1} or more; "
+                f"{count} {name} images: distances, precision and recall need {NEIGHBOURS + 1} or more; "
                 "give more, or judge by --clip or --lpips alone"
             )
 
 
-def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+def _reconstruction(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any]]:
     experiment = request.experiment
     assert experiment is not None
     config = experiment.tokenizer
@@ -98,10 +97,10 @@ def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[st
     if not request.checkpoint:
         raise UserError("--checkpoint is missing: give a tokenizer's workdir, a model folder or a release")
     params = load_tokenizer(request.checkpoint, config)
-    places = choose(len(reference.abouts), request.count, request.seed)
-    chosen = Chosen(reference, places.tolist())
-    judges = request.judges(config.image_size).features if any(request.networks) else ()
-    _check_enough(judges, chosen=len(places))
+    places = random_subset(len(reference.infos), request.count, request.seed)
+    chosen = Subset(reference, places.tolist())
+    extractors = request.evaluators(config.image_size).extractors if any(request.networks) else ()
+    _check_enough(extractors, chosen=len(places))
     lpips = load_lpips(request.lpips) if request.lpips else None
     run = {
         "what": request.what,
@@ -109,97 +108,97 @@ def _reconstruction(request: Request, reference: Pictures) -> tuple[str, dict[st
         "model": digest(params),
         "image_size": config.image_size,
         "reference": {"path": request.reference, "digest": chosen.digest},
-        "networks": {one.network.name: one.network.digest for one in judges},
+        "networks": {one.network.name: one.network.digest for one in extractors},
         "lpips": bool(lpips),
     }
     _begin(request, run)
-    results = judge_reconstructions(
+    results = score_reconstructions(
         config,
         params,
         chosen,
-        judges,
+        extractors,
         lpips,
         gallery=(reference, places),
         keep=request.out / "kept",
         batch_size=request.batch_size,
     )
     if jax.process_index() == 0:
-        show_reconstructions(config, params, chosen, request.out / "reconstructions.png")
+        save_reconstruction_grid(config, params, chosen, request.out / "reconstructions.png")
     return _finish(
         request, run, results, report.reconstruction_rows(f"{request.checkpoint}, {config.image_size} px", results)
     )
 
 
-def _generation(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any]]:
     experiment = request.experiment
     assert isinstance(experiment, HartExperiment)
-    places = choose(len(reference.abouts), request.count, request.seed)
-    abouts = [reference.abouts[place] for place in places]
-    categories = sorted({about.category for about in reference.abouts} - {""})
-    check_wishes(abouts, categories, experiment)
+    places = random_subset(len(reference.infos), request.count, request.seed)
+    infos = [reference.infos[place] for place in places]
+    categories = sorted({info.category for info in reference.infos} - {""})
+    check_prompts(infos, categories, experiment)
     size = experiment.tokenizer.image_size if request.image_size is None else request.image_size
-    judges = request.judges(size)
-    _check_enough(judges, real=len(reference.abouts), drawn=len(places))
+    evaluators = request.evaluators(size)
+    _check_enough(evaluators.extractors, real=len(reference.infos), drawn=len(places))
     model = load_model(request.checkpoint)
     check_model(model, experiment, request.checkpoint)
     classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
-    asked = asked_of(abouts, experiment, classes, request.seed)
+    asked = asked_of(infos, experiment, classes, request.seed)
     text = text_source(model, experiment, request.text_encoder, request.system_prompt)
-    about = output.identity(model, experiment.sample, text)
+    identity = output.identity(model, experiment.sample, text)
     run = {
         "what": request.what,
         "checkpoint": request.checkpoint,
         "smooth": experiment.sample.smooth,
         "discrete_only": experiment.sample.discrete_only,
-        **about,
+        **identity,
         "seed": request.seed,
         "count": len(places),
         "image_size": size,
         "by": request.by,
-        **_of(request, reference, judges),
+        **_of(request, reference, evaluators),
     }
     _begin(request, run)
     painter = Painter(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
     # The painter has its own copy.
     del model
-    drawn = draw_pictures(
+    drawn = sample_images(
         painter,
         experiment,
         asked,
-        abouts,
+        infos,
         request.out / "pictures",
         request.draw_batch_size,
-        about,
+        identity,
         request.checkpoint,
     )
     name = request.checkpoint
     name += ", smooth" if experiment.sample.smooth else ""
     name += ", discrete only" if experiment.sample.discrete_only else ""
-    return _judged(request, run, reference, drawn, places, judges, size, name)
+    return _scored(request, run, reference, drawn, places, evaluators, size, name)
 
 
-def _pictures(request: Request, reference: Pictures) -> tuple[str, dict[str, Any]]:
+def _pictures(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any]]:
     assert request.pictures is not None
-    pictures = open_pictures(request.pictures)
+    image_set = open_images(request.pictures)
     size = request.image_size or 0
-    judges = request.judges(size)
-    places = _same_names(reference.abouts, pictures.abouts)
+    evaluators = request.evaluators(size)
+    places = _same_names(reference.infos, image_set.infos)
     if places is not None:
-        pictures = Described(pictures, [reference.abouts[place] for place in places])
-    chosen = choose(len(pictures.abouts), request.count, request.seed)
-    pictures, places = Chosen(pictures, chosen.tolist()), None if places is None else places[chosen]
-    _check_enough(judges, real=len(reference.abouts), chosen=len(chosen))
-    _check_prompts_for_clip(judges, pictures)
+        image_set = Relabelled(image_set, [reference.infos[place] for place in places])
+    chosen = random_subset(len(image_set.infos), request.count, request.seed)
+    image_set, places = Subset(image_set, chosen.tolist()), None if places is None else places[chosen]
+    _check_enough(evaluators.extractors, real=len(reference.infos), chosen=len(chosen))
+    _check_prompts_for_clip(evaluators, image_set)
     run = {
         "what": request.what,
-        "pictures": {"path": request.pictures, "digest": pictures.digest},
+        "pictures": {"path": request.pictures, "digest": image_set.digest},
         "seed": request.seed,
         "image_size": size,
         "by": request.by,
-        **_of(request, reference, judges),
+        **_of(request, reference, evaluators),
     }
     _begin(request, run)
-    return _judged(request, run, reference, pictures, places, judges, size, request.pictures)
+    return _scored(request, run, reference, image_set, places, evaluators, size, request.pictures)
 
 
 def _classes(model: Model, experiment: HartExperiment, categories: Sequence[str]) -> Sequence[str]:
@@ -227,16 +226,16 @@ def _classes(model: Model, experiment: HartExperiment, categories: Sequence[str]
     return classes
 
 
-def _same_names(real: list[About] | Any, fake: list[About] | Any) -> np.ndarray | None:
-    """Where each picture's namesake is among the real ones; None unless all have one. Folders and suffixes are no part
+def _same_names(real: list[ImageInfo] | Any, fake: list[ImageInfo] | Any) -> np.ndarray | None:
+    """Where each image's namesake is among the real ones; None unless all have one. Folders and suffixes are no part
     of a name."""
-    of_name = {normalized(Path(about.name).stem): place for place, about in enumerate(real)}
-    places = [of_name.get(normalized(Path(about.name).stem), -1) for about in fake]
+    of_name = {normalized(Path(info.name).stem): place for place, info in enumerate(real)}
+    places = [of_name.get(normalized(Path(info.name).stem), -1) for info in fake]
     return np.array(places) if len(of_name) == len(real) and min(places) >= 0 else None
 
 
-def _of(request: Request, reference: Pictures, judges: Judges) -> dict[str, Any]:
-    networks = [one.network for one in judges.features] + ([judges.clip[0].images] if judges.clip else [])
+def _of(request: Request, reference: ImageSet, evaluators: Evaluators) -> dict[str, Any]:
+    networks = [one.network for one in evaluators.extractors] + ([evaluators.clip[0].images] if evaluators.clip else [])
     return {
         "reference": {"path": request.reference, "digest": reference.digest},
         "networks": {network.name: network.digest for network in networks},
@@ -247,29 +246,27 @@ def _begin(request: Request, run: dict[str, Any]) -> None:
     first_process_first(lambda: report.begin(request.out, run))
 
 
-def _judged(
+def _scored(
     request: Request,
     run: dict[str, Any],
-    real: Pictures,
-    fake: Pictures,
+    real: ImageSet,
+    fake: ImageSet,
     places: np.ndarray | None,
-    judges: Judges,
+    evaluators: Evaluators,
     size: int,
     name: str,
 ) -> tuple[str, dict[str, Any]]:
-    results = judge(real, fake, places, judges, by=request.by, keep=request.out / "kept", seed=request.seed)
+    results = score_images(real, fake, places, evaluators, by=request.by, keep=request.out / "kept", seed=request.seed)
     if jax.process_index() == 0:
-        show_drawn(real, fake, places, size, request.out / "drawn.png", request.seed)
+        save_sample_grid(real, fake, places, size, request.out / "drawn.png", request.seed)
         if request.by:
-            show_groups(fake, request.by, size, request.out / f"by_{request.by}.png", request.seed)
+            save_group_grid(fake, request.by, size, request.out / f"by_{request.by}.png", request.seed)
     return _finish(request, run, results, report.generation_rows(name, results))
 
 
-def _check_prompts_for_clip(judges: Judges, pictures: Pictures) -> None:
-    if judges.clip is not None and not all(about.prompt for about in pictures.abouts):
-        raise UserError(
-            "--clip: a CLIP score needs a prompt for every picture; give captioned pictures, or leave it out"
-        )
+def _check_prompts_for_clip(evaluators: Evaluators, image_set: ImageSet) -> None:
+    if evaluators.clip is not None and not all(info.prompt for info in image_set.infos):
+        raise UserError("--clip: a CLIP score needs a prompt for every image; give captioned images, or leave it out")
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""How far drawn pictures are from real ones, from a network's features of both: distances, precision, recall.
+"""How far samples are from real images, from a network's features of both: distances, precision, recall.
 
 A Frechet distance is called FID only on the features of the standard InceptionV3; on others it is named after them.
 """
@@ -11,51 +11,51 @@ import jax
 import numpy as np
 
 from hart_jax.errors import UserError
+from hart_jax.evaluation.feature_cache import FeatureRows
+from hart_jax.evaluation.images import ImageInfo
 from hart_jax.evaluation.metrics.frechet import frechet_distance
 from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.metrics.inception_score import inception_score
 from hart_jax.evaluation.metrics.kid import kid
 from hart_jax.evaluation.metrics.precision_recall import precision_recall
 from hart_jax.evaluation.networks.base import FeatureNetwork
-from hart_jax.evaluation.parts import Rows
-from hart_jax.evaluation.pictures import About
 
-# With fewer pictures a Frechet distance is far above that of many; the field asks for so many.
+# With fewer images a Frechet distance is far above that of many; the field asks for so many.
 STABLE = 10_000
-# Groups are compared by their distances from so many pictures on.
+# Groups are compared by their distances from so many images on.
 LEAST = 10
-# Changes with what `seen_by` gives, so that what an older version kept is not taken for it.
+# Changes with what `feature_columns` gives, so that what an older version kept is not taken for it.
 COLUMNS = 2
 SUBSETS, SUBSET_SIZE, NEIGHBOURS, SPLITS = 100, 1000, 3, 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A set of pictures as a network sees it, whole in every process, in the set's order."""
+class FeatureSet:
+    """A set of images as a network sees it, whole in every process, in the set's order."""
 
-    abouts: Sequence[About]
+    infos: Sequence[ImageInfo]
     features_NF: np.ndarray
     logits_NK: np.ndarray | None
     textures_NT: np.ndarray | None
 
     @classmethod
-    def of(cls, rows: Rows, abouts: Sequence[About]) -> "Seen":
+    def of(cls, rows: FeatureRows, infos: Sequence[ImageInfo]) -> "FeatureSet":
         """Joins what the processes computed; raises `UserError` for features that are not finite."""
         gathered = {name: gather_rows(column, rows.places_N) for name, column in rows.columns.items()}
         features_NF = gathered["features"]
         bad = int(np.sum(~np.isfinite(features_NF).all(axis=1)))
         if bad:
             raise UserError(f"features of {bad} of {len(features_NF)} images are not finite")
-        return cls(abouts, features_NF, gathered.get("logits"), gathered.get("textures"))
+        return cls(infos, features_NF, gathered.get("logits"), gathered.get("textures"))
 
     @property
-    def look_NP(self) -> np.ndarray:
+    def style_features_NP(self) -> np.ndarray:
         """Textures, or where the network has none, features."""
         return self.features_NF if self.textures_NT is None else self.textures_NT
 
 
-def seen_by(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
-    """A network's features, and its logits and textures if it has any, as `hart_jax.evaluation.parts` keeps them."""
+def feature_columns(network: FeatureNetwork, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    """A network's features, and its logits and textures if it has any, as `feature_cache` keeps them."""
     features, logits, textures = network.apply(params, images_BHWC)
     columns = {"features": features, "logits": logits, "textures": textures}
     return {name: column for name, column in columns.items() if column is not None}
@@ -65,10 +65,10 @@ def distance_name(network: FeatureNetwork) -> str:
     return "FID" if network.standard else f"Frechet distance, {network.name}"
 
 
-def compare(real: Seen, fake: Seen, seed: int = 0) -> dict[str, Any]:
+def compare(real: FeatureSet, fake: FeatureSet, seed: int = 0) -> dict[str, Any]:
     """Distances of the two sets, precision, recall, and the inception score of `fake` if the network has classes.
 
-    `kid` is the mean over random subsets, of `kid_subset` pictures each, times 1000 like its deviation.
+    `kid` is the mean over random subsets, of `kid_subset` images each, times 1000 like its deviation.
     """
     mean, deviation = kid(real.features_NF, fake.features_NF, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
     precision, recall = precision_recall(real.features_NF, fake.features_NF, k=NEIGHBOURS)
@@ -87,10 +87,10 @@ def compare(real: Seen, fake: Seen, seed: int = 0) -> dict[str, Any]:
     return scores
 
 
-def floor(real: Seen, count: int, seed: int = 0) -> dict[str, Any]:
-    """Real against real: `count` of the pictures drawn at random, at most half, against the others.
+def real_vs_real(real: FeatureSet, count: int, seed: int = 0) -> dict[str, Any]:
+    """Real against real: `count` of the images drawn at random, at most half, against the others.
 
-    What perfect pictures would score, as far as so few can tell.
+    What perfect images would score, as far as so few can tell.
     """
     order = np.random.default_rng(seed).permutation(len(real.features_NF))
     part = min(count, len(order) // 2)
@@ -103,10 +103,10 @@ def floor(real: Seen, count: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def by_group(real: Seen, fake: Seen, attribute: str) -> dict[str, dict[str, Any]]:
-    """Frechet distance and number of drawn pictures for each value of an attribute, of groups that are large enough."""
+def by_group(real: FeatureSet, fake: FeatureSet, attribute: str) -> dict[str, dict[str, Any]]:
+    """Frechet distance and number of samples for each value of an attribute, of groups that are large enough."""
     groups: dict[str, dict[str, Any]] = {}
-    real_values, fake_values = ([about.value(attribute) for about in seen.abouts] for seen in (real, fake))
+    real_values, fake_values = ([info.value(attribute) for info in each.infos] for each in (real, fake))
     for value in sorted(set(fake_values) - {""}):
         ours, theirs = (
             features[[index for index, other in enumerate(values) if other == value]]
@@ -119,7 +119,7 @@ def by_group(real: Seen, fake: Seen, attribute: str) -> dict[str, dict[str, Any]
 
 
 def warnings_of(counts: Mapping[str, int]) -> list[str]:
-    """What to be careful with, of numbers of pictures by what they are."""
+    """What to be careful with, of numbers of images by what they are."""
     return [
         f"only {count} {what} pictures: a Frechet distance needs about {STABLE} to be stable, is larger with fewer, "
         "and compares only with those of as many"

@@ -1,4 +1,4 @@
-"""What drawing one batch of pictures takes: multiply-accumulates (MACs) and bytes of every part in every step.
+"""What drawing one batch of images takes: multiply-accumulates (MACs) and bytes of every part in every step.
 
 Counted from the sizes alone: matrix products and convolutions as SPEC.md defines them, attention of the pairs that see
 each other. One MAC is two FLOPs. Bytes are of bfloat16, those of logits, AdaLN and the quantizer of float32.
@@ -180,7 +180,7 @@ class Conv:
 
 
 def decoder_convs(config: TokenizerConfig) -> list[Conv]:
-    """All convolutions from the latent to the picture, `post_quant_conv` first."""
+    """All convolutions from the latent to the image, `post_quant_conv` first."""
     side, latent, levels = config.patch_nums[-1], config.latent_channels, len(config.channel_multipliers)
     widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
     width = widths[-1]
@@ -207,13 +207,13 @@ def decoder_convs(config: TokenizerConfig) -> list[Conv]:
 
 
 def _decoder_attention_macs(config: TokenizerConfig) -> int:
-    """Of one picture: after the middle's first block and each block of the lowest resolution."""
+    """Of one image: after the middle's first block and each block of the lowest resolution."""
     width = config.channels * config.channel_multipliers[-1]
     return (config.res_blocks + 2) * 2 * config.patch_nums[-1] ** 4 * width
 
 
 def params(experiment: HartExperiment, text: TextSize | None = None) -> dict[str, int]:
-    """Parameters of each part that drawing uses; the encoder of pictures is not among them."""
+    """Parameters of each part that drawing uses; the encoder of images is not among them."""
     config, tokenizer = experiment.transformer, experiment.tokenizer
     width, depth, latent = config.width, config.depth, config.latent_channels
     if config.num_classes:
@@ -238,7 +238,7 @@ def params(experiment: HartExperiment, text: TextSize | None = None) -> dict[str
 
 
 def drawing(experiment: HartExperiment, batch: int, *, guided: bool = True, text: TextSize | None = None) -> list[Work]:
-    """All work of drawing so many pictures, in order; guidance doubles the rows of the transformer and its head."""
+    """All work of drawing so many images, in order; guidance doubles the rows of the transformer and its head."""
     config, sample, tokenizer = experiment.transformer, experiment.sample, experiment.tokenizer
     rows, sides, count = batch * (2 if guided else 1), config.patch_nums, params(experiment, text)
     works: list[Work] = []

@@ -1,4 +1,4 @@
-"""What drawing one batch of pictures takes, by part and by step, and the least time that it takes on a chip.
+"""What drawing one batch of images takes, by part and by step, and the least time that it takes on a chip.
 
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
@@ -57,7 +57,7 @@ STEP_COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Floor:
+class Roofline:
     """The least seconds of some work on a chip, as if products and memory traffic overlapped perfectly.
 
     Memory traffic is weights and cache; activations count as if they never left the chip.
@@ -75,11 +75,11 @@ class Floor:
         return "compute" if self.compute >= self.memory else "memory"
 
 
-def floor(works: Iterable[Work], chip: Chip) -> Floor:
+def roofline(works: Iterable[Work], chip: Chip) -> Roofline:
     """Of work that is done at the same time."""
     works = list(works)
     moved = sum(work.weights + work.cache for work in works)
-    return Floor(2 * sum(work.macs for work in works) / chip.flops, moved / chip.bandwidth)
+    return Roofline(2 * sum(work.macs for work in works) / chip.flops, moved / chip.bandwidth)
 
 
 def grouped(works: Iterable[Work], key: Callable[[Work], str]) -> dict[str, list[Work]]:
@@ -92,7 +92,7 @@ def grouped(works: Iterable[Work], key: Callable[[Work], str]) -> dict[str, list
 
 def least_seconds(works: Iterable[Work], chip: Chip) -> float:
     """Of steps one after the other."""
-    return sum(floor(group, chip).seconds for group in grouped(works, lambda work: work.step).values())
+    return sum(roofline(group, chip).seconds for group in grouped(works, lambda work: work.step).values())
 
 
 def _si(value: float, digits: int = 4) -> str:
@@ -172,20 +172,20 @@ def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -
     return "\n".join(lines)
 
 
-def floor_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> str:
+def roofline_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> str:
     """The least milliseconds on each chip by step and by part, "c" where FLOPs and "m" where memory takes longest."""
     works = drawing(experiment, batch, text=text)
     count = params(experiment, text)
     held = BFLOAT16 * sum(count.values()) + full_cache_bytes(experiment, batch)
 
     def cell(works: list[Work], chip: Chip) -> str:
-        least = floor(works, chip)
+        least = roofline(works, chip)
         return f"{_ms(least.seconds)} {least.bound[0]}"
 
     def part_cell(works: list[Work], chip: Chip) -> str:
         """Steps come one after the other; the letter is what takes longest in most of the time."""
-        floors = [floor(group, chip) for group in grouped(works, lambda work: work.step).values()]
-        total, compute = sum(f.seconds for f in floors), sum(f.seconds for f in floors if f.bound == "compute")
+        rooflines = [roofline(group, chip) for group in grouped(works, lambda work: work.step).values()]
+        total, compute = sum(f.seconds for f in rooflines), sum(f.seconds for f in rooflines if f.bound == "compute")
         return f"{_ms(total)} {'c' if compute >= total / 2 else 'm'}"
 
     rows: list[tuple[object, ...]] = []
@@ -193,7 +193,7 @@ def floor_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip],
         rows.append((step, *(cell(group, chip) for chip in chips.values())))
     least = {name: least_seconds(works, chip) for name, chip in chips.items()}
     rows.append(("all steps, ms", *(_ms(seconds) for seconds in least.values())))
-    rows.append(("pictures/s at most", *(f"{batch / seconds:.3g}" for seconds in least.values())))
+    rows.append(("images/s at most", *(f"{batch / seconds:.3g}" for seconds in least.values())))
     fits = ("yes" if held <= chip.memory else f"no: {chip.memory / 1e9:.0f} GB" for chip in chips.values())
     rows.append((f"weights and cache fit ({held / 1e9:.1f} GB)", *fits))
     lines = [_title(experiment, batch), "", *_table(("step, ms", *chips), rows), ""]
@@ -236,7 +236,7 @@ def _chips(names: list[str]) -> dict[str, Chip]:
 
 def main() -> None:
     # Here, because other commands have flags of these names and tests import them all.
-    batch_size = flags.DEFINE_list("batch_size", ["1"], "Pictures drawn at a time; several sizes: a report for each.")
+    batch_size = flags.DEFINE_list("batch_size", ["1"], "Images drawn at a time; several sizes: a report for each.")
     chip_names = flags.DEFINE_list("chips", [], f"Prints the least time on these instead: some of {', '.join(CHIPS)}.")
     as_json = flags.DEFINE_bool("json", False, "Prints one JSON object instead of tables.")
     hart_flags.parse()
@@ -248,7 +248,7 @@ def main() -> None:
     if as_json.value:
         print(json.dumps({"batches": [as_dict(experiment, batch, chips, text) for batch in batches]}))
         return
-    make_report = functools.partial(floor_report, chips=chips) if chips else work_report
+    make_report = functools.partial(roofline_report, chips=chips) if chips else work_report
     print("\n\n".join(make_report(experiment, batch, text=text) for batch in batches))
 
 

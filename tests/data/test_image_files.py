@@ -13,7 +13,7 @@ from hart_jax.data.check_images import aspect, check_images
 from hart_jax.data.image_files import rgb_image, shown_size, square_image
 from hart_jax.data.mjhq import Example
 from hart_jax.errors import UserError
-from hart_jax.evaluation.pictures import decode
+from hart_jax.evaluation.images import decode
 
 SIDE = 24
 RAMP = np.arange(SIDE * SIDE).reshape(SIDE, SIDE) / (SIDE * SIDE - 1)

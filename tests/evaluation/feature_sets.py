@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from hart_jax.evaluation.pictures import About
-from hart_jax.evaluation.scores import Seen
+from hart_jax.evaluation.images import ImageInfo
+from hart_jax.evaluation.scores import FeatureSet
 
 WIDTH = 6
 STYLES = ("flat", "3d")
 
 
-def seen(features: np.ndarray, abouts=None, logits=None, textures=None) -> Seen:
-    abouts = [About(str(index)) for index in range(len(features))] if abouts is None else abouts
-    return Seen(abouts, features.astype(np.float32), logits, textures)
+def feature_set(features: np.ndarray, infos=None, logits=None, textures=None) -> FeatureSet:
+    infos = [ImageInfo(str(index)) for index in range(len(features))] if infos is None else infos
+    return FeatureSet(infos, features.astype(np.float32), logits, textures)
 
 
 def normal(count: int, seed: int = 0, mean: float = 0.0) -> np.ndarray:

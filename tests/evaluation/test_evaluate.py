@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hart_jax.io.images import read_png_metadata
-from tests.evaluation.judged_runs import ROOT, run
+from tests.evaluation.evaluation_runs import ROOT, run
 from tests.sample_runs import write_tiny
 
 EMOJI = ROOT / "tests" / "emoji"
@@ -34,11 +34,11 @@ def whole(folder) -> Path:
     return folder / "whole"
 
 
-def test_a_picture_is_drawn_for_every_caption_and_scored(whole):
+def test_an_image_is_drawn_for_every_caption_and_scored(whole):
     found = results(whole)
     entries = json.loads((EMOJI / "meta_data.json").read_text())
-    pictures = sorted((whole / "pictures").glob("*.png"))
-    drawn = [read_png_metadata(path)["prompt"] for path in pictures if "grid" not in path.name]
+    files = sorted((whole / "pictures").glob("*.png"))
+    drawn = [read_png_metadata(path)["prompt"] for path in files if "grid" not in path.name]
     assert drawn == [entries[name]["prompt"] for name in sorted(entries)]
     assert found["pictures"] == found["reference_pictures"] == len(entries)
     assert (found["smooth"], found["discrete_only"], found["image_size"]) == (False, False, 8)
@@ -58,9 +58,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folder, whole):
     shutil.copytree(whole, stopped)
     (stopped / "results.json").unlink()
     shutil.rmtree(stopped / "kept")
-    pictures = sorted((stopped / "pictures").glob("*-a-*.png"))
-    kept = {path.name: path.stat().st_mtime_ns for path in pictures[3:]}
-    for path in pictures[:3]:
+    files = sorted((stopped / "pictures").glob("*-a-*.png"))
+    kept = {path.name: path.stat().st_mtime_ns for path in files[3:]}
+    for path in files[:3]:
         path.unlink()
     code, _, err = run(folder, *GENERATION, "--efficientnet=Two", "--clip=x", "--out=stopped")
     assert code == 0, err
@@ -109,9 +109,9 @@ def test_settings_have_an_effect_and_another_run_is_not_overwritten(folder, whol
     assert results(folder / "discrete")["reference_pictures"] == 24
 
 
-def test_pictures_of_any_folder_are_judged(folder, tmp_path):
-    judged = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=16")
-    code, _, err = run(folder, *judged, f"--out={tmp_path / 'same'}")
+def test_images_of_any_folder_are_judged(folder, tmp_path):
+    compared = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=16")
+    code, _, err = run(folder, *compared, f"--out={tmp_path / 'same'}")
     assert code == 0, err
     same = results(tmp_path / "same")["scores"]["One"]
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-4)
@@ -120,10 +120,10 @@ def test_pictures_of_any_folder_are_judged(folder, tmp_path):
     anonymous.mkdir()
     for number, path in enumerate(sorted(EMOJI.glob("*/*.png"))[:12]):
         shutil.copy(path, anonymous / f"{number}.png")
-    judged = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={anonymous}", "--image_size=16")
-    code, _, err = run(folder, *judged, "--clip=x", f"--out={tmp_path / 'x'}")
-    assert code == 2 and "needs a prompt for every picture" in err
-    code, _, err = run(folder, *judged, "--inception=One", f"--out={tmp_path / 'other'}")
+    compared = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={anonymous}", "--image_size=16")
+    code, _, err = run(folder, *compared, "--clip=x", f"--out={tmp_path / 'x'}")
+    assert code == 2 and "needs a prompt for every image" in err
+    code, _, err = run(folder, *compared, "--inception=One", f"--out={tmp_path / 'other'}")
     assert code == 0, err
     assert "alignment" not in results(tmp_path / "other")["scores"]["One"]
 
@@ -134,20 +134,20 @@ def test_reconstructions_of_both_modes(folder):
     assert code == 0, err
     found = results(folder / "rebuilt")
     discrete, hybrid = found["modes"]["discrete"], found["modes"]["hybrid"]
-    # Pictures of 8 px are smaller than SSIM's window.
+    # Images of 8 px are smaller than SSIM's window.
     assert hybrid["psnr"] != discrete["psnr"] and "ssim" not in hybrid
     assert discrete["One"]["distance"] == "rFrechet distance, One"
     codebook = found["codebook"]
     assert codebook["scales"] == [1, 2, 4] and all(0 < used <= 1 for used in codebook["used_of_codebook"])
     assert "| hybrid |" in out and (folder / "rebuilt" / "reconstructions.png").is_file()
-    # Reconstructions of some are sought among all real pictures.
+    # Reconstructions of some are sought among all real images.
     code, out_of_some, err = run(folder, *flags, "--count=9", "--out=some")
     assert code == 0 and "right style at 1" in out_of_some, err
     few = results(folder / "some")
     assert few["pictures"] == 9
     assert few["modes"]["hybrid"]["One"]["alignment"] != hybrid["One"]["alignment"]
-    judged = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=8")
-    code, _, err = run(folder, *judged, "--out=themselves")
+    compared = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=8")
+    code, _, err = run(folder, *compared, "--out=themselves")
     assert code == 0, err
     ceiling = results(folder / "themselves")["scores"]["One"]["alignment"]
     for attribute, recalls in hybrid["One"]["alignment"].items():
@@ -163,7 +163,7 @@ def test_reconstructions_of_both_modes(folder):
     [
         (("--what=generation", "--out=x"), "--config is missing"),
         (("--what=generation", "--config=tiny.py", "--out=x"), "--reference is missing"),
-        ((*GENERATION, "--count=99", "--out=x"), "--count=99: there are only 24 pictures"),
+        ((*GENERATION, "--count=99", "--out=x"), "--count=99: there are only 24 images"),
         ((*GENERATION, "--count=-1", "--out=x"), "--count=-1: must be 0 or more"),
         ((*GENERATION, "--checkpoint=none", "--out=x"), "none: no such folder"),
     ],
@@ -174,7 +174,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(folder, flags, message):
     assert not (folder / "x").exists()
 
 
-def test_pictures_without_prompts_cannot_be_drawn(folder, tmp_path):
+def test_images_without_prompts_cannot_be_drawn(folder, tmp_path):
     shutil.copy(next(EMOJI.glob("*/*.png")), tmp_path)
     code, _, err = run(folder, *GENERATION[:2], f"--reference={tmp_path}", "--inception=One", "--out=x")
     assert code == 2 and "has no prompt to draw from" in err

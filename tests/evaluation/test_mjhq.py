@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     with zipfile.ZipFile(folder / "mjhq" / "mjhq30k_imgs.zip", "w") as archive:
         for number in range(len(CATEGORIES) * EACH):
             name, category = f"{number:040x}", CATEGORIES[number % len(CATEGORIES)]
-            entries[name] = {"category": category, "prompt": f"a picture of a {('red', 'blue')[number // 2 % 2]} dog"}
+            entries[name] = {"category": category, "prompt": f"an image of a {('red', 'blue')[number // 2 % 2]} dog"}
             data = BytesIO()
             colours = random.integers(0, 256, (4, 4, 3), np.uint8)
             Image.fromarray(colours).resize((32, 32)).save(data, "jpeg")
@@ -58,5 +58,5 @@ def test_from_the_zip_to_the_row(folder):
     (clip,) = (scores for name, scores in found["scores"].items() if name.startswith("CLIP"))
     assert 0 <= clip["clip_score"] <= 100
     assert "| FID |" in table and "CLIP score, CLIP" in table and "| assets" not in table
-    pictures = sorted((folder / "scores" / "pictures").glob("*.png"))
-    assert sum("grid" not in path.name for path in pictures) == len(CATEGORIES) * EACH
+    files = sorted((folder / "scores" / "pictures").glob("*.png"))
+    assert sum("grid" not in path.name for path in files) == len(CATEGORIES) * EACH

@@ -15,7 +15,7 @@ from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report, run
 from hart_jax.io.ownership import owned
-from tests.evaluation.judged_runs import small_judges
+from tests.evaluation.evaluation_runs import small_evaluators
 from tests.tiny import TOKENIZER, tiny_model
 
 NAMES = ("ant", "bee", "café")
@@ -32,9 +32,9 @@ def nothing_is_drawn(monkeypatch, tmp_path):
         raise Drawing([one.wish for one in asked])
 
     monkeypatch.setenv("HART_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(run, "draw_pictures", draw)
+    monkeypatch.setattr(run, "sample_images", draw)
     monkeypatch.setattr(run, "Painter", lambda *_, **__: None)
-    monkeypatch.setattr(run, "load_judges", small_judges)
+    monkeypatch.setattr(run, "load_evaluators", small_evaluators)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,9 @@ def test_too_few_images_and_a_misspelt_attribute_are_said_at_once(model, tmp_pat
     every = reference(tmp_path / "every", *NAMES)
     assert asked(model, every, tmp_path / "four", count=4)
     monkeypatch.setattr(run, "load_model", None)
-    with pytest.raises(UserError, match=r"^3 drawn pictures: .* need 4 or more"):
+    with pytest.raises(UserError, match=r"^3 drawn images: .* need 4 or more"):
         evaluate(model, every, tmp_path / "out", count=3)
-    with pytest.raises(UserError, match=r"--by=stile: no picture of --reference has it; they have category"):
+    with pytest.raises(UserError, match=r"--by=stile: no image of --reference has it; they have category"):
         evaluate(model, every, tmp_path / "out", by="stile", by_given=True)
     assert not (tmp_path / "out").exists()
 

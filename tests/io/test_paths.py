@@ -13,10 +13,10 @@ from hart_jax.config import DataConfig, HartExperiment, TokenizerExperiment, Tok
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import open_shards, write_shards
 from hart_jax.errors import UserError
+from hart_jax.evaluation.images import open_images
 from hart_jax.evaluation.networks.clip import load_clip
 from hart_jax.evaluation.networks.efficientnet import load_efficientnet
 from hart_jax.evaluation.networks.inception import load_inception
-from hart_jax.evaluation.pictures import open_pictures
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.paths import absolute, as_path, local_only
 from hart_jax.text.encoder import load_text_encoder
@@ -94,7 +94,7 @@ def test_settings_are_checked_before_anything_starts(kind, values, name):
         load_model,
         load_prompt_filter,
         load_text_encoder,
-        open_pictures,
+        open_images,
         open_shards,
         read_folder,
         read_model,

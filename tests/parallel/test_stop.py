@@ -83,7 +83,7 @@ DRAWING = """
     from pathlib import Path
     import jax, numpy as np
     from orbax.checkpoint import multihost
-    from hart_jax.evaluation.generation import draw_pictures
+    from hart_jax.evaluation.generation import sample_images
     from hart_jax.config import HartExperiment
     from hart_jax.sampling.pipeline import Asked, Picture
 
@@ -108,7 +108,7 @@ DRAWING = """
                 yield [Picture(one.wish, one.index, one.seed, np.zeros((2, 2, 3), np.uint8)) for one in batch]
 
     asked = [Asked(f"a dog {place}", 0, 0) for place in range(30)]
-    draw_pictures(Painter(), HartExperiment(), asked, [None] * 30, Path(out), 1, {}, "model")
+    sample_images(Painter(), HartExperiment(), asked, [None] * 30, Path(out), 1, {}, "model")
     print("went on", flush=True)
 """
 

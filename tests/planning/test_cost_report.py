@@ -22,10 +22,10 @@ from hart_jax.parallel.chips import Chip
 from hart_jax.planning import cost_model
 from hart_jax.planning.cost_model import TextSize, Work, drawing, params, passes, read_text_size, savings
 from hart_jax.planning.cost_report import (
-    Floor,
-    floor,
-    floor_report,
+    Roofline,
     least_seconds,
+    roofline,
+    roofline_report,
     work_report,
 )
 from hart_jax.sampling.noise import KeyedNoise
@@ -283,9 +283,9 @@ def test_modules_that_hooks_see_make_the_published_macs(name, published):
 def test_floor():
     chip = Chip(memory=100, flops=10.0, bandwidth=5.0, link=1.0, network=1.0)
     busy, reading = Work("a", "x", macs=20, weights=5), Work("b", "x", macs=5, weights=5, cache=15)
-    assert (floor([busy], chip), floor([reading], chip)) == (Floor(4.0, 1.0), Floor(1.0, 4.0))
-    assert [floor([one], chip).bound for one in (busy, reading)] == ["compute", "memory"]
-    assert floor([busy, reading], chip).seconds == 5.0
+    assert (roofline([busy], chip), roofline([reading], chip)) == (Roofline(4.0, 1.0), Roofline(1.0, 4.0))
+    assert [roofline([one], chip).bound for one in (busy, reading)] == ["compute", "memory"]
+    assert roofline([busy, reading], chip).seconds == 5.0
     assert least_seconds([busy, reading], chip) == 8.0
 
 
@@ -294,7 +294,7 @@ def test_reports():
     report = work_report(config, 2, None)
     assert "text encoder not counted: no folder" in report and "| diffusion head |" in report
     chips = {"small": Chip(memory=10, flops=1e9, bandwidth=1e9, link=1.0, network=1.0)}
-    assert "| no: 0 GB |" in floor_report(config, 2, chips, None)
+    assert "| no: 0 GB |" in roofline_report(config, 2, chips, None)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

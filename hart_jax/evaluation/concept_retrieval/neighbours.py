@@ -1,6 +1,6 @@
-"""Do pictures show what their prompts say? Asked of real pictures: is a picture's nearest one of the right kind?
+"""Do images show what their prompts say? Asked of real images: is an image's nearest one of the right kind?
 
-It needs no network that knows text, only features and labels of real pictures. Letters: Q queries, G pictures of the
+It needs no network that knows text, only features and labels of real images. Letters: Q queries, G images of the
 gallery, F features, K neighbours.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hart_jax.errors import UserError
 
-# Similarities equal in so many decimals are ties: their last digits depend on where in an array a picture is.
+# Similarities equal in so many decimals are ties: their last digits depend on where in an array an image is.
 DECIMALS = 10
 
 
@@ -27,13 +27,13 @@ class Standardized:
 
     @classmethod
     def of(cls, gallery_GF: np.ndarray) -> "Standardized":
-        """Of these pictures (divisor G); a feature that is the same in all has 1 for its deviation."""
+        """Of these images (divisor G); a feature that is the same in all has 1 for its deviation."""
         gallery_GF = np.asarray(gallery_GF, np.float64)
         varies_F = np.ptp(gallery_GF, axis=0) > 0
         return cls(gallery_GF.mean(axis=0), np.where(varies_F, gallery_GF.std(axis=0), 1))
 
     def directions(self, features_BF: np.ndarray) -> np.ndarray:
-        """(B, F) scaled features, of length 1, or 0 where a picture is the gallery's mean."""
+        """(B, F) scaled features, of length 1, or 0 where an image is the gallery's mean."""
         return unit(self.scaled(features_BF))
 
     def scaled(self, features_BF: np.ndarray) -> np.ndarray:
@@ -60,15 +60,15 @@ def nearest(
 
     Args:
       queries_QD: directions in a space, `Discriminant.of(...).directions(features)` say; the gallery's in the same.
-      exclude: (Q,) the gallery's picture that a query must not find, because it is the query itself, or -1.
+      exclude: (Q,) the gallery's image that a query must not find, because it is the query itself, or -1.
 
     Raises:
-      UserError: the gallery has fewer than `count` pictures to find.
+      UserError: the gallery has fewer than `count` images to find.
     """
     excluding = exclude is not None and bool(np.any(np.asarray(exclude) >= 0))
     available = len(gallery_GD) - excluding
     if not 1 <= count <= available:
-        raise UserError(f"count={count} nearest pictures of a gallery of {available}: must be 1 to {available}")
+        raise UserError(f"count={count} nearest images of a gallery of {available}: must be 1 to {available}")
     found = np.zeros((len(queries_QD), count), np.int64)
     for start in range(0, len(queries_QD), block):
         rows = slice(start, start + block)
@@ -83,7 +83,7 @@ def nearest(
 def recall_at(
     neighbours_QK: np.ndarray, gallery_labels_G: np.ndarray, wanted_Q: np.ndarray, ks: Sequence[int] = (1, 5)
 ) -> dict[int, float]:
-    """{k: share of the queries with a picture of the wanted label among their first k neighbours}.
+    """{k: share of the queries with an image of the wanted label among their first k neighbours}.
 
     Raises:
       ValueError: a k that is not from 1 to K, or no queries.

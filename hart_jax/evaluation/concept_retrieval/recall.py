@@ -1,11 +1,11 @@
-"""Whether drawn pictures show what was asked for, without a network that reads text: by the nearest real picture.
+"""Whether samples show what was asked for, without a network that reads text: by the nearest real image.
 
-A drawn picture is right where the nearest of the real pictures, or one of the five nearest, has the concept (or style)
-of its caption. Near is near in a space of that attribute's own (`Discriminant`), learned from real pictures: to a
-classifier's features alone, the nearest picture of a dog is a dog in whichever style. Blurred copies of them are
-learned from as well, so that a space does not go by what little a blur takes away. No picture is sought in a space
+A sample is right where the nearest of the real images, or one of the five nearest, has the concept (or style)
+of its caption. Near is near in a space of that attribute's own (`Discriminant`), learned from real images: to a
+classifier's features alone, the nearest image of a dog is a dog in whichever style. Blurred copies of them are
+learned from as well, so that a space does not go by what little a blur takes away. No image is sought in a space
 that was learned from its own concept: there are two spaces, each learned from half of the concepts and asked for the
-others. The real pictures themselves, each without itself, are the ceiling; captions shuffled among the drawn pictures
+others. The real images themselves, each without itself, are the ceiling; captions shuffled among the samples
 are the floor.
 """
 
@@ -16,44 +16,44 @@ import numpy as np
 
 from hart_jax.evaluation.concept_retrieval.discriminant import Discriminant
 from hart_jax.evaluation.concept_retrieval.neighbours import nearest, recall_at
-from hart_jax.evaluation.scores import Seen
+from hart_jax.evaluation.scores import FeatureSet
 
 RANKS = (1, 5)
 
 
-def attributes_of(seen: Seen) -> list[str]:
-    """What can be asked of all pictures: the attributes of their captions' file, or the category alone."""
-    names = sorted(set.intersection(*(set(about.attributes) for about in seen.abouts)))
+def attributes_of(feature_set: FeatureSet) -> list[str]:
+    """What can be asked of all images: the attributes of their captions' file, or the category alone."""
+    names = sorted(set.intersection(*(set(info.attributes) for info in feature_set.infos)))
     if names:
         return names
-    return ["category"] if all(about.category for about in seen.abouts) else []
+    return ["category"] if all(info.category for info in feature_set.infos) else []
 
 
 def concept_recall(
-    real: Seen,
-    soft: Seen,
-    fakes: Sequence[Seen],
+    real: FeatureSet,
+    blurred: FeatureSet,
+    fakes: Sequence[FeatureSet],
     own_N: np.ndarray,
     attributes: Sequence[str],
     by: str = "",
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Recall at 1 and 5 of each attribute: of drawn pictures, of real ones, of shuffled captions.
+    """Recall at 1 and 5 of each attribute: of samples, of real images, of shuffled captions.
 
     Args:
-      real: the pictures to be found; `soft` are their blurred copies, to learn from (`blurred_copies`).
-      fakes: sets of drawn pictures, each of the same captions; there is a result for each.
-      own_N: the places in `real` of the pictures whose captions those are. These are the real pictures that are asked,
+      real: the images to be found; `blurred` are their copies, to learn from (`blurred_copies`).
+      fakes: sets of samples, each of the same captions; there is a result for each.
+      own_N: the places in `real` of the images whose captions those are. These are the real images that are asked,
         those of them that are not the only one with their value.
-      attributes: names of what is asked for; see `About.value`.
+      attributes: names of what is asked for; see `ImageInfo.value`.
       by: an attribute for whose values the recalls are given one by one, too.
       seed: of the shuffled captions, and of the halves that spaces are learned from.
     """
     random = np.random.default_rng(seed)
     order = random.permutation(len(own_N))
-    labels = {name: np.array([about.value(name) for about in real.abouts]) for name in attributes}
+    labels = {name: np.array([info.value(name) for info in real.infos]) for name in attributes}
     half_G = _half(max(labels.values(), key=lambda values: len(set(values))), random)
-    wanted = {name: np.array([about.value(name) for about in fakes[0].abouts]) for name in (*attributes, by)}
+    wanted = {name: np.array([info.value(name) for info in fakes[0].infos]) for name in (*attributes, by)}
     results: list[dict[str, Any]] = [{} for _ in fakes]
     for name in attributes:
         label_G = labels[name]
@@ -61,12 +61,12 @@ def concept_recall(
         for learned_G in (half_G, ~half_G):
             asked_N = ~learned_G[own_N]
             if asked_N.any():
-                learned_from = np.concatenate([real.look_NP[learned_G], soft.look_NP[learned_G]])
+                learned_from = np.concatenate([real.style_features_NP[learned_G], blurred.style_features_NP[learned_G]])
                 space = Discriminant.of(learned_from, np.tile(label_G[learned_G], 2))
-                gallery_GP, own = space.directions(real.look_NP), own_N[asked_N]
+                gallery_GP, own = space.directions(real.style_features_NP), own_N[asked_N]
                 again[asked_N] = nearest(gallery_GP[own], gallery_GP, max(RANKS), exclude=own)
                 for drawn, fake in zip(found, fakes, strict=True):
-                    drawn[asked_N] = nearest(space.directions(fake.look_NP[asked_N]), gallery_GP, max(RANKS))
+                    drawn[asked_N] = nearest(space.directions(fake.style_features_NP[asked_N]), gallery_GP, max(RANKS))
         values, counts = np.unique(label_G, return_counts=True)
         shared_N = np.isin(label_G[own_N], values[counts > 1])
         for drawn, result in zip(found, results, strict=True):
@@ -86,7 +86,7 @@ def concept_recall(
 
 
 def _half(label_G: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """(G,) whether a picture's label is in a random half of the labels; of pictures, if all have the same label."""
+    """(G,) whether an image's label is in a random half of the labels; of images, if all have the same label."""
     values = np.unique(label_G)
     if len(values) == 1:
         return random.permutation(len(label_G)) < len(label_G) // 2

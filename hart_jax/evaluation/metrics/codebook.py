@@ -1,6 +1,6 @@
-"""How much of the codebook pictures use, scale by scale.
+"""How much of the codebook images use, scale by scale.
 
-Letters: B pictures of L tokens over all scales, S scales, V codes.
+Letters: B images of L tokens over all scales, S scales, V codes.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Usage:
         return cls(np.zeros((scales, vocab_size), np.int64))
 
     def add(self, indices_BL: np.ndarray, patch_nums: Sequence[int]) -> "Usage":
-        """With more pictures' tokens; a row has the scales from coarse to fine, each a square of `patch_nums` a side.
+        """With more images' tokens; a row has the scales from coarse to fine, each a square of `patch_nums` a side.
 
         Raises:
           ValueError: the tokens are not those of such scales and codebook.
@@ -53,7 +53,7 @@ class Usage:
         return Usage(self.counts_SV + np.stack([np.bincount(part.ravel(), minlength=vocab_size) for part in parts]))
 
     def merge(self, other: "Usage") -> "Usage":
-        """Of both sets of pictures together; raises `ValueError` for other scales or another codebook."""
+        """Of both sets of images together; raises `ValueError` for other scales or another codebook."""
         if self.counts_SV.shape != other.counts_SV.shape:
             raise ValueError(f"usage of {self.counts_SV.shape} and {other.counts_SV.shape} codes does not merge")
         return Usage(self.counts_SV + other.counts_SV)

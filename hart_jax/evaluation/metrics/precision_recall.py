@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019).
 
-A set's manifold is the union of balls around its pictures' features, each as wide as the distance to the k-th nearest
-other picture of the set. Letters: N and M pictures, F features.
+A set's manifold is the union of balls around its images' features, each as wide as the distance to the k-th nearest
+other image of the set. Letters: N and M images, F features.
 """
 
 import numpy as np
@@ -13,20 +13,20 @@ SLACK = 1e-10
 
 
 def precision_recall(real_NF: np.ndarray, fake_MF: np.ndarray, k: int = 3, block: int = 2048) -> tuple[float, float]:
-    """The share of fake pictures in the real manifold, and of real ones in the fake manifold.
+    """The share of fake images in the real manifold, and of real ones in the fake manifold.
 
-    Distances are Euclidean, in float64, of which `block` by `block` are held at a time. A picture on a ball's surface,
+    Distances are Euclidean, in float64, of which `block` by `block` are held at a time. An image on a ball's surface,
     to rounding, is inside, so duplicates and the block size change nothing.
 
     Raises:
-      UserError: k is below 1, or a set has no more than k pictures.
+      UserError: k is below 1, or a set has no more than k images.
       ValueError: sets of different widths.
     """
     if real_NF.shape[1] != fake_MF.shape[1]:
         raise ValueError(f"precision of {real_NF.shape[1]} and {fake_MF.shape[1]} features: need the same network")
     for name, count in (("real", len(real_NF)), ("fake", len(fake_MF))):
         if not 1 <= k < count:
-            raise UserError(f"precision and recall with k={k} of {count} {name} pictures: k must be 1 to {count - 1}")
+            raise UserError(f"precision and recall with k={k} of {count} {name} images: k must be 1 to {count - 1}")
     real_NF, fake_MF = np.asarray(real_NF, np.float64), np.asarray(fake_MF, np.float64)
     return _share_inside(fake_MF, real_NF, k, block), _share_inside(real_NF, fake_MF, k, block)
 

@@ -1,6 +1,6 @@
 """Structural similarity (Wang et al. 2004).
 
-Letters: B pictures of H by W pixels, C channels.
+Letters: B images of H by W pixels, C channels.
 """
 
 import jax
@@ -17,11 +17,11 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
     """(B,) float32 similarities, at most 1, of images in [-1, 1], which are compared as ones in [0, 1].
 
     The window is Gaussian, of 11 by 11 pixels and sigma 1.5; K1 is 0.01, K2 0.03. The mean is over channels and over
-    the pixels whose whole window lies in the picture: scikit-image's `structural_similarity(a, b, sigma=1.5,
+    the pixels whose whole window lies in the image: scikit-image's `structural_similarity(a, b, sigma=1.5,
     gaussian_weights=True, use_sample_covariance=False, data_range=1, channel_axis=-1)`.
 
     Raises:
-      ValueError: pictures of different shapes, or smaller than the window.
+      ValueError: images of different shapes, or smaller than the window.
     """
     if a_BHWC.shape != b_BHWC.shape or min(a_BHWC.shape[1:3]) < SIDE:
         raise ValueError(f"SSIM of {a_BHWC.shape} and {b_BHWC.shape}: need one shape, of {SIDE} px or more a side")

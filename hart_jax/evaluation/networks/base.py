@@ -1,6 +1,6 @@
-"""What an evaluation asks of a frozen network: features of pictures, and a name that says which network it was.
+"""What an evaluation asks of a frozen network: features of images, and a name that says which network it was.
 
-Letters: B pictures of H by W pixels, F features, K classes, T textures.
+Letters: B images of H by W pixels, F features, K classes, T textures.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from hart_jax.io.state_dict import transpose_conv
 
 
 class Features(NamedTuple):
-    """Of each picture, float32.
+    """Of each image, float32.
 
-    Textures are means and standard deviations, over the picture, of what the network's earlier layers see: strokes,
+    Textures are means and standard deviations, over the image, of what the network's earlier layers see: strokes,
     shading, colours. They tell styles apart, which the features of a classifier are trained to overlook.
     """
 
@@ -38,7 +38,7 @@ class FeatureNetwork:
       digest: 16 hexadecimal digits of its weights.
       width: F.
       params: its parameters, arrays on the host.
-      apply: (params, uint8 pictures BHWC in RGB, of any one size) to their `Features`; pure, to be compiled. It does
+      apply: (params, uint8 images BHWC in RGB, of any one size) to their `Features`; pure, to be compiled. It does
         the resizing and scaling that belong to the network.
     """
 

@@ -1,8 +1,8 @@
-"""CLIP (Radford et al., arXiv 2103.00020), whose embeddings of pictures and of texts can be compared: the CLIP score.
+"""CLIP (Radford et al., arXiv 2103.00020), whose embeddings of images and of texts can be compared: the CLIP score.
 
 It is read from a folder of transformers: config.json, the weights, the tokenizer's files and preprocessor_config.json.
 
-Letters: B pictures, H by W pixels of 3 channels, N texts of T tokens (S those attended to), W width, K heads of D
+Letters: B images, H by W pixels of 3 channels, N texts of T tokens (S those attended to), W width, K heads of D
 numbers, F numbers of an embedding.
 """
 
@@ -38,7 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-# What the sizes of picture towers are called.
+# What the sizes of image towers are called.
 _LETTERS = {768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}
 
 # The default would be lower on accelerators, and embeddings would depend on the chip.
@@ -102,7 +102,7 @@ class TextConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done with a picture: its short side to `size`, its middle square of `crop`, (x / 255 - mean) / std."""
+    """What is done with an image: its short side to `size`, its middle square of `crop`, (x / 255 - mean) / std."""
 
     size: int = 224
     crop: int = 224
@@ -142,7 +142,7 @@ class Clip:
     """CLIP, loaded.
 
     Attributes:
-      images: its picture tower; features are projected embeddings, of any length.
+      images: its image tower; features are projected embeddings, of any length.
       text_config, text_params: its text tower, arrays on the host.
       tokenizer: of transformers.
     """
@@ -195,7 +195,7 @@ embed_texts = Program("CLIP texts", _embedded, static_argnums=0)
 
 
 def clip_score(images_BF: np.ndarray, texts_BF: np.ndarray) -> np.ndarray:
-    """(B,) scores of pictures and their texts, 0 to 100: 100 max(cosine, 0) (Hessel et al., arXiv 2104.08718)."""
+    """(B,) scores of images and their texts, 0 to 100: 100 max(cosine, 0) (Hessel et al., arXiv 2104.08718)."""
     images_BF, texts_BF = (np.asarray(array, np.float64) for array in (images_BF, texts_BF))
     lengths_B = np.linalg.norm(images_BF, axis=1) * np.linalg.norm(texts_BF, axis=1)
     cosines_B = np.einsum("bf,bf->b", images_BF, texts_BF) / np.maximum(lengths_B, 1e-30)
@@ -240,22 +240,22 @@ def _name(folder: Path, config: VisionConfig) -> str:
     return f"CLIP ViT-{size}/{config.patch_size}{resolution} ({folder.resolve().name})"
 
 
-def features(params: Any, pictures_BHWC: jax.Array, vision: VisionConfig, preprocessing: Preprocessing) -> Features:
-    """`FeatureNetwork.apply` of the picture tower."""
-    x_BHWC = preprocessed(pictures_BHWC, preprocessing)
+def features(params: Any, images_BHWC: jax.Array, vision: VisionConfig, preprocessing: Preprocessing) -> Features:
+    """`FeatureNetwork.apply` of the image tower."""
+    x_BHWC = preprocessed(images_BHWC, preprocessing)
     return Features(VisionTower(vision).apply({"params": params}, x_BHWC))
 
 
-def preprocessed(pictures_BHWC: jax.Array, settings: Preprocessing) -> jax.Array:
-    """The picture tower's input, (B, crop, crop, 3) float32.
+def preprocessed(images_BHWC: jax.Array, settings: Preprocessing) -> jax.Array:
+    """The image tower's input, (B, crop, crop, 3) float32.
 
     Args:
-      pictures_BHWC: uint8. They are resized as by Pillow's bicubic filter, which rounds to uint8 behind each of its two
+      images_BHWC: uint8. They are resized as by Pillow's bicubic filter, which rounds to uint8 behind each of its two
         passes: of photographs 1 value in 10,000 is off by 1, of noise 1 in 1,400.
     """
-    _, height, width, _ = pictures_BHWC.shape
+    _, height, width, _ = images_BHWC.shape
     tall, wide = (int(settings.size * side / min(height, width)) for side in (height, width))
-    x_BHWC = _resized(_resized(pictures_BHWC.astype(jnp.float32), 2, wide), 1, tall)
+    x_BHWC = _resized(_resized(images_BHWC.astype(jnp.float32), 2, wide), 1, tall)
     top, left = ((side - settings.crop) // 2 for side in (tall, wide))
     x_BHWC = x_BHWC[:, top : top + settings.crop, left : left + settings.crop]
     return (x_BHWC / 255 - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
@@ -268,7 +268,7 @@ def _resized(x_BHWC: jax.Array, axis: int, side: int) -> jax.Array:
 
 
 class VisionTower(nn.Module):
-    """Pictures to projected embeddings."""
+    """Images to projected embeddings."""
 
     config: VisionConfig
 
@@ -433,9 +433,9 @@ def _layers_params(state: StateDict, prefix: str, config: TowerConfig) -> dict[s
 
 def _abstract_params(vision: VisionConfig, text: TextConfig) -> dict[str, Any]:
     key = jax.random.key(0)
-    picture = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32)
     ids, ends = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     return {
-        "vision": jax.eval_shape(VisionTower(vision).init, key, picture)["params"],
+        "vision": jax.eval_shape(VisionTower(vision).init, key, image)["params"],
         "text": jax.eval_shape(TextTower(text).init, key, ids, ends)["params"],
     }

@@ -6,7 +6,7 @@ The weights come from a package whose code is not needed:
 
 A Frechet distance of its features is not FID, which is that of one InceptionV3.
 
-Letters: B pictures, H by W pixels of 3 channels, C channels, F = 1280 features, K = 1000 classes.
+Letters: B images, H by W pixels of 3 channels, C channels, F = 1280 features, K = 1000 classes.
 """
 
 import functools
@@ -31,7 +31,7 @@ from hart_jax.io.archives import check_unpacked
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.tensor_files import open_tensors
 
-# Side of the pictures the network was trained on.
+# Side of the images the network was trained on.
 SIDE = 224
 
 _WIDTH, _CLASSES = 1280, 1000
@@ -90,14 +90,14 @@ def load_efficientnet(path: str | os.PathLike[str]) -> FeatureNetwork:
     )
 
 
-def features(params: Any, pictures_BHWC: jax.Array) -> Features:
+def features(params: Any, images_BHWC: jax.Array) -> Features:
     """`FeatureNetwork.apply`."""
-    return EfficientNetLite0().apply({"params": params}, resized(pictures_BHWC))
+    return EfficientNetLite0().apply({"params": params}, resized(images_BHWC))
 
 
-def resized(pictures_BHWC: jax.Array) -> jax.Array:
-    """The network's input, (B, 224, 224, 3) float32 in [-127/128, 1]: the whole picture, antialiased."""
-    x_BHWC = pictures_BHWC.astype(jnp.float32)
+def resized(images_BHWC: jax.Array) -> jax.Array:
+    """The network's input, (B, 224, 224, 3) float32 in [-127/128, 1]: the whole image, antialiased."""
+    x_BHWC = images_BHWC.astype(jnp.float32)
     x_BHWC = jax.image.resize(x_BHWC, (len(x_BHWC), SIDE, SIDE, 3), "linear", precision=_PRECISION)
     return (x_BHWC - 127) / 128
 
@@ -161,7 +161,7 @@ def _conv(width: int, name: str, window: int = 1, stride: int = 1, groups: int =
 def _by_channel(
     x_BHWC: jax.Array, kernel_HW1C: jax.Array, strides: Sequence[int], padding: str, **others: Any
 ) -> jax.Array:
-    """A convolution of every channel with its own window, as a sum of shifted pictures.
+    """A convolution of every channel with its own window, as a sum of shifted images.
 
     XLA fuses the sum; on CPUs its convolutions of so many groups take 5 to 30 times as long.
     """
@@ -199,8 +199,8 @@ def _published(layer: str) -> tuple[str, str]:
 @functools.cache
 def _convolutions() -> dict[str, tuple[int, ...]]:
     """Shape of every kernel, HWIO, by the name of its layer, `block_3.expand` say."""
-    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    params = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    params = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), image)["params"]
     kernels = {name: leaf.shape for name, leaf in flatten_dict(params, sep=".").items() if leaf.ndim == 4}
     return {name.removesuffix(".kernel"): shape for name, shape in kernels.items()}
 

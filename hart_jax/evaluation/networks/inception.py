@@ -6,7 +6,7 @@ have torchvision's names, as the file that pytorch-fid downloads has them:
 
     https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth
 
-Letters: B pictures, H by W pixels of 3 channels, C channels, F = 2048 features, K = 1008 classes.
+Letters: B images, H by W pixels of 3 channels, C channels, F = 2048 features, K = 1008 classes.
 """
 
 import functools
@@ -32,7 +32,7 @@ from hart_jax.io.tensor_files import open_tensors
 Resize = Literal["pytorch-fid", "tensorflow", "clean-fid"]
 Window = tuple[int, int]
 
-# Side of the pictures the network was trained on.
+# Side of the images the network was trained on.
 SIDE = 299
 
 _WIDTH, _CLASSES = 2048, 1008
@@ -75,22 +75,22 @@ def load_inception(path: str | os.PathLike[str], *, resize: Resize = "pytorch-fi
     )
 
 
-def features(params: Any, pictures_BHWC: jax.Array, resize: Resize) -> Features:
+def features(params: Any, images_BHWC: jax.Array, resize: Resize) -> Features:
     """`FeatureNetwork.apply`."""
-    return InceptionV3().apply({"params": params}, resized(pictures_BHWC, resize))
+    return InceptionV3().apply({"params": params}, resized(images_BHWC, resize))
 
 
-def resized(pictures_BHWC: jax.Array, resize: Resize) -> jax.Array:
+def resized(images_BHWC: jax.Array, resize: Resize) -> jax.Array:
     """The network's input, (B, 299, 299, 3) float32 in [-1, 1].
 
     Args:
-      pictures_BHWC: uint8.
+      images_BHWC: uint8.
       resize: "pytorch-fid" interpolates linearly between pixel centres and does not antialias; "tensorflow" (the first
-        FID, torch-fidelity, torchmetrics) does the same but measures from the top left pixel, not from the picture's
+        FID, torch-fidelity, torchmetrics) does the same but measures from the top left pixel, not from the image's
         edge; "clean-fid" (Parmar et al., arXiv 2104.11222) is an antialiased bicubic filter. The last two end at
         127/128.
     """
-    x_BHWC = pictures_BHWC.astype(jnp.float32)
+    x_BHWC = images_BHWC.astype(jnp.float32)
     if resize == "clean-fid":
         x_BHWC = jax.image.resize(x_BHWC, (len(x_BHWC), SIDE, SIDE, 3), "cubic", precision=_PRECISION)
         return (jnp.clip(x_BHWC, 0, 255) - 128) / 128
@@ -240,8 +240,8 @@ _averaged = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", 
 @functools.cache
 def _layers() -> dict[str, tuple[int, ...]]:
     """Shape of every kernel, HWIO or (in, out), by the name of its layer, `Mixed_5b.branch1x1` say."""
-    picture = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    params = jax.eval_shape(InceptionV3().init, jax.random.key(0), picture)["params"]
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    params = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
     shapes = {name: leaf.shape for name, leaf in flatten_dict(params, sep=".").items()}
     return {name.removesuffix(".kernel"): shape for name, shape in shapes.items() if name.endswith(".kernel")}
 

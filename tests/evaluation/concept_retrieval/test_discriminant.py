@@ -50,7 +50,7 @@ def test_labels_are_found_under_larger_differences():
     # In two of them, on a circle: similarities are of directions.
     features[:, 7:9] = np.stack([np.cos(labels * np.pi / 2), np.sin(labels * np.pi / 2)], axis=1)
     features[:, 7:9] += 0.1 * random.normal(size=(400, 2))
-    # Learned from other pictures than those that are asked.
+    # Learned from other images than those that are asked.
     space, plain = Discriminant.of(features[:200], labels[:200]), Standardized.of(features)
     for where, least, most in ((space, 0.9, 1), (plain, 0, 0.6)):
         directions = where.directions(features)
@@ -72,7 +72,7 @@ def test_neither_order_nor_names_matter():
 
 
 @pytest.mark.parametrize("labels", [np.zeros(3), np.arange(3)], ids=["one", "one each"])
-def test_few_pictures_of_many_features(labels):
+def test_few_images_of_many_features(labels):
     features = np.random.default_rng(0).normal(size=(3, 20))
     directions = Discriminant.of(features, labels).directions(features)
     np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1)

@@ -22,8 +22,8 @@ def naive(queries: np.ndarray, gallery: np.ndarray, count: int, exclude: np.ndar
     found = []
     for query, own in zip((queries - mean) / deviation, exclude, strict=True):
         scored = []
-        for index, picture in enumerate((gallery - mean) / deviation):
-            cosine = query @ picture / np.sqrt((query @ query) * (picture @ picture))
+        for index, image in enumerate((gallery - mean) / deviation):
+            cosine = query @ image / np.sqrt((query @ query) * (image @ image))
             if index != own:
                 scored.append((-round(cosine, 9), index))
         found.append([index for _, index in sorted(scored)[:count]])
@@ -42,7 +42,7 @@ def test_it_is_the_definition_with_ties(gallery_count, query_count, count, block
     assert nearest(*directions, count).tolist() == naive(queries, gallery, count, np.full(query_count, -1))
 
 
-def test_a_picture_finds_itself_unless_that_is_left_out():
+def test_an_image_finds_itself_unless_that_is_left_out():
     gallery = unit(np.random.default_rng(0).normal(size=(6, 4)))
     own = np.arange(6)
     np.testing.assert_array_equal(nearest(gallery, gallery, 1)[:, 0], own)
@@ -68,9 +68,9 @@ def test_recall():
     assert recall_at(np.zeros((1, 5), int), np.array([3]), np.array([3])) == {1: 1.0, 5: 1.0}
 
 
-def test_more_neighbours_than_pictures():
+def test_more_neighbours_than_images():
     gallery = unit(features(4, 0))
-    with pytest.raises(UserError, match="count=5 nearest pictures of a gallery of 4"):
+    with pytest.raises(UserError, match="count=5 nearest images of a gallery of 4"):
         nearest(gallery, gallery)
     with pytest.raises(UserError, match="1 to 3"):
         nearest(gallery, gallery, 4, exclude=np.arange(4))

@@ -14,15 +14,13 @@ def tokens(count: int, seed: int = 0) -> np.ndarray:
 
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 99))
 def test_counts_do_not_depend_on_batches_or_hosts(cut, count, seed):
-    pictures = tokens(count, seed)
-    whole, one, other = (
-        Usage.empty(3, VOCAB).add(part, PATCH_NUMS) for part in (pictures, pictures[:cut], pictures[cut:])
-    )
+    images = tokens(count, seed)
+    whole, one, other = (Usage.empty(3, VOCAB).add(part, PATCH_NUMS) for part in (images, images[:cut], images[cut:]))
     expected = np.zeros((3, VOCAB), np.int64)
-    for row in pictures:
+    for row in images:
         for place, code in enumerate(row):
             expected[0 if place < 1 else 1 if place < 5 else 2, code] += 1
-    for usage in (whole, one.merge(other), one.add(pictures[cut:], PATCH_NUMS)):
+    for usage in (whole, one.merge(other), one.add(images[cut:], PATCH_NUMS)):
         np.testing.assert_array_equal(usage.counts_SV, expected)
         assert usage.counts_SV.dtype == np.int64
 
@@ -37,7 +35,7 @@ def test_fractions_and_perplexity():
     np.testing.assert_allclose(uneven.perplexity_S, [4 / 3**0.75])
 
 
-def test_no_pictures():
+def test_no_images():
     usage = Usage.empty(3, VOCAB)
     for values in (*usage.fraction_used, usage.perplexity_S):
         np.testing.assert_array_equal(values, [0, 0, 0])

@@ -16,7 +16,7 @@ from tests.train_runs import loopback_job, quick_environment
 ROOT = Path(__file__).parents[3]
 COUNT, WIDTH = 11, 4
 LIMIT_SECONDS = 600
-# What each of two processes has of the pictures, in its order.
+# What each of two processes has of the images, in its order.
 SHARES = {
     "uneven": ([7, 0, 3, 10, 1, 2, 9, 8], [5, 4, 6]),
     "all in one": ([], [*range(COUNT)][::-1]),

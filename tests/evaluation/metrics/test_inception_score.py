@@ -23,19 +23,19 @@ def naive(given: np.ndarray) -> float:
 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(0, 99))
 def test_it_is_the_definition_over_consecutive_splits(count, splits, seed):
-    pictures, splits = logits(count, seed=seed), min(count, splits)
+    images, splits = logits(count, seed=seed), min(count, splits)
     bounds = [math.floor(part * count / splits) for part in range(splits + 1)]
-    scores = [naive(pictures[bounds[part] : bounds[part + 1]]) for part in range(splits)]
-    mean, deviation = inception_score(pictures, splits)
+    scores = [naive(images[bounds[part] : bounds[part + 1]]) for part in range(splits)]
+    mean, deviation = inception_score(images, splits)
     assert mean == pytest.approx(np.mean(scores), rel=1e-12)
     assert deviation == pytest.approx(np.std(scores), rel=1e-9, abs=1e-12)
 
 
 @given(st.integers(0, 99))
 def test_one_split_does_not_depend_on_order_or_on_a_constant(seed):
-    pictures = logits(20)
-    moved = np.random.default_rng(seed).permutation(pictures) + 1e3
-    assert inception_score(moved, splits=1)[0] == pytest.approx(inception_score(pictures, splits=1)[0], rel=1e-11)
+    images = logits(20)
+    moved = np.random.default_rng(seed).permutation(images) + 1e3
+    assert inception_score(moved, splits=1)[0] == pytest.approx(inception_score(images, splits=1)[0], rel=1e-11)
 
 
 def test_the_least_and_the_most():
@@ -48,6 +48,6 @@ def test_the_least_and_the_most():
 
 
 @pytest.mark.parametrize("splits", [0, 4])
-def test_splits_without_pictures(splits):
-    with pytest.raises(UserError, match=f"3 pictures in splits={splits}"):
+def test_splits_without_images(splits):
+    with pytest.raises(UserError, match=f"3 images in splits={splits}"):
         inception_score(logits(3), splits)

@@ -32,7 +32,7 @@ def test_it_is_the_sum_over_pairs(n, m, width, block, seed):
     assert kid_full(b, a) == expected
 
 
-def test_subsets_of_all_pictures_are_all_pictures():
+def test_subsets_of_all_images_are_all_images():
     a, b = features(9, 0), features(9, 1)
     mean, deviation = kid(a, b, subsets=5)
     assert mean == pytest.approx(naive(a, b), rel=1e-11)
@@ -69,7 +69,7 @@ def test_a_set_against_itself_is_as_far_below_zero_as_stated():
 
 
 def test_sets_it_cannot_compare():
-    with pytest.raises(UserError, match="1 and 3 pictures"):
+    with pytest.raises(UserError, match="1 and 3 images"):
         kid_full(features(1, 0), features(3, 0))
     with pytest.raises(UserError, match="subset_size=1"):
         kid(features(3, 0), features(3, 0), subset_size=1)

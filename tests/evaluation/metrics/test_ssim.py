@@ -5,7 +5,7 @@ from scipy.ndimage import gaussian_filter
 
 from hart_jax.evaluation.metrics.ssim import ssim
 
-# scikit-image 0.26.0, structural_similarity of (picture + 1) / 2 in float64 with the arguments in `ssim`'s docstring.
+# scikit-image 0.26.0, structural_similarity of (image + 1) / 2 in float64 with the arguments in `ssim`'s docstring.
 PUBLISHED = {
     "shifted": 0.8720337261055423,
     "noisy": 0.917963271091709,
@@ -34,10 +34,10 @@ def pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def naive(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
-    def blur(picture: np.ndarray) -> np.ndarray:
-        return gaussian_filter(picture, sigma=1.5, radius=5, axes=(0, 1))[5:-5, 5:-5]
+    def blur(image: np.ndarray) -> np.ndarray:
+        return gaussian_filter(image, sigma=1.5, radius=5, axes=(0, 1))[5:-5, 5:-5]
 
-    a, b = ((picture.astype(np.float64) + 1) / 2 for picture in (a_HWC, b_HWC))
+    a, b = ((image.astype(np.float64) + 1) / 2 for image in (a_HWC, b_HWC))
     means = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - means[0] ** 2, blur(b * b) - means[1] ** 2, blur(a * b) - means[0] * means[1]
     similar = (2 * means[0] * means[1] + 1e-4) * (2 * cov + 9e-4)
@@ -45,7 +45,7 @@ def naive(a_HWC: np.ndarray, b_HWC: np.ndarray) -> float:
 
 
 def test_it_is_that_of_scikit_image():
-    a, b = (np.stack(pictures) for pictures in zip(*pairs().values(), strict=True))
+    a, b = (np.stack(images) for images in zip(*pairs().values(), strict=True))
     ours = jax.jit(ssim)(a, b)
     assert ours.shape == (len(PUBLISHED),) and ours.dtype == np.float32
     np.testing.assert_allclose(ours, list(PUBLISHED.values()), atol=2e-6)
@@ -60,12 +60,12 @@ def test_it_is_the_definition(shape):
     np.testing.assert_allclose(jax.jit(ssim)(a, b), [naive(*pair) for pair in zip(a, b, strict=True)], atol=2e-6)
 
 
-def test_the_same_picture_is_at_one():
+def test_the_same_image_is_at_one():
     a = np.stack([a for a, _ in pairs().values()])
     np.testing.assert_allclose(jax.jit(ssim)(a, a), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("other", [(1, 16, 10, 3), (1, 16, 12, 3)])
-def test_pictures_it_cannot_compare(other):
+def test_images_it_cannot_compare(other):
     with pytest.raises(ValueError, match="11 px or more"):
         ssim(np.zeros((1, 16, 10, 3)), np.zeros(other))

@@ -141,7 +141,7 @@ def write_published(folder, config=CONFIG, tensors=None):
     return folder
 
 
-def pictures():
+def images():
     """Three of 50 by 44 pixels."""
     rows, columns = np.mgrid[:50, :44]
     waves = [np.sin(rows / (3 + index) + columns * (index - 2) / 9) * 127 + 127 for index in range(9)]
@@ -153,9 +153,9 @@ def pictures():
 def resized_by_pillow(x_HWC, size, crop):
     height, width, _ = x_HWC.shape
     wide, tall = (int(size * side / min(height, width)) for side in (width, height))
-    picture = Image.fromarray(x_HWC).resize((wide, tall), Image.Resampling.BICUBIC)
+    image = Image.fromarray(x_HWC).resize((wide, tall), Image.Resampling.BICUBIC)
     left, top = (wide - crop) // 2, (tall - crop) // 2
-    return np.asarray(picture.crop((left, top, left + crop, top + crop)))
+    return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
 def relative(found, wanted):
@@ -181,7 +181,7 @@ def images_of(clip, x_BHWC):
 def test_it_says_what_it_is(clip, tmp_path):
     network = clip.images
     assert network.name == "CLIP ViT-24/8@32px (tiny)" and not network.standard and network.width == 12
-    assert images_of(clip, pictures()).shape == (3, 12) and images_of(clip, pictures()).dtype == np.float32
+    assert images_of(clip, images()).shape == (3, 12) and images_of(clip, images()).dtype == np.float32
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((network.params, clip.text_params)))
     other = load_clip(write_published(tmp_path / "other")).images
     assert other.name.endswith("(other)") and other.digest == network.digest and len(other.digest) == 16
@@ -190,7 +190,7 @@ def test_it_says_what_it_is(clip, tmp_path):
 
 
 def test_committed_numbers(clip):
-    np.testing.assert_allclose(images_of(clip, pictures())[:, ::3], IMAGES, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(images_of(clip, images())[:, ::3], IMAGES, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(clip.embed(PROMPTS)[:, ::3], TEXTS, rtol=1e-3, atol=1e-3)
 
 
@@ -212,15 +212,15 @@ def test_against_transformers(name, tmp_path):
     clip = load_clip(folder)
 
     mean, std = (np.array(PREPROCESSING[f"image_{part}"], np.float32) for part in ("mean", "std"))
-    pixels = np.stack([(resized_by_pillow(x, 34, 32) / np.float32(255) - mean) / std for x in pictures()])
+    pixels = np.stack([(resized_by_pillow(x, 34, 32) / np.float32(255) - mean) / std for x in images()])
     texts = tokenizer(PROMPTS, padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         wanted = [
             model.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())),
             model.get_text_features(**texts),
         ]
-    images, texts = (getattr(output, "pooler_output", output).numpy() for output in wanted)
-    assert relative(images_of(clip, pictures()), images) < 1e-4
+    embedded, texts = (getattr(output, "pooler_output", output).numpy() for output in wanted)
+    assert relative(images_of(clip, images()), embedded) < 1e-4
     assert relative(clip.embed(PROMPTS), texts) < 1e-4
 
 
@@ -241,7 +241,7 @@ def test_settings_of_old_configs(clip, tmp_path):
 
 
 def test_an_embedding_does_not_depend_on_its_batch(clip):
-    x_BHWC, texts = pictures(), clip.embed(PROMPTS)
+    x_BHWC, texts = images(), clip.embed(PROMPTS)
     assert relative(images_of(clip, x_BHWC[[2, 0, 1]]), images_of(clip, x_BHWC)[[2, 0, 1]]) < 1e-6
     many = clip.embed(PROMPTS[::-1] * 9)
     assert many.shape == (36, 12) and many.dtype == np.float32
@@ -257,7 +257,7 @@ def test_long_prompts_are_cut_before_the_end_token(clip):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (120, 120), (40, 31), (32, 90)])
-def test_pictures_are_resized_as_pillow_does(height, width):
+def test_images_are_resized_as_pillow_does(height, width):
     x_HWC = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
     settings = Preprocessing(size=48, crop=40, mean=(0, 0, 0), std=(1 / 255,) * 3)
     off = np.abs(np.asarray(preprocessed(x_HWC[None], settings)[0]) - resized_by_pillow(x_HWC, 48, 40))

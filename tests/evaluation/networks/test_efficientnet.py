@@ -75,7 +75,7 @@ def published_tensors():
     return tensors | {"_fc.weight": uniform((1000, 1280), -0.05, 0.05), "_fc.bias": uniform((1000,), -1, 1)}
 
 
-def pictures():
+def images():
     """Three of 40 by 56 pixels, smooth and not."""
     rows, columns = np.mgrid[:40, :56]
     waves = [np.sin(rows / (3 + index) + columns * (index - 2) / 9) * 127 + 127 for index in range(9)]
@@ -137,7 +137,7 @@ def network(file):
 
 @pytest.fixture(scope="module")
 def seen(network):
-    return network.apply(network.params, pictures())
+    return network.apply(network.params, images())
 
 
 def test_it_says_what_it_is(network, seen):
@@ -155,16 +155,16 @@ def test_committed_numbers(seen):
 @pytest.mark.torch
 def test_against_pytorch(seen):
     torch = pytest.importorskip("torch")
-    features, logits, textures = torch_network(torch, published_tensors(), pictures())
+    features, logits, textures = torch_network(torch, published_tensors(), images())
     assert relative(seen.features_BF, features) < 1e-4 and relative(seen.logits_BK, logits) < 1e-4
     assert seen.textures_BT.shape == textures.shape and relative(seen.textures_BT, textures) < 1e-4
 
 
-def test_a_picture_is_seen_alike_in_any_place(network, seen):
+def test_an_image_is_seen_alike_in_any_place(network, seen):
     order = np.array([2, 0, 1])
-    other = network.apply(network.params, pictures()[order])
+    other = network.apply(network.params, images()[order])
     assert relative(other.features_BF, np.asarray(seen.features_BF)[order]) < 1e-5
-    twice = network.apply(network.params, pictures()[[1, 1, 1]])
+    twice = network.apply(network.params, images()[[1, 1, 1]])
     assert relative(twice.logits_BK, np.asarray(seen.logits_BK)[[1, 1, 1]]) < 1e-5
 
 
@@ -234,7 +234,7 @@ def test_missing_and_damaged_files_name_the_download(tmp_path):
 def test_the_real_weights(network):
     real = load_efficientnet(os.environ["HART_EFFICIENTNET"])
     assert real.digest == "560a7d6ce683a7f8"
-    seen = network.apply(real.params, pictures())
+    seen = network.apply(real.params, images())
     np.testing.assert_allclose(seen.features_BF[:, ::320], REAL_FEATURES, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(seen.logits_BK[:, ::250], REAL_LOGITS, rtol=1e-3, atol=1e-4)
 

@@ -10,7 +10,7 @@ from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.inception import load_inception, resized
 from tests.evaluation.networks.random_inception import inception_layers, inception_tensors
 
-# Of `_pictures(2, 64, 90)` with `inception_tensors`, from pytorch-fid 0.3.0: features 30, 230, ..., logits 0, 100, ...
+# Of `_images(2, 64, 90)` with `inception_tensors`, from pytorch-fid 0.3.0: features 30, 230, ..., logits 0, 100, ...
 FEATURES = (
     (3.7398977, 0.0589379, 0.2710828, 2.8644729, 2.6202235, 0.0115260, 0.0012565, 2.6478689, 0.2633484, 1.0221480,
      8.6445980),
@@ -25,7 +25,7 @@ LOGITS = (
 )  # fmt: skip
 
 
-def _pictures(count, height, width):
+def _images(count, height, width):
     """Waves of growing frequency in two directions, uint8."""
     index, row, column, channel = np.ogrid[:count, :height, :width, :3]
     row, column = row / height, column / width
@@ -48,12 +48,12 @@ def network(tensors, tmp_path_factory):
 @pytest.fixture(scope="module")
 def apply(network):
     """Features and logits: it gives no textures."""
-    compiled = jax.jit(lambda params, pictures: network.apply(params, pictures)[:2])
-    return lambda pictures: compiled(network.params, pictures)
+    compiled = jax.jit(lambda params, images: network.apply(params, images)[:2])
+    return lambda images: compiled(network.params, images)
 
 
 def test_features_and_logits_are_those_of_pytorch_fid(network, apply):
-    features, logits = apply(_pictures(2, 64, 90))
+    features, logits = apply(_images(2, 64, 90))
     assert features.shape == (2, network.width) == (2, 2048)
     assert logits.shape == (2, 1008)
     assert features.dtype == logits.dtype == np.float32
@@ -62,10 +62,10 @@ def test_features_and_logits_are_those_of_pytorch_fid(network, apply):
     assert (network.name, network.standard) == ("InceptionV3", True)
 
 
-def test_pictures_do_not_see_their_batch(apply):
-    pictures = _pictures(2, 64, 90)
-    together = apply(pictures)
-    for part, backwards, alone in zip(together, apply(pictures[::-1]), apply(pictures[1:]), strict=True):
+def test_images_do_not_see_their_batch(apply):
+    images = _images(2, 64, 90)
+    together = apply(images)
+    for part, backwards, alone in zip(together, apply(images[::-1]), apply(images[1:]), strict=True):
         np.testing.assert_allclose(backwards[::-1], part, rtol=1e-5, atol=1e-4)
         np.testing.assert_allclose(alone, part[1:], rtol=1e-5, atol=1e-4)
 
@@ -91,13 +91,13 @@ def test_a_pth_gives_what_pytorch_fid_gives(tensors, network, size, tmp_path, mo
     ours = load_inception(tmp_path / "weights.pth")
     assert ours.digest == network.digest
 
-    pictures = _pictures(2, *size)
+    images = _images(2, *size)
     with torch.no_grad():
-        (theirs,) = inception.InceptionV3().eval()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
+        (theirs,) = inception.InceptionV3().eval()(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
         features = theirs[:, :, 0, 0]
         logits = features @ state["fc.weight"].T
-    for got, expected in zip(jax.jit(ours.apply)(ours.params, pictures)[:2], (features, logits), strict=True):
-        # Against what tells the two pictures apart, which is less than the features themselves.
+    for got, expected in zip(jax.jit(ours.apply)(ours.params, images)[:2], (features, logits), strict=True):
+        # Against what tells the two images apart, which is less than the features themselves.
         difference = np.linalg.norm(expected[0] - expected[1])
         assert np.linalg.norm(got - expected.numpy()) < 1e-4 * difference
 
@@ -105,26 +105,26 @@ def test_a_pth_gives_what_pytorch_fid_gives(tensors, network, size, tmp_path, mo
 @pytest.mark.parametrize("size", [(40, 53), (299, 299), (640, 301)])
 @pytest.mark.parametrize(("resize", "offset"), [("pytorch-fid", 0.5), ("tensorflow", 0.0)])
 def test_linear_resizing_is_interpolation_between_pixels(resize, offset, size):
-    pictures = _pictures(2, *size)
-    expected = pictures.astype(np.float64)
+    images = _images(2, *size)
+    expected = images.astype(np.float64)
     for axis, pixels in enumerate(size, 1):
         points = (np.arange(299) + offset) * pixels / 299 - offset
         expected = np.apply_along_axis(
             lambda line, at: np.interp(at, np.arange(len(line)), line), axis, expected, points
         )
     expected = expected / 127.5 - 1 if resize == "pytorch-fid" else expected / 128 - 1
-    np.testing.assert_allclose(resized(pictures, resize), expected, atol=2e-6)
+    np.testing.assert_allclose(resized(images, resize), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [(40, 53), (299, 299), (640, 301)])
 def test_clean_resizing_is_that_of_pillow(size):
     # Steps between black and white, where the filter overshoots.
-    pictures = np.uint8(255) * (_pictures(2, *size) > 127)
+    images = np.uint8(255) * (_images(2, *size) > 127)
     expected = np.empty((2, 299, 299, 3))
     for index, channel in np.ndindex(2, 3):
-        plane = Image.fromarray(pictures[index, :, :, channel].astype(np.float32))
+        plane = Image.fromarray(images[index, :, :, channel].astype(np.float32))
         expected[index, :, :, channel] = plane.resize((299, 299), Image.Resampling.BICUBIC)
-    np.testing.assert_allclose(resized(pictures, "clean-fid"), expected.clip(0, 255) / 128 - 1, atol=2e-4)
+    np.testing.assert_allclose(resized(images, "clean-fid"), expected.clip(0, 255) / 128 - 1, atol=2e-4)
 
 
 @pytest.mark.parametrize("resize", ["pytorch-fid", "tensorflow", "clean-fid"])

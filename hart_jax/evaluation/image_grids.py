@@ -1,11 +1,11 @@
-"""Pictures beside their scores: drawn at random, never picked by hand."""
+"""Images beside their scores: chosen at random, never picked by hand."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hart_jax.evaluation.pictures import Pictures, decode
+from hart_jax.evaluation.images import ImageSet, decode
 from hart_jax.io.images import grid, save_png
 
 SHOWN, COLUMNS = 32, 8
@@ -14,22 +14,24 @@ _LARGEST = 256
 Cell = tuple[np.ndarray, str]
 
 
-def show_drawn(real: Pictures, fake: Pictures, own_N: np.ndarray | None, side: int, out: Path, seed: int = 0) -> None:
-    """Writes drawn pictures with their captions; below each, where `own_N` says which, the real one of that caption."""
-    places = np.random.default_rng(seed).permutation(len(fake.abouts))[:SHOWN].tolist()
+def save_sample_grid(
+    real: ImageSet, fake: ImageSet, own_N: np.ndarray | None, side: int, out: Path, seed: int = 0
+) -> None:
+    """Writes samples with their captions; below each, where `own_N` says which, the real one of that caption."""
+    places = np.random.default_rng(seed).permutation(len(fake.infos))[:SHOWN].tolist()
     rows: list[list[Cell]] = []
     for start in range(0, len(places), COLUMNS):
         row = places[start : start + COLUMNS]
-        rows.append([_cell(fake, place, side, fake.abouts[place].prompt) for place in row])
+        rows.append([_cell(fake, place, side, fake.infos[place].prompt) for place in row])
         if own_N is not None:
             rows.append([_cell(real, int(own_N[place]), side) for place in row])
     _save(rows, out)
 
 
-def show_groups(fake: Pictures, by: str, side: int, out: Path, seed: int = 0) -> None:
-    """Writes a row of drawn pictures for each value of the attribute `by`; nothing where no picture has one."""
-    order = np.random.default_rng(seed).permutation(len(fake.abouts)).tolist()
-    values = [about.value(by) for about in fake.abouts]
+def save_group_grid(fake: ImageSet, by: str, side: int, out: Path, seed: int = 0) -> None:
+    """Writes a row of samples for each value of the attribute `by`; nothing where no image has one."""
+    order = np.random.default_rng(seed).permutation(len(fake.infos)).tolist()
+    values = [info.value(by) for info in fake.infos]
     rows = []
     for value in sorted(set(values) - {""}):
         first, *rest = [place for place in order if values[place] == value][:COLUMNS]
@@ -38,8 +40,8 @@ def show_groups(fake: Pictures, by: str, side: int, out: Path, seed: int = 0) ->
         _save(rows, out)
 
 
-def _cell(pictures: Pictures, place: int, side: int, caption: str = "") -> Cell:
-    return decode(pictures.read(place), min(side or _LARGEST, _LARGEST), pictures.abouts[place].name), caption
+def _cell(image_set: ImageSet, place: int, side: int, caption: str = "") -> Cell:
+    return decode(image_set.read(place), min(side or _LARGEST, _LARGEST), image_set.infos[place].name), caption
 
 
 def _save(rows: Sequence[Sequence[Cell]], out: Path) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.evaluation.judge import Judge, Judges
+from hart_jax.evaluation.features import Evaluators, FeatureExtractor
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
 from tests.sample_runs import environment
 from tests.train_runs import loopback_job
@@ -32,7 +32,7 @@ class SmallClip:
 
 
 def small_network(name: str = "Small", seed: int = 0) -> FeatureNetwork:
-    """Random features of pictures at 4 x 4 px."""
+    """Random features of images at 4 x 4 px."""
     random = np.random.default_rng(seed)
     params = {
         "features": random.normal(size=(48, WIDTH)).astype(np.float32),
@@ -47,16 +47,16 @@ def small_network(name: str = "Small", seed: int = 0) -> FeatureNetwork:
     return FeatureNetwork(name, False, f"{seed:016d}", WIDTH, params, apply)
 
 
-def small_judges(*files: str | None, size: int, batch_size: int, resize: str) -> Judges:
+def small_evaluators(*files: str | None, size: int, batch_size: int, resize: str) -> Evaluators:
     *names, clip = files
     networks = [small_network(name, seed) for seed, name in enumerate(names) if name]
-    features = tuple(Judge(network, size, batch_size) for network in networks)
+    features = tuple(FeatureExtractor(network, size, batch_size) for network in networks)
     network = small_network("CLIP", 7)
-    return Judges(features, (SmallClip(network), Judge(network, size, batch_size)) if clip else None)
+    return Evaluators(features, (SmallClip(network), FeatureExtractor(network, size, batch_size)) if clip else None)
 
 
 def start(folder: Path, *flags: str, **more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.evaluation.judged_runs", *flags]
+    command = [sys.executable, "-m", "tests.evaluation.evaluation_runs", *flags]
     paths = {"PYTHONPATH": str(ROOT), **more}
     return subprocess.Popen(
         command,
@@ -82,5 +82,5 @@ if __name__ == "__main__":
     from hart_jax.errors import run_cli
     from hart_jax.evaluation import run as evaluation
 
-    evaluation.load_judges = small_judges
+    evaluation.load_evaluators = small_evaluators
     run_cli(evaluate.main)

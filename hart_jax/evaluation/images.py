@@ -1,4 +1,4 @@
-"""Pictures to be judged: shards, a captioned folder or zip (MJHQ-30K's layout), or any folder of image files.
+"""Sets of images: shards, a captioned folder or zip (MJHQ-30K's layout), or any folder of image files.
 
 A set knows its content by a digest, so that what was computed of it once is found again, wherever it lies.
 """
@@ -28,8 +28,8 @@ _FEW = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """What is known of a picture beside its pixels: `prompt` and `category` are empty where they are not known.
+class ImageInfo:
+    """What is known of an image beside its pixels: `prompt` and `category` are empty where they are not known.
 
     `attributes` are what else its captions' file says in words, such as a style.
     """
@@ -44,10 +44,10 @@ class About:
         return self.category if attribute == "category" else self.attributes.get(attribute, "")
 
 
-class Pictures(Protocol):
-    """Encoded pictures in an order, what is known of each, and a digest of their content."""
+class ImageSet(Protocol):
+    """Encoded images in an order, what is known of each, and a digest of their content."""
 
-    abouts: Sequence[About]
+    infos: Sequence[ImageInfo]
     digest: str
 
     def read(self, index: int) -> bytes:
@@ -55,26 +55,26 @@ class Pictures(Protocol):
         ...
 
 
-def open_pictures(path: str | Path) -> Pictures:
-    """The pictures of shards, of a folder with `meta_data.json`, or of all image files in a folder and below it.
+def open_images(path: str | Path) -> ImageSet:
+    """The images of shards, of a folder with `meta_data.json`, or of all image files in a folder and below it.
 
     Hidden files and folders are left out, and so are the grids that `sample.py` puts beside its samples.
 
     Raises:
-      UserError: nothing there, no pictures in it, or what `RecordSource` and `read_folder` say.
+      UserError: nothing there, no images in it, or what `RecordSource` and `read_folder` say.
     """
     path = as_path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder of pictures")
+        raise UserError(f"{path}: no such folder of images")
     if (path / DATASET_FILE).is_file():
-        return _Shards(path)
+        return _ShardImages(path)
     path = local_copy(path)
     if (path / CAPTION_FILE).is_file():
-        return _Captioned(read_folder(path))
-    return Files(sorted(file for file in path.rglob("*") if _is_picture(file, path)), path)
+        return _CaptionedImages(read_folder(path))
+    return ImageFiles(sorted(file for file in path.rglob("*") if _is_image(file, path)), path)
 
 
-def _is_picture(file: Path, root: Path) -> bool:
+def _is_image(file: Path, root: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
     return file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file() and not _is_grid(file)
 
@@ -84,53 +84,53 @@ def _is_grid(file: Path) -> bool:
     if not re.fullmatch(r"[0-9]{5,}-grid\.png", file.name):
         return False
     try:
-        about = read_png_metadata(file)
+        metadata = read_png_metadata(file)
     except UserError:
         return False
-    return about.get("software") == "hart_jax" and not about.keys().isdisjoint(("prompts", "labels"))
+    return metadata.get("software") == "hart_jax" and not metadata.keys().isdisjoint(("prompts", "labels"))
 
 
-class _Shards(Pictures):
+class _ShardImages(ImageSet):
     def __init__(self, folder: Path):
         self._records = RecordSource(folder)
-        self.abouts = [self._about(index) for index in range(len(self._records))]
+        self.infos = [self._info(index) for index in range(len(self._records))]
         self.digest = hashlib.sha256(checksums(folder)).hexdigest()[:16]
 
-    def _about(self, index: int) -> About:
+    def _info(self, index: int) -> ImageInfo:
         record = self._records[index]
-        return About(record["id"], record["prompt"], record["category"], record.get("attributes", {}))
+        return ImageInfo(record["id"], record["prompt"], record["category"], record.get("attributes", {}))
 
     def read(self, index: int) -> bytes:
         return self._records[index]["image"]
 
 
-class _Captioned(Pictures):
+class _CaptionedImages(ImageSet):
     def __init__(self, examples: Sequence[Example]):
         self._examples = examples
-        self.abouts = [About(one.id, one.prompt, one.category, one.attributes) for one in examples]
+        self.infos = [ImageInfo(one.id, one.prompt, one.category, one.attributes) for one in examples]
         self.digest = _digest([one.archive is None and one.path for one in examples], _checksums(examples))
 
     def read(self, index: int) -> bytes:
         return self._examples[index].read()
 
 
-class Files(Pictures):
-    """Image files, in the order given; without `abouts` their category is the folder below `root` that they lie in."""
+class ImageFiles(ImageSet):
+    """Image files, in the order given; without `infos` their category is the folder below `root` that they lie in."""
 
-    def __init__(self, files: Sequence[Path], root: Path, abouts: Sequence[About] | None = None):
+    def __init__(self, files: Sequence[Path], root: Path, infos: Sequence[ImageInfo] | None = None):
         if not files:
-            raise UserError(f"{root}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
         self._files = files
-        self.abouts = [_about_file(file.relative_to(root)) for file in files] if abouts is None else abouts
+        self.infos = [_file_info(file.relative_to(root)) for file in files] if infos is None else infos
         self.digest = _digest(files, [])
 
     def read(self, index: int) -> bytes:
         return self._files[index].read_bytes()
 
 
-def _about_file(file: Path) -> About:
+def _file_info(file: Path) -> ImageInfo:
     folder = file.parent.as_posix()
-    return About(file.as_posix(), category="" if folder == "." else folder)
+    return ImageInfo(file.as_posix(), category="" if folder == "." else folder)
 
 
 def _checksums(examples: Sequence[Example]) -> list[str]:
@@ -144,53 +144,53 @@ def _digest(files: Sequence[Path | bool], checksums: Sequence[str]) -> str:
     paths = [file for file in files if not isinstance(file, bool)]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), paths)
-        shown = tqdm(hashes, total=len(paths), desc="hashing", unit="picture", disable=len(paths) < _FEW)
+        shown = tqdm(hashes, total=len(paths), desc="hashing", unit="image", disable=len(paths) < _FEW)
         return hashlib.sha256(json.dumps([*shown, *checksums]).encode()).hexdigest()[:16]
 
 
-class Chosen(Pictures):
-    """Some pictures of a set, in the order given."""
+class Subset(ImageSet):
+    """Some images of a set, in the order given."""
 
-    def __init__(self, pictures: Pictures, indices: Sequence[int]):
-        self._pictures, self._indices = pictures, list(map(int, indices))
-        self.abouts = [pictures.abouts[index] for index in self._indices]
-        self.digest = hashlib.sha256(json.dumps([pictures.digest, self._indices]).encode()).hexdigest()[:16]
-
-    def read(self, index: int) -> bytes:
-        return self._pictures.read(self._indices[index])
-
-
-class Described(Pictures):
-    """The same pictures, of which something else is known."""
-
-    def __init__(self, pictures: Pictures, abouts: Sequence[About]):
-        self._pictures, self.abouts, self.digest = pictures, abouts, pictures.digest
+    def __init__(self, image_set: ImageSet, indices: Sequence[int]):
+        self._image_set, self._indices = image_set, list(map(int, indices))
+        self.infos = [image_set.infos[index] for index in self._indices]
+        self.digest = hashlib.sha256(json.dumps([image_set.digest, self._indices]).encode()).hexdigest()[:16]
 
     def read(self, index: int) -> bytes:
-        return self._pictures.read(index)
+        return self._image_set.read(self._indices[index])
 
 
-def choose(count: int, wanted: int, seed: int = 0) -> np.ndarray:
-    """Places of `wanted` of `count` pictures, drawn at random without repeating, ascending; all for 0.
+class Relabelled(ImageSet):
+    """The same images, of which something else is known."""
+
+    def __init__(self, image_set: ImageSet, infos: Sequence[ImageInfo]):
+        self._image_set, self.infos, self.digest = image_set, infos, image_set.digest
+
+    def read(self, index: int) -> bytes:
+        return self._image_set.read(index)
+
+
+def random_subset(count: int, wanted: int, seed: int = 0) -> np.ndarray:
+    """Places of `wanted` of `count` images, drawn at random without repeating, ascending; all for 0.
 
     Raises:
       UserError: there are not so many.
     """
     if wanted > count:
-        raise UserError(f"--count={wanted}: there are only {count} pictures")
+        raise UserError(f"--count={wanted}: there are only {count} images")
     if not wanted:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
 def decode(data: bytes, size: int, name: str) -> np.ndarray:
-    """uint8 (H, W, 3): the centre square at `size` px, or with 0 the whole picture as it is; transparency is white.
+    """uint8 (H, W, 3): the centre square at `size` px, or with 0 the whole image as it is; transparency is white.
 
     Raises:
-      UserError: it does not decode; the message names the picture.
+      UserError: it does not decode; the message names the image.
     """
     try:
         return square_image(data, size) if size else np.asarray(rgb_image(data), np.uint8)
     except UserError as error:
         problem = str(error).removeprefix("image ")
-        raise UserError(f"picture {name}: {problem}; mend it, or take it out") from error
+        raise UserError(f"image {name}: {problem}; fix it or take it out") from error
