@@ -1,5 +1,5 @@
 # Needs Python 3.11 or newer and make, nothing else:
-#   make sample PROMPT="a flat icon of a dog"      draws a picture with the bundled model
+#   make sample PROMPT="a flat icon of a dog"      makes an image with the bundled model
 #   make test                                      runs the tests
 #   make lint                                      ruff, mypy and the order of imports
 # PYTHON=python3.12 picks the interpreter, VENV=folder the environment, ARGS="..." passes more flags on.
@@ -25,7 +25,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 sample: $(VENV)/.installed
-	@$(VENV)/bin/python sample.py --config=configs/emoji_hart.py --prompt="$$HART_PROMPT" $(ARGS)
+	@$(VENV)/bin/python sample.py --checkpoint=assets/emoji --prompt="$$HART_PROMPT" $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)

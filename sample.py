@@ -23,7 +23,7 @@ from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path
 
 if TYPE_CHECKING:
-    from hart_jax.sampling.pipeline import Asked
+    from hart_jax.sampling.pipeline import SampleRequest
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -82,7 +82,7 @@ def settings(experiment: HartExperiment) -> SampleConfig:
     return changed
 
 
-def wishes(experiment: HartExperiment) -> list[tuple[str | int, int]]:
+def requested(experiment: HartExperiment) -> list[tuple[str | int, int]]:
     """The prompts of the command line, or its labels for a class-conditional model, each with its seed."""
     classes, prompted = experiment.transformer.num_classes, _PROMPT.value or _PROMPTS_FILE.value is not None
     if classes:
@@ -104,18 +104,18 @@ def wishes(experiment: HartExperiment) -> list[tuple[str | int, int]]:
     return [(prompt, _SEED.value if seed is None else seed) for prompt, seed in found]
 
 
-def allowed(asked: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
+def allowed(requests: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
     """Those that --prompt_filter lets through; the others are named."""
     if _FILTER.value == "off":
-        return asked
+        return requests
     from hart_jax.text.prompt_filter import load_prompt_filter
 
     may_be_drawn = load_prompt_filter(_FILTER.value, _ALLOWS.value)
-    kept = [(wish, seed) for wish, seed in asked if may_be_drawn(str(wish))]
-    through = {wish for wish, _ in kept}
-    for wish, _ in asked:
-        if wish not in through:
-            print(f"refused by --prompt_filter, not drawn: {wish!r}", file=sys.stderr)
+    kept = [(prompt, seed) for prompt, seed in requests if may_be_drawn(str(prompt))]
+    through = {prompt for prompt, _ in kept}
+    for prompt, _ in requests:
+        if prompt not in through:
+            print(f"refused by --prompt_filter, not drawn: {prompt!r}", file=sys.stderr)
     return kept
 
 
@@ -127,48 +127,48 @@ def main() -> None:
     for flag, least in ((_NUM_IMAGES, 1), (_BATCH_SIZE, 0)):
         if flag.value < least:
             raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
-    given, chosen, out = wishes(experiment), settings(experiment), as_path(_OUT.value, "--out")
+    given, chosen, out = requested(experiment), settings(experiment), as_path(_OUT.value, "--out")
     for _, seed in given:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax.parallel.launch import check_devices
     from hart_jax.sampling import output
-    from hart_jax.sampling.pipeline import Asked, check_text, use_compilation_cache
+    from hart_jax.sampling.pipeline import SampleRequest, check_text, use_compilation_cache
 
     output.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
     check_text(_TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     kept = allowed(given)
-    asked = [Asked(wish, seed, index) for wish, seed in kept for index in range(_NUM_IMAGES.value)]
-    if asked:
+    requests = [SampleRequest(prompt, seed, index) for prompt, seed in kept for index in range(_NUM_IMAGES.value)]
+    if requests:
         check_devices()
         use_compilation_cache()
         with output.owned_out(out):
-            print(draw(experiment, chosen, asked, out))
+            print(draw(experiment, chosen, requests, out))
     sys.exit(3 if len(kept) < len(given) else 0)
 
 
-def draw(experiment: HartExperiment, chosen: SampleConfig, asked: "list[Asked]", out: Path) -> Path:
+def draw(experiment: HartExperiment, chosen: SampleConfig, requests: "list[SampleRequest]", out: Path) -> Path:
     """Draws the images; gives the path of their grid, of the only one, or of their folder."""
     from hart_jax.checkpoints.load import check_model, load_model
     from hart_jax.sampling import output
-    from hart_jax.sampling.pipeline import Painter, text_source
+    from hart_jax.sampling.pipeline import Pipeline, text_source
 
     source = _CHECKPOINT.value or experiment.model
     model = load_model(source, cache=_CACHE.value)
     check_model(model, experiment, source)
     text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     # A single image has no record of its run.
-    about = output.identity(model, chosen, text) if len(asked) > 1 or _RESUME.value else {}
-    painter = Painter(model, chosen, *text, mesh=experiment.mesh)
-    # The painter has its own copy.
+    about = output.identity(model, chosen, text) if len(requests) > 1 or _RESUME.value else {}
+    pipe = Pipeline(model, chosen, *text, mesh=experiment.mesh)
+    # The pipeline has its own copy.
     del model
-    size_of = functools.partial(painter.batch_size, len(asked))
-    album = output.open_album(out, asked, about, _BATCH_SIZE.value, size_of, _RESUME.value)
+    size_of = functools.partial(pipe.batch_size, len(requests))
+    output_run = output.open_run(out, requests, about, _BATCH_SIZE.value, size_of, _RESUME.value)
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": str(source), "settings": json.dumps(chosen.to_dict())}
-    output.draw(painter, album, asked, kind, common)
-    return album.grid or (album.paths[0] if len(album.paths) == 1 else out)
+    output.sample_to_folder(pipe, output_run, requests, kind, common)
+    return output_run.grid or (output_run.paths[0] if len(output_run.paths) == 1 else out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 _PUBLIC = {
     "load": "hart_jax.sampling.pipeline",
     "load_model": "hart_jax.checkpoints.load",
-    "Painter": "hart_jax.sampling.pipeline",
+    "Pipeline": "hart_jax.sampling.pipeline",
     "Model": "hart_jax.checkpoints.model_folder",
     "Hart": "hart_jax.transformer.model",
     "Tokenizer": "hart_jax.tokenizer.model",

@@ -10,7 +10,7 @@ import hart_jax
 from hart_jax.checkpoints.model_folder import write_model
 from hart_jax.config import SampleConfig
 from hart_jax.errors import UserError
-from hart_jax.sampling.pipeline import Painter
+from hart_jax.sampling.pipeline import Pipeline
 from tests.tiny import tiny_model
 
 SETTINGS = SampleConfig(cfg=2.0, top_k=4, top_k_late=4, temperature=0.5)
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("api") / "model"
     tiny = tiny_model(num_classes=3, context_tokens=1)
     write_model(folder, hart_jax.Model(**{**vars(tiny), "sampling": SETTINGS}))
-    return folder, Painter(tiny, SETTINGS)([1], seed=2)
+    return folder, Pipeline(tiny, SETTINGS)([1], seed=2)
 
 
 def test_load_knows_the_settings_of_a_model(model):

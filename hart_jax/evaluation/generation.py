@@ -21,7 +21,7 @@ from hart_jax.evaluation.scores import by_group, compare, distance_name, real_vs
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import output
-from hart_jax.sampling.pipeline import Asked, Painter
+from hart_jax.sampling.pipeline import Pipeline, SampleRequest
 
 
 def check_prompts(infos: Sequence[ImageInfo], categories: Sequence[str], experiment: HartExperiment) -> None:
@@ -39,62 +39,64 @@ def check_prompts(infos: Sequence[ImageInfo], categories: Sequence[str], experim
         raise UserError(f"--reference: has {len(categories)} categories, the model {classes} classes; leave some out")
 
 
-def asked_of(infos: Sequence[ImageInfo], experiment: HartExperiment, names: Sequence[str], seed: int) -> list[Asked]:
+def requests_of(
+    infos: Sequence[ImageInfo], experiment: HartExperiment, names: Sequence[str], seed: int
+) -> list[SampleRequest]:
     """What to draw for each: its prompt, or for a class-conditional model the label of its category.
 
-    `names` are those of the model's classes, in the order of their labels, among which every category is. A wish that
-    comes again is drawn again: as the next image of the same seed.
+    `names` are those of the model's classes, in the order of their labels, among which every category is. A prompt that
+    comes again is sampled again: as the next image of the same seed.
     """
-    classes, seen, asked = experiment.transformer.num_classes, Counter[str | int](), []
+    classes, seen, requests = experiment.transformer.num_classes, Counter[str | int](), []
     label_of = {normalized(name): label for label, name in enumerate(names)}
     for info in infos:
-        wish = label_of[normalized(info.category)] if classes else info.prompt
-        asked.append(Asked(wish, seed, seen[wish]))
-        seen[wish] += 1
-    return asked
+        prompt = label_of[normalized(info.category)] if classes else info.prompt
+        requests.append(SampleRequest(prompt, seed, seen[prompt]))
+        seen[prompt] += 1
+    return requests
 
 
 def sample_images(
-    painter: Painter,
+    pipe: Pipeline,
     experiment: HartExperiment,
-    asked: Sequence[Asked],
+    requests: Sequence[SampleRequest],
     infos: Sequence[ImageInfo],
     out: Path,
     batch_size: int,
     identity: Mapping[str, Any],
     source: str,
 ) -> ImageFiles:
-    """An image for each of what is asked, in `out`; those that are there are kept, and processes share the rest.
+    """An image for each request, in `out`; those that are there are kept, and processes share the rest.
 
     Args:
       infos: what is known of each, for the scores.
       identity: what the images depend on, from `output.identity`; `source` is the model's name in their metadata.
 
     Raises:
-      UserError: `out` holds images of another model, other settings or prompts; or what `Painter` says.
+      UserError: `out` holds images of another model, other settings or prompts; or what `Pipeline` says.
       SystemExit: in every process, when a signal ended one of them early.
     """
-    painter.check([one.wish for one in asked])
+    pipe.check([one.prompt for one in requests])
 
     def size_of(wanted: int) -> int:
-        return painter.batch_size(len(asked), wanted)
+        return pipe.batch_size(len(requests), wanted)
 
-    album = first_process_first(lambda: output.open_album(out, asked, identity, batch_size, size_of, resume=True))
+    output_run = first_process_first(lambda: output.open_run(out, requests, identity, batch_size, size_of, resume=True))
     index, count = jax.process_index(), jax.process_count()
-    share = output.Album(album.paths[index::count], album.batch_size, None)
+    share = output.OutputRun(output_run.paths[index::count], output_run.batch_size, None)
     kind = "label" if experiment.transformer.num_classes else "prompt"
     common = {"software": "hart_jax", "model": source, "settings": json.dumps(experiment.sample.to_dict())}
     stopped = ""
     try:
         if share.paths:
-            output.draw(painter, share, asked[index::count], kind, common, "the same command")
+            output.sample_to_folder(pipe, share, requests[index::count], kind, common, "the same command")
     except SystemExit as stop:
         stopped = str(stop.code)
     # All wait for each other here, and end together if one was stopped.
     codes = [code for code in gather_texts(stopped) if code]
     if codes:
         raise SystemExit(int(codes[0]))
-    return ImageFiles(album.paths, out, infos)
+    return ImageFiles(output_run.paths, out, infos)
 
 
 def score_images(

@@ -16,7 +16,7 @@ from hart_jax.config import Experiment, HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report
 from hart_jax.evaluation.features import Evaluators, FeatureExtractor, load_evaluators
-from hart_jax.evaluation.generation import asked_of, check_prompts, sample_images, score_images
+from hart_jax.evaluation.generation import check_prompts, requests_of, sample_images, score_images
 from hart_jax.evaluation.image_grids import save_group_grid, save_sample_grid
 from hart_jax.evaluation.images import ImageInfo, ImageSet, Relabelled, Subset, open_images, random_subset
 from hart_jax.evaluation.networks.inception import Resize
@@ -25,7 +25,7 @@ from hart_jax.evaluation.scores import NEIGHBOURS
 from hart_jax.io.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import output
-from hart_jax.sampling.pipeline import Painter, text_source
+from hart_jax.sampling.pipeline import Pipeline, text_source
 from hart_jax.tokenizer.perceptual import load_lpips
 
 
@@ -142,7 +142,7 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
     model = load_model(request.checkpoint)
     check_model(model, experiment, request.checkpoint)
     classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
-    asked = asked_of(infos, experiment, classes, request.seed)
+    requests = requests_of(infos, experiment, classes, request.seed)
     text = text_source(model, experiment, request.text_encoder, request.system_prompt)
     identity = output.identity(model, experiment.sample, text)
     run = {
@@ -158,13 +158,13 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
         **_of(request, reference, evaluators),
     }
     _begin(request, run)
-    painter = Painter(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
-    # The painter has its own copy.
+    pipe = Pipeline(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
+    # The pipeline has its own copy.
     del model
     drawn = sample_images(
-        painter,
+        pipe,
         experiment,
-        asked,
+        requests,
         infos,
         request.out / "pictures",
         request.draw_batch_size,

@@ -1,6 +1,6 @@
 """Pictures into a folder, each written once: what a run of `sample.py` keeps so that an interrupted one goes on.
 
-    00000-pictures.jsonl    what makes the run (first line), then name, wish, seed and index of each of its pictures
+    00000-pictures.jsonl    what makes the run (first line), then name, prompt, seed and index of each of its pictures
     00000-a-red-apple.png   a picture, whole as soon as it has its name
     00000-grid.png          of a run of 2 to 64 pictures, at its end
 
@@ -36,7 +36,7 @@ from hart_jax.io.images import grid, is_whole_png, save_png
 from hart_jax.io.ownership import owned
 from hart_jax.io.safetensors import tree_digest
 from hart_jax.parallel.stop import StopAnyTime
-from hart_jax.sampling.pipeline import Asked, Painter, Picture
+from hart_jax.sampling.pipeline import Pipeline, Sample, SampleRequest
 from hart_jax.text.system_prompt import read_system_prompt
 
 MANIFEST = "pictures.jsonl"
@@ -46,8 +46,8 @@ _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".a
 
 
 @dataclasses.dataclass(frozen=True)
-class Album:
-    """Where the pictures of a run go, in the order of what is asked, how many are drawn at a time, and their grid."""
+class OutputRun:
+    """Where the pictures of a run go, in the order of the requests, how many are drawn at a time, and their grid."""
 
     paths: list[Path]
     batch_size: int
@@ -100,61 +100,66 @@ def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | P
     return about
 
 
-def open_album(
+def open_run(
     out: Path,
-    asked: Sequence[Asked],
+    requests: Sequence[SampleRequest],
     about: Mapping[str, Any],
     batch_size: int,
     size_of: Callable[[int], int],
     resume: bool = False,
-) -> Album:
-    """The album of a new run or, with `resume`, of the run of just this that the folder holds.
+) -> OutputRun:
+    """The output of a new run or, with `resume`, of the run of just this that the folder holds.
 
     Args:
       out: a folder, or the name of a .png for one picture.
-      asked: the pictures; they and `about` tell runs apart.
+      requests: the pictures; they and `about` tell runs apart.
       batch_size: pictures at a time; 0: those of the run that is resumed, else as `size_of(0)` says.
-      size_of: of what is wished for, what can be (`Painter.batch_size`).
+      size_of: of the wanted number, the possible one (`Pipeline.batch_size`).
       resume: goes on with the latest run of this; where the folder has no runs it begins one.
 
     Raises:
       UserError: see `check_out`; or the folder holds runs, but none of this.
     """
-    check_out(out, len(asked), resume)
+    check_out(out, len(requests), resume)
     if is_one_file(out):
-        return Album([out], size_of(batch_size), None)
+        return OutputRun([out], size_of(batch_size), None)
     manifests = sorted(out.glob(f"[0-9]*-{MANIFEST}"), reverse=True)
     if resume and manifests:
-        album = _find(manifests, asked, about)
-        return dataclasses.replace(album, batch_size=size_of(batch_size or album.batch_size))
+        output_run = _find(manifests, requests, about)
+        return dataclasses.replace(output_run, batch_size=size_of(batch_size or output_run.batch_size))
     taken = [int(found[1]) for path in out.glob("*") if (found := re.match(r"(\d{5,})-.*\.png$", path.name))]
     # A run that was interrupted keeps its numbers.
     taken += [int(manifest.name.partition("-")[0]) + len(_read(manifest)[1]) - 1 for manifest in manifests]
     first = max(taken, default=-1) + 1
-    names = [f"{first + number:05d}-{_slug(one.wish)}.png" for number, one in enumerate(asked)]
+    names = [f"{first + number:05d}-{_slug(one.prompt)}.png" for number, one in enumerate(requests)]
     size = size_of(batch_size)
-    if len(asked) > 1 or resume:
+    if len(requests) > 1 or resume:
         lines = [{"run": about, "batch_size": size}]
-        lines += [{"file": name, **dataclasses.asdict(one)} for name, one in zip(names, asked, strict=True)]
+        lines += [{"file": name, **_line(one)} for name, one in zip(names, requests, strict=True)]
         write_whole(out / f"{first:05d}-{MANIFEST}", "".join(json.dumps(line) + "\n" for line in lines))
-    return _album(out, names, size)
+    return _output_run(out, names, size)
 
 
-def _album(out: Path, names: list[str], batch_size: int) -> Album:
+def _line(request: SampleRequest) -> dict[str, Any]:
+    """As the record of a run has it."""
+    return {"wish": request.prompt, "seed": request.seed, "index": request.index}
+
+
+def _output_run(out: Path, names: list[str], batch_size: int) -> OutputRun:
     grid = f"{names[0].partition('-')[0]}-grid.png"
-    return Album(
+    return OutputRun(
         [out / name for name in names],
         batch_size,
         out / grid if 1 < len(names) <= LARGEST_GRID and grid not in names else None,
     )
 
 
-def _find(manifests: list[Path], asked: Sequence[Asked], about: Mapping[str, Any]) -> Album:
-    wanted, pictures = json.loads(json.dumps(about)), [dataclasses.asdict(one) for one in asked]
+def _find(manifests: list[Path], requests: Sequence[SampleRequest], about: Mapping[str, Any]) -> OutputRun:
+    wanted, pictures = json.loads(json.dumps(about)), [_line(one) for one in requests]
     for manifest in manifests:
         run, lines = _read(manifest)
         if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
-            return _album(manifest.parent, [line["file"] for line in lines], run["batch_size"])
+            return _output_run(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
     differing = differences(run["run"], wanted) or ["it has other prompts, seeds or numbers of pictures"]
     raise UserError(
@@ -170,48 +175,48 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
 
 
-def draw(
-    painter: Painter,
-    album: Album,
-    asked: Sequence[Asked],
+def sample_to_folder(
+    pipe: Pipeline,
+    output_run: OutputRun,
+    requests: Sequence[SampleRequest],
     kind: str,
     about: Mapping[str, str],
     again: str = "the same command with --resume",
 ) -> None:
-    """Draws and writes the pictures that the album lacks, then its grid; shows its progress.
+    """Draws and writes the pictures that the run lacks, then its grid; shows its progress.
 
     A SIGINT or SIGTERM, to any process, lets the batch at work end, a second one does not. What is written is whole in
     any case.
 
     Args:
-      kind: of the wishes, "prompt" or "label", for the metadata of the files; `about` is more of it.
+      kind: what `prompt` is, "prompt" or "label", for the metadata of the files; `about` is more of it.
       again: what goes on with an interrupted run, for the message.
 
     Raises:
       SystemExit: a signal ended the run early; the code is 128 plus its number.
     """
-    size, paths = album.batch_size, album.paths
-    assert len(paths) == len(asked)
-    _remove_unfinished(album)
+    size, paths = output_run.batch_size, output_run.paths
+    assert len(paths) == len(requests)
+    _remove_unfinished(output_run)
     whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
-    starts = [at for at in range(0, len(asked), size) if not all(whole[at : at + size])]
+    starts = [at for at in range(0, len(requests), size) if not all(whole[at : at + size])]
 
-    def save(number: int, picture: Picture) -> int:
+    def save(number: int, picture: Sample) -> int:
         if whole[number]:
             return 0
-        own = {kind: str(picture.wish), "index": str(picture.index), "seed": str(picture.seed)}
+        own = {kind: str(picture.prompt), "index": str(picture.index), "seed": str(picture.seed)}
         # What a power cut tore is drawn again; what comes there meanwhile is not ours.
         save_png(paths[number], picture.image, {**own, **about}, overwrite=there[number])
         return 1
 
-    done, count = sum(whole), len(asked)
+    done, count = sum(whole), len(requests)
     with (
         StopAnyTime() as stop,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=count, initial=done, unit="image", desc="drawing", disable=count == 1) as bar,
     ):
-        batches = (asked[start : start + size] for start in starts)
-        for start, batch in zip(starts, painter.batches(batches, size), strict=True):
+        batches = (requests[start : start + size] for start in starts)
+        for start, batch in zip(starts, pipe.batches(batches, size), strict=True):
             written = sum(pool.map(save, range(start, start + size), batch))
             bar.update(written)
             done += written
@@ -222,11 +227,15 @@ def draw(
         name = signal.Signals(stop.received).name
         print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
-    if album.grid is not None and not is_whole_png(album.grid):
-        images = np.stack([_decoded(path) for path in album.paths])
-        wishes = [one.wish for one in asked]
-        tiles = grid(images, columns=min(_COLUMNS, count), captions=[str(wish) for wish in wishes])
-        save_png(album.grid, tiles, {f"{kind}s": json.dumps(wishes), **about}, overwrite=True)
+    if output_run.grid is not None and not is_whole_png(output_run.grid):
+        images = np.stack([_decoded(path) for path in output_run.paths])
+        prompts = [one.prompt for one in requests]
+        tiles = grid(
+            images,
+            columns=min(_COLUMNS, count),
+            captions=list(map(str, prompts)),
+        )
+        save_png(output_run.grid, tiles, {f"{kind}s": json.dumps(prompts), **about}, overwrite=True)
 
 
 def _decoded(path: Path) -> np.ndarray:
@@ -236,10 +245,10 @@ def _decoded(path: Path) -> np.ndarray:
         raise UserError(f"{path}: does not decode ({error}); remove it, and --resume draws it again") from None
 
 
-def _remove_unfinished(album: Album) -> None:
+def _remove_unfinished(output_run: OutputRun) -> None:
     """What a killed run was writing."""
-    names = {path.name for path in (*album.paths, album.grid) if path}
-    for left in album.paths[0].parent.glob(".*.png.[0-9]*"):
+    names = {path.name for path in (*output_run.paths, output_run.grid) if path}
+    for left in output_run.paths[0].parent.glob(".*.png.[0-9]*"):
         if left.name[1:].rpartition(".")[0] in names:
             left.unlink(missing_ok=True)
 
@@ -256,6 +265,6 @@ def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return run, lines
 
 
-def _slug(wish: str | int) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", str(wish).lower()).strip("-")[:60]
+def _slug(prompt: str | int) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower()).strip("-")[:60]
     return "grid-image" if slug == "grid" else slug

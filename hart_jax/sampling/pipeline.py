@@ -87,16 +87,16 @@ def draws_by_layers(model: Model) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A picture to draw: number `index` of its wish (a prompt, or the label of a class) under `seed`."""
+class SampleRequest:
+    """An image to sample: number `index` of `prompt`, a text or the label of a class, under `seed`."""
 
-    wish: str | int
+    prompt: str | int
     seed: int
     index: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture(Asked):
+class Sample(SampleRequest):
     """One sample: `image` is uint8 (H, W, 3)."""
 
     image: np.ndarray
@@ -122,7 +122,7 @@ def sampling_placement(
     return placement
 
 
-class Painter:
+class Pipeline:
     """Draws pictures; compiled once per batch size.
 
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Pictures are
@@ -180,12 +180,12 @@ class Painter:
             each = min(each, MOST_LAYERED if self._layered else MOST_PICTURES)
         return self._parts * min(each, -(-count // self._parts))
 
-    def check(self, wishes: Sequence[str | int]) -> None:
-        """Raises `UserError` for no wish, an empty prompt, or a label that the model does not have."""
-        self._conditioner.check(wishes)
+    def check(self, prompts: Sequence[str | int]) -> None:
+        """Raises `UserError` for none, an empty prompt, or a label that the model does not have."""
+        self._conditioner.check(prompts)
 
-    def batches(self, batches: Iterable[Sequence[Asked]], size: int) -> Iterator[list[Picture]]:
-        """The pictures of each batch, of at most `size`; each depends on what was asked for alone.
+    def batches(self, batches: Iterable[Sequence[SampleRequest]], size: int) -> Iterator[list[Sample]]:
+        """The pictures of each batch, of at most `size`; each depends on its request alone.
 
         Where the device's memory does not hold a batch, half of it is drawn at a time from then on. On an accelerator
         the next batch is on its way while one is looked at.
@@ -193,7 +193,7 @@ class Painter:
         Raises:
           UserError: the device has not enough memory for one picture.
         """
-        before: tuple[Sequence[Asked], list[jax.Array]] | None = None
+        before: tuple[Sequence[SampleRequest], list[jax.Array]] | None = None
         for batch in batches:
             started = batch, self._start(batch, size)
             if before is not None:
@@ -205,7 +205,7 @@ class Painter:
         if before is not None:
             yield self._finish(*before, size)
 
-    def _start(self, batch: Sequence[Asked], size: int) -> list[jax.Array]:
+    def _start(self, batch: Sequence[SampleRequest], size: int) -> list[jax.Array]:
         while True:
             each = min(size, self._at_once)
             try:
@@ -213,12 +213,12 @@ class Painter:
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 self._fewer(each, error)
 
-    def _finish(self, batch: Sequence[Asked], images: list[jax.Array], size: int) -> list[Picture]:
+    def _finish(self, batch: Sequence[SampleRequest], images: list[jax.Array], size: int) -> list[Sample]:
         while True:
             try:
                 arrays = to_uint8(np.concatenate(jax.device_get(images)))
                 return [
-                    Picture(one.wish, one.seed, one.index, array) for one, array in zip(batch, arrays, strict=False)
+                    Sample(one.prompt, one.seed, one.index, array) for one, array in zip(batch, arrays, strict=False)
                 ]
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 self._fewer(len(images[0]), error)
@@ -238,34 +238,34 @@ class Painter:
             self._at_once = fewer
             print(f"{size} pictures at a time do not fit in the device's memory; drawing {fewer}", file=sys.stderr)
 
-    def _images(self, batch: Sequence[Asked], size: int) -> jax.Array:
+    def _images(self, batch: Sequence[SampleRequest], size: int) -> jax.Array:
         # A shorter batch is filled up, so that one compilation serves all.
         full = [*batch, *[batch[0]] * (size - len(batch))]
-        seeds = np.array([asked.seed for asked in full], np.uint32)
-        indices = np.array([asked.index for asked in full], np.int32)
-        condition = self._conditioner([asked.wish for asked in full])
+        seeds = np.array([request.seed for request in full], np.uint32)
+        indices = np.array([request.index for request in full], np.int32)
+        condition = self._conditioner([request.prompt for request in full])
         where = self._devices[0] if self._placement is None else self._placement.batch
         return self._sample(self._params, *jax.device_put((condition, seeds, indices), where))[0]
 
-    def draw(
-        self, wishes: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
-    ) -> Iterator[list[Picture]]:
-        """Batches of pictures, `num_images` of each wish: prompts, or labels for a class-conditional model.
+    def sample(
+        self, prompts: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
+    ) -> Iterator[list[Sample]]:
+        """Batches of pictures, `num_images` of each prompt, or label for a class-conditional model.
 
-        A picture depends on (wish, seed, its index) alone.
+        A picture depends on (prompt, seed, its index) alone.
 
         Raises:
           UserError: see `check`.
         """
-        self.check(wishes)
-        asked = [Asked(wish, seed, index) for wish in wishes for index in range(num_images)]
-        size = self.batch_size(len(asked), batch_size)
-        return self.batches([asked[start : start + size] for start in range(0, len(asked), size)], size)
+        self.check(prompts)
+        requests = [SampleRequest(prompt, seed, index) for prompt in prompts for index in range(num_images)]
+        size = self.batch_size(len(requests), batch_size)
+        return self.batches([requests[start : start + size] for start in range(0, len(requests), size)], size)
 
-    def __call__(self, wishes: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
+    def __call__(self, prompts: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
         """All images at once, uint8 (N, H, W, 3), prompt by prompt (or label by label)."""
-        wishes = [wishes] if isinstance(wishes, str | int) else wishes
-        return np.stack([picture.image for batch in self.draw(wishes, num_images, seed) for picture in batch])
+        prompts = [prompts] if isinstance(prompts, str | int) else prompts
+        return np.stack([picture.image for batch in self.sample(prompts, num_images, seed) for picture in batch])
 
 
 @contextlib.contextmanager
@@ -282,7 +282,7 @@ def _weights_fit() -> Iterator[None]:
         ) from error
 
 
-def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Painter:
+def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Pipeline:
     """A pipeline of the model at a path (see `load_model`), with the sampling settings that it brings along.
 
     Args:
@@ -294,7 +294,7 @@ def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Painter:
     model = load_model(path, cache)
     settings = SampleConfig.from_dict({**model.sample_config.to_dict(), **changes})
     settings.check_fits(model.tokenizer_config)
-    return Painter(model, settings)
+    return Pipeline(model, settings)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

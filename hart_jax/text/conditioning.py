@@ -15,13 +15,13 @@ from hart_jax.text.prompts import check_prompts, report_truncation
 
 
 class Conditioner(Protocol):
-    """Wishes (prompts or labels) to conditions."""
+    """Prompts or labels to conditions."""
 
-    def check(self, wishes: Sequence[Any]) -> None:
-        """Raises `UserError` where there is no wish, or one that cannot be."""
+    def check(self, prompts: Sequence[Any]) -> None:
+        """Raises `UserError` where there is none, or one that cannot be."""
         ...
 
-    def __call__(self, wishes: Sequence[Any]) -> Any:
+    def __call__(self, prompts: Sequence[Any]) -> Any:
         """What `embed_condition` of the transformer takes."""
         ...
 
@@ -50,12 +50,12 @@ class TextConditioner:
         self._length = config.context_tokens
         self._reported: set[str] = set()
 
-    def check(self, wishes: Sequence[Any]) -> None:
-        check_prompts(wishes)
+    def check(self, prompts: Sequence[Any]) -> None:
+        check_prompts(prompts)
 
-    def __call__(self, wishes: Sequence[Any]) -> Any:
-        states = self.encoder(list(wishes), self._length)
-        cut = dict(zip(wishes, states.truncated, strict=True))
+    def __call__(self, prompts: Sequence[Any]) -> Any:
+        states = self.encoder(list(prompts), self._length)
+        cut = dict(zip(prompts, states.truncated, strict=True))
         new = [prompt for prompt in cut if prompt not in self._reported]
         report_truncation(new, [cut[prompt] for prompt in new], self._length)
         self._reported.update(new)
@@ -68,15 +68,15 @@ class ClassConditioner:
     def __init__(self, config: TransformerConfig):
         self._count = config.num_classes
 
-    def check(self, wishes: Sequence[Any]) -> None:
-        if not wishes:
+    def check(self, prompts: Sequence[Any]) -> None:
+        if not prompts:
             raise UserError("there is no label; give at least one")
-        for label in wishes:
+        for label in prompts:
             if not 0 <= label < self._count:
                 raise UserError(f"label {label}: the model has labels 0 to {self._count - 1}")
 
-    def __call__(self, wishes: Sequence[Any]) -> Any:
-        return jnp.asarray(np.array(wishes, np.int32))
+    def __call__(self, prompts: Sequence[Any]) -> Any:
+        return jnp.asarray(np.array(prompts, np.int32))
 
 
 def conditioner_of(

@@ -181,11 +181,17 @@ class HartTask:
 
     def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
-        wishes: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
+        prompts: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
-        count = len(wishes)
-        # Every device draws its own: of a mesh with more parts than wishes, the last wish is drawn again.
-        rows = jax.device_get(self._conditioner(wishes)), np.arange(count, dtype=np.int32)
+        count = len(prompts)
+        # Every device draws its own: of a mesh with more parts than prompts, the last one is sampled again.
+        rows = jax.device_get(self._conditioner(prompts)), np.arange(count, dtype=np.int32)
         condition, indices = self._placement.filled(rows)
         images = self._program.grid(params, condition, 0, indices, count)
-        return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=[str(wish) for wish in wishes])}
+        return {
+            "samples": grid(
+                to_uint8(on_host(images)),
+                columns=8,
+                captions=list(map(str, prompts)),
+            )
+        }

@@ -28,12 +28,12 @@ class Drawing(Exception):
 
 @pytest.fixture(autouse=True)
 def nothing_is_drawn(monkeypatch, tmp_path):
-    def draw(painter, experiment, asked, *_):
-        raise Drawing([one.wish for one in asked])
+    def draw(pipe, experiment, requests, *_):
+        raise Drawing([one.prompt for one in requests])
 
     monkeypatch.setenv("HART_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "sample_images", draw)
-    monkeypatch.setattr(run, "Painter", lambda *_, **__: None)
+    monkeypatch.setattr(run, "Pipeline", lambda *_, **__: None)
     monkeypatch.setattr(run, "load_evaluators", small_evaluators)
 
 

@@ -85,14 +85,14 @@ DRAWING = """
     from orbax.checkpoint import multihost
     from hart_jax.evaluation.generation import sample_images
     from hart_jax.config import HartExperiment
-    from hart_jax.sampling.pipeline import Asked, Picture
+    from hart_jax.sampling.pipeline import SampleRequest, Sample
 
     address, index, out, number = sys.argv[1:]
     jax.distributed.initialize(address, 2, int(index))
     store = multihost.get_jax_distributed_client()
 
-    class Painter:
-        def check(self, wishes):
+    class Pipeline:
+        def check(self, prompts):
             pass
 
         def batch_size(self, count, wanted):
@@ -105,10 +105,10 @@ DRAWING = """
                 # The other process draws on after it has been told.
                 while place == 2 and index == "0" and not store.key_value_dir_get("hart_jax"):
                     pass
-                yield [Picture(one.wish, one.index, one.seed, np.zeros((2, 2, 3), np.uint8)) for one in batch]
+                yield [Sample(one.prompt, one.index, one.seed, np.zeros((2, 2, 3), np.uint8)) for one in batch]
 
-    asked = [Asked(f"a dog {place}", 0, 0) for place in range(30)]
-    sample_images(Painter(), HartExperiment(), asked, [None] * 30, Path(out), 1, {}, "model")
+    requests = [SampleRequest(f"a dog {place}", 0, 0) for place in range(30)]
+    sample_images(Pipeline(), HartExperiment(), requests, [None] * 30, Path(out), 1, {}, "model")
     print("went on", flush=True)
 """
 

@@ -14,31 +14,31 @@ from hart_jax.config import SampleConfig
 from hart_jax.errors import UserError
 from hart_jax.io.images import is_whole_png, read_png_metadata, save_png
 from hart_jax.sampling import output
-from hart_jax.sampling.pipeline import Asked, Picture, text_source
+from hart_jax.sampling.pipeline import Sample, SampleRequest, text_source
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
 
-class Painter:
-    """Images of one grey, their seed's; says what it was asked for."""
+class Pipeline:
+    """Images of one grey, their seed's; keeps what it was asked for."""
 
     def __init__(self):
-        self.drawn: list[Asked] = []
+        self.drawn: list[SampleRequest] = []
 
     def batches(self, batches, size):
         for batch in batches:
             self.drawn += batch
             images = [np.full((4, 4, 3), one.seed, np.uint8) for one in batch]
-            yield [Picture(one.wish, one.seed, one.index, image) for one, image in zip(batch, images, strict=True)]
+            yield [Sample(one.prompt, one.seed, one.index, image) for one, image in zip(batch, images, strict=True)]
 
 
 def draw(out: Path, *prompts: str, resume: bool = False) -> list[str]:
     """Draws one image of each; gives the prompts that were drawn."""
-    asked, painter = [Asked(prompt, seed, 0) for seed, prompt in enumerate(prompts)], Painter()
-    album = output.open_album(out, asked, {"model": "x"}, 1, lambda wanted: wanted, resume)
-    output.draw(painter, album, asked, "prompt", {})
-    return [one.wish for one in painter.drawn]
+    requests, pipe = [SampleRequest(prompt, seed, 0) for seed, prompt in enumerate(prompts)], Pipeline()
+    output_run = output.open_run(out, requests, {"model": "x"}, 1, lambda wanted: wanted, resume)
+    output.sample_to_folder(pipe, output_run, requests, "prompt", {})
+    return [one.prompt for one in pipe.drawn]
 
 
 def test_a_torn_image_or_grid_is_drawn_again(tmp_path):

@@ -14,7 +14,7 @@ from hart_jax.checkpoints.model_folder import read_model, write_model
 from hart_jax.config import HartExperiment, SampleConfig, read_experiment
 from hart_jax.errors import UserError
 from hart_jax.sampling import pipeline
-from hart_jax.sampling.pipeline import MOST_PICTURES, Painter, text_source
+from hart_jax.sampling.pipeline import MOST_PICTURES, Pipeline, text_source
 from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
@@ -82,45 +82,45 @@ import jax
 import numpy as np
 from hart_jax.config import MeshConfig
 from hart_jax.config import SampleConfig
-from hart_jax.sampling.pipeline import Asked, Painter
+from hart_jax.sampling.pipeline import SampleRequest, Pipeline
 from tests.tiny import tiny_model
 
 folder = sys.argv[1]
 model = tiny_model(context_tokens=16, context_dim=24, heads=4)
 words = ("a red apple", "a blue dog", "the side of the dog")
-asked = [Asked(words[number % 3], number // 2, number % 2) for number in range(8)]
+requests = [SampleRequest(words[number % 3], number // 2, number % 2) for number in range(8)]
 
 
 def tokens(devices, batch, weights="float", **mesh):
     settings = SampleConfig(top_k=8, top_k_late=8, weights=weights)
-    painter = Painter(
+    pipe = Pipeline(
         model, settings, folder + "/qwen2", folder + "/system_prompt.md", MeshConfig(**mesh), jax.devices()[:devices]
     )
-    size, found, sampler = painter.batch_size(8, batch), [], painter._sample
+    size, found, sampler = pipe.batch_size(8, batch), [], pipe._sample
 
     def sample(*inputs):
         images, indices = sampler(*inputs)
         found.append(np.concatenate([np.asarray(index) for index in indices], axis=1))
         return images, indices
 
-    painter._sample = sample
-    batches = [asked[start : start + size] for start in range(0, 8, size)]
-    pictures = [picture.image for batch in painter.batches(batches, size) for picture in batch]
-    return size, np.concatenate(found)[:8], np.stack(pictures), painter
+    pipe._sample = sample
+    batches = [requests[start : start + size] for start in range(0, 8, size)]
+    pictures = [picture.image for batch in pipe.batches(batches, size) for picture in batch]
+    return size, np.concatenate(found)[:8], np.stack(pictures), pipe
 
 
 one = tokens(1, 1)
 assert one[0] == 1 and len(np.unique(one[1], axis=0)) == 8
 for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor": 2, "data": 4})):
-    size, found, pictures, painter = tokens(devices, batch, **mesh)
+    size, found, pictures, pipe = tokens(devices, batch, **mesh)
     np.testing.assert_array_equal(found, one[1], err_msg=str((devices, batch, mesh)))
     assert np.abs(pictures.astype(int) - one[2]).max() <= 1
     assert size == {1: 8, 8: 8, 4: 2}[devices]
     if mesh.get("tensor"):
-        kernel = painter._params["transformer"]["layers"]["attn"]["qkv"]
+        kernel = pipe._params["transformer"]["layers"]["attn"]["qkv"]
         assert kernel.addressable_shards[0].data.size * 2 == kernel.size
-_, _, pictures, painter = tokens(4, 8, "int8", tensor=2)
-assert painter._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
+_, _, pictures, pipe = tokens(4, 8, "int8", tensor=2)
+assert pipe._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
 assert (pictures != one[2]).any()
 """
 
@@ -132,27 +132,27 @@ def test_batches_and_devices_do_not_change_a_token(released):
 
 
 def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
-    painter = Painter(LABELS, SETTINGS)
-    assert painter.batch_size(20, 3) == 3 and painter.batch_size(2, 3) == 2
-    assert painter.batch_size(20) == MOST_PICTURES
-    assert painter([1, 2], seed=3).shape == (2, 8, 8, 3)
+    pipe = Pipeline(LABELS, SETTINGS)
+    assert pipe.batch_size(20, 3) == 3 and pipe.batch_size(2, 3) == 2
+    assert pipe.batch_size(20) == MOST_PICTURES
+    assert pipe([1, 2], seed=3).shape == (2, 8, 8, 3)
 
     def too_big(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(painter, "_sample", too_big)
+    monkeypatch.setattr(pipe, "_sample", too_big)
     with pytest.raises(UserError, match=r"out of memory: 1 pictures at a time do not fit on a device; set --config"):
-        list(painter.draw([0, 1], num_images=2, batch_size=4))
-    monkeypatch.setattr(painter, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
+        list(pipe.sample([0, 1], num_images=2, batch_size=4))
+    monkeypatch.setattr(pipe, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        list(painter.draw([0]))
+        list(pipe.sample([0]))
 
 
 @pytest.mark.parametrize("where", ["when it starts", "when it is fetched"])
 def test_where_memory_ends_fewer_are_drawn_at_a_time(where, monkeypatch, capsys):
-    painter = Painter(LABELS, SETTINGS)
-    wishes, sample, sizes = [0, 1, 2, 1, 0, 2, 1], painter._sample, []
-    expected = painter(wishes, seed=5)
+    pipe = Pipeline(LABELS, SETTINGS)
+    prompts, sample, sizes = [0, 1, 2, 1, 0, 2, 1], pipe._sample, []
+    expected = pipe(prompts, seed=5)
     too_much = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
     class Lost:
@@ -174,28 +174,28 @@ def test_where_memory_ends_fewer_are_drawn_at_a_time(where, monkeypatch, capsys)
             raise too_much
         return fetch(images)
 
-    monkeypatch.setattr(painter, "_sample", limited)
+    monkeypatch.setattr(pipe, "_sample", limited)
     monkeypatch.setattr(jax, "device_get", device_get)
-    np.testing.assert_array_equal(painter(wishes, seed=5), expected)
+    np.testing.assert_array_equal(pipe(prompts, seed=5), expected)
     assert sizes[0] == 7 and sizes[-4:] == [2, 2, 2, 2] and set(sizes) == {7, 4, 2}
     assert "7 pictures at a time do not fit in the device's memory; drawing 4" in capsys.readouterr().err
     sizes.clear()
-    painter(wishes, seed=6)
+    pipe(prompts, seed=6)
     assert sizes == [2, 2, 2, 2]
 
 
 def test_one_device_cannot_be_split_and_several_processes_draw_apart(monkeypatch):
     with pytest.raises(UserError, match=r"mesh.tensor=2: does not divide the 1 devices"):
-        Painter(LABELS, SETTINGS, mesh=pipeline.MeshConfig(tensor=2))
+        Pipeline(LABELS, SETTINGS, mesh=pipeline.MeshConfig(tensor=2))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="drawing in 2 processes: one draws alone"):
-        Painter(LABELS, SETTINGS)
+        Pipeline(LABELS, SETTINGS)
 
 
 def test_pictures_in_bfloat16_are_near_those_in_float32():
     one_code = dataclasses.replace(SETTINGS, top_k=1, top_k_late=1)
     exact, near = (
-        Painter(LABELS, dataclasses.replace(one_code, dtype=dtype))([0, 1, 2]).astype(float)
+        Pipeline(LABELS, dataclasses.replace(one_code, dtype=dtype))([0, 1, 2]).astype(float)
         for dtype in ("float32", "bfloat16")
     )
     assert 0 < np.abs(near - exact).mean() < 0.2 * exact.std()
@@ -206,7 +206,7 @@ def test_pictures_in_bfloat16_are_near_those_in_float32():
 def test_latents_are_decoded_in_parts():
     # Four at once, and two and two: three do not divide four.
     settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 3)]
-    pictures, others = (Painter(LABELS, each)([0, 1], num_images=2) for each in settings)
+    pictures, others = (Pipeline(LABELS, each)([0, 1], num_images=2) for each in settings)
     assert np.abs(others.astype(int) - pictures).max() <= 1
     with pytest.raises(UserError, match="decode_at_once=-1"):
         SampleConfig(decode_at_once=-1)
