@@ -76,7 +76,7 @@ def flops_by_step(experiment: HartExperiment, batch: int) -> dict[str, float]:
     """FLOPs of every pass of the blocks, of the rest of the last scale, and of the decoder; less what is saved."""
     saved = {name: 2 * macs for name, macs in cost_model.savings(experiment, batch).items()}
     flops: dict[str, float] = defaultdict(float)
-    for one in cost_model.drawing(experiment, batch):
+    for one in cost_model.sampling_costs(experiment, batch):
         named = one.part in BLOCKS or one.step == cost_model.DECODER
         step = one.step if named else "choosing, residual and between scales"
         flops[step] += 2 * one.macs

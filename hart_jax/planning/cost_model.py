@@ -1,4 +1,4 @@
-"""What drawing one batch of images takes: multiply-accumulates (MACs) and bytes of every part in every step.
+"""What sampling one batch of images takes: multiply-accumulates (MACs) and bytes of every part in every step.
 
 Counted from the sizes alone: matrix products and convolutions as SPEC.md defines them, attention of the pairs that see
 each other. One MAC is two FLOPs. Bytes are of bfloat16, those of logits, AdaLN and the quantizer of float32.
@@ -41,8 +41,8 @@ CONTEXT = "context, 1x1"
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """One part's work in one step of drawing a batch.
+class OpCost:
+    """What one part takes in one step of sampling a batch.
 
     `weights` are bytes of parameters read, `cache` bytes of keys and values read and written, `largest` bytes of the
     largest array that one operation makes.
@@ -213,7 +213,7 @@ def _decoder_attention_macs(config: TokenizerConfig) -> int:
 
 
 def params(experiment: HartExperiment, text: TextSize | None = None) -> dict[str, int]:
-    """Parameters of each part that drawing uses; the encoder of images is not among them."""
+    """Parameters of each part that sampling uses; the encoder of images is not among them."""
     config, tokenizer = experiment.transformer, experiment.tokenizer
     width, depth, latent = config.width, config.depth, config.latent_channels
     if config.num_classes:
@@ -237,32 +237,34 @@ def params(experiment: HartExperiment, text: TextSize | None = None) -> dict[str
     }
 
 
-def drawing(experiment: HartExperiment, batch: int, *, guided: bool = True, text: TextSize | None = None) -> list[Work]:
-    """All work of drawing so many images, in order; guidance doubles the rows of the transformer and its head."""
+def sampling_costs(
+    experiment: HartExperiment, batch: int, *, guided: bool = True, text: TextSize | None = None
+) -> list[OpCost]:
+    """All costs of sampling so many images, in order; guidance doubles the rows of the transformer and its head."""
     config, sample, tokenizer = experiment.transformer, experiment.sample, experiment.tokenizer
     rows, sides, count = batch * (2 if guided else 1), config.patch_nums, params(experiment, text)
-    works: list[Work] = []
+    costs: list[OpCost] = []
     if text is not None and not config.num_classes:
         before = SYSTEM_PROMPT_TOKENS * text.causal
         # Of the vocabulary's table only the rows of the prompts' tokens are read.
         read = BFLOAT16 * (count[TEXT] - text.vocab * text.width)
         largest = BFLOAT16 * batch * config.context_tokens * text.mlp_width
-        works.append(Work(TEXT, TEXT, batch * text.macs(config.context_tokens, before), read, largest=largest))
+        costs.append(OpCost(TEXT, TEXT, batch * text.macs(config.context_tokens, before), read, largest=largest))
     for one in passes(config, sample.masked_iterations):
-        works += _pass_works(config, one, rows, count)
+        costs += _pass_costs(config, one, rows, count)
         if one.step == f"{sides[-1]}x{sides[-1]}" and not sample.discrete_only:
-            works += _residual_works(config, one.tokens, rows, count)
-    works += _quantizer_works(experiment, batch, count)
+            costs += _residual_costs(config, one.tokens, rows, count)
+    costs += _quantizer_costs(experiment, batch, count)
     convs = decoder_convs(tokenizer)
     largest = BFLOAT16 * batch * max(conv.side**2 * max(conv.inputs, conv.outputs) for conv in convs)
     macs = batch * sum(conv.macs for conv in convs)
-    works.append(Work(DECODER, DECODER, macs, BFLOAT16 * count[DECODER], largest=largest))
+    costs.append(OpCost(DECODER, DECODER, macs, BFLOAT16 * count[DECODER], largest=largest))
     macs = batch * _decoder_attention_macs(tokenizer)
-    works.append(Work(DECODER, DECODER_ATTENTION, macs, largest=FLOAT32 * batch * sides[-1] ** 4))
-    return works
+    costs.append(OpCost(DECODER, DECODER_ATTENTION, macs, largest=FLOAT32 * batch * sides[-1] ** 4))
+    return costs
 
 
-def _pass_works(config: TransformerConfig, one: Pass, rows: int, count: dict[str, int]) -> list[Work]:
+def _pass_costs(config: TransformerConfig, one: Pass, rows: int, count: dict[str, int]) -> list[OpCost]:
     """A pass of the blocks with the inputs before and the logits after it."""
     width, depth, tokens = config.width, config.depth, rows * one.tokens
     is_context = one.step == CONTEXT
@@ -276,24 +278,24 @@ def _pass_works(config: TransformerConfig, one: Pass, rows: int, count: dict[str
         read = level + config.latent_channels * width
     blocks = {QKV: 3 * width * width, OUT: width * width, MLP: 3 * width * config.mlp_width}
     widest = {QKV: 3 * width, OUT: width, MLP: config.mlp_width}
-    works = [Work(one.step, EMBEDDINGS, embeddings, BFLOAT16 * read, largest=BFLOAT16 * tokens * width)]
+    costs = [OpCost(one.step, EMBEDDINGS, embeddings, BFLOAT16 * read, largest=BFLOAT16 * tokens * width)]
     for part, macs in blocks.items():
         largest = BFLOAT16 * tokens * widest[part]
-        works.append(Work(one.step, part, depth * tokens * macs, BFLOAT16 * count[part], largest=largest))
+        costs.append(OpCost(one.step, part, depth * tokens * macs, BFLOAT16 * count[part], largest=largest))
     if config.adaln != "none":
         macs = depth * rows * 6 * width * width if config.adaln == "own" else 0
-        works.append(Work(one.step, ADALN, macs, BFLOAT16 * count[ADALN], largest=FLOAT32 * rows * 6 * width))
+        costs.append(OpCost(one.step, ADALN, macs, BFLOAT16 * count[ADALN], largest=FLOAT32 * rows * 6 * width))
     cache = cache_bytes(config, rows, one.cached)
     attention = depth * tokens * one.keys * 2 * width
-    works.append(Work(one.step, ATTENTION, attention, cache=cache, largest=BFLOAT16 * tokens * width))
+    costs.append(OpCost(one.step, ATTENTION, attention, cache=cache, largest=BFLOAT16 * tokens * width))
     predicting = rows if is_context else tokens
     logits = predicting * width * config.vocab_size
     largest = FLOAT32 * predicting * config.vocab_size
-    works.append(Work(one.step, TOKEN_HEAD, logits, BFLOAT16 * count[TOKEN_HEAD], largest=largest))
-    return works
+    costs.append(OpCost(one.step, TOKEN_HEAD, logits, BFLOAT16 * count[TOKEN_HEAD], largest=largest))
+    return costs
 
 
-def _residual_works(config: TransformerConfig, tokens: int, rows: int, count: dict[str, int]) -> list[Work]:
+def _residual_costs(config: TransformerConfig, tokens: int, rows: int, count: dict[str, int]) -> list[OpCost]:
     """All steps of the diffusion head for so many tokens of each row."""
     head, steps = config.diffusion, config.diffusion.sampling_steps
     macs = rows * tokens * steps * diffusion_macs(head, config.latent_channels, config.width)
@@ -301,12 +303,12 @@ def _residual_works(config: TransformerConfig, tokens: int, rows: int, count: di
     # The chosen code is embedded once more, for the condition.
     embedded = rows * tokens * config.latent_channels * config.width
     return [
-        Work("residual", EMBEDDINGS, embedded, BFLOAT16 * config.latent_channels * config.width),
-        Work("residual", DIFFUSION, macs, steps * BFLOAT16 * count[DIFFUSION], largest=largest),
+        OpCost("residual", EMBEDDINGS, embedded, BFLOAT16 * config.latent_channels * config.width),
+        OpCost("residual", DIFFUSION, macs, steps * BFLOAT16 * count[DIFFUSION], largest=largest),
     ]
 
 
-def _quantizer_works(experiment: HartExperiment, batch: int, count: dict[str, int]) -> list[Work]:
+def _quantizer_costs(experiment: HartExperiment, batch: int, count: dict[str, int]) -> list[OpCost]:
     """Between scales, in float32: phi(bicubic(code)), then area pooling, as products with whole matrices."""
     config = experiment.tokenizer
     last, channels = config.patch_nums[-1], config.latent_channels
@@ -317,7 +319,7 @@ def _quantizer_works(experiment: HartExperiment, batch: int, count: dict[str, in
     if experiment.sample.smooth:
         macs += experiment.transformer.num_tokens * config.vocab_size * channels
     largest = FLOAT32 * batch * last**2 * channels
-    return [Work("between scales", QUANTIZER, batch * macs, FLOAT32 * count[QUANTIZER], largest=largest)]
+    return [OpCost("between scales", QUANTIZER, batch * macs, FLOAT32 * count[QUANTIZER], largest=largest)]
 
 
 def cache_bytes(config: TransformerConfig, rows: int, positions: int) -> int:
@@ -332,12 +334,16 @@ def full_cache_bytes(experiment: HartExperiment, batch: int, *, guided: bool = T
 
 
 def savings(experiment: HartExperiment, batch: int) -> dict[str, int]:
-    """MACs, with guidance, that drawing can do without; the last three change the rounding, and exclude each other."""
+    """MACs, with guidance, that sampling can do without; the last three change the rounding, and exclude each other."""
     config, head = experiment.transformer, experiment.transformer.diffusion
     width, positions = config.width, config.patch_nums[-1] ** 2
     one_position = dataclasses.replace(experiment, transformer=dataclasses.replace(config, context_tokens=1))
     context, alike = (
-        sum(work.macs for work in drawing(each, 1, guided=False) if work.step == CONTEXT and work.part != TOKEN_HEAD)
+        sum(
+            cost.macs
+            for cost in sampling_costs(each, 1, guided=False)
+            if cost.step == CONTEXT and cost.part != TOKEN_HEAD
+        )
         for each in (experiment, one_position)
     )
     unused = (config.context_tokens - 1) * (2 * width * (width + config.context_tokens) + 3 * width * config.mlp_width)

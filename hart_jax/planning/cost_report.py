@@ -1,4 +1,4 @@
-"""What drawing one batch of images takes, by part and by step, and the least time that it takes on a chip.
+"""What sampling one batch of images takes, by part and by step, and the least time that it takes on a chip.
 
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
@@ -25,12 +25,12 @@ from hart_jax.planning.cost_model import (
     OUT,
     PARTS,
     QKV,
+    OpCost,
     TextSize,
-    Work,
-    drawing,
     full_cache_bytes,
     params,
     read_text_size,
+    sampling_costs,
     savings,
 )
 
@@ -75,24 +75,24 @@ class Roofline:
         return "compute" if self.compute >= self.memory else "memory"
 
 
-def roofline(works: Iterable[Work], chip: Chip) -> Roofline:
-    """Of work that is done at the same time."""
-    works = list(works)
-    moved = sum(work.weights + work.cache for work in works)
-    return Roofline(2 * sum(work.macs for work in works) / chip.flops, moved / chip.bandwidth)
+def roofline(costs: Iterable[OpCost], chip: Chip) -> Roofline:
+    """Of what is done at the same time."""
+    costs = list(costs)
+    moved = sum(cost.weights + cost.cache for cost in costs)
+    return Roofline(2 * sum(cost.macs for cost in costs) / chip.flops, moved / chip.bandwidth)
 
 
-def grouped(works: Iterable[Work], key: Callable[[Work], str]) -> dict[str, list[Work]]:
-    """Work by step or by part, in the order of first appearance."""
-    groups: dict[str, list[Work]] = {}
-    for work in works:
-        groups.setdefault(key(work), []).append(work)
+def grouped(costs: Iterable[OpCost], key: Callable[[OpCost], str]) -> dict[str, list[OpCost]]:
+    """Costs by step or by part, in the order of first appearance."""
+    groups: dict[str, list[OpCost]] = {}
+    for cost in costs:
+        groups.setdefault(key(cost), []).append(cost)
     return groups
 
 
-def least_seconds(works: Iterable[Work], chip: Chip) -> float:
+def least_seconds(costs: Iterable[OpCost], chip: Chip) -> float:
     """Of steps one after the other."""
-    return sum(roofline(group, chip).seconds for group in grouped(works, lambda work: work.step).values())
+    return sum(roofline(group, chip).seconds for group in grouped(costs, lambda cost: cost.step).values())
 
 
 def _si(value: float, digits: int = 4) -> str:
@@ -125,28 +125,28 @@ def _title(experiment: HartExperiment, batch: int) -> str:
     )
 
 
-def _sum(works: Iterable[Work], field: str) -> int:
-    return sum(getattr(work, field) for work in works)
+def _sum(costs: Iterable[OpCost], field: str) -> int:
+    return sum(getattr(cost, field) for cost in costs)
 
 
 def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -> str:
     """Tables by part and by step, what memory holds, what can be saved."""
     count = params(experiment, text)
-    conditional, both = (drawing(experiment, batch, guided=guided, text=text) for guided in (False, True))
+    conditional, both = (sampling_costs(experiment, batch, guided=guided, text=text) for guided in (False, True))
 
-    def by_part(part: str, works: list[Work]) -> list[Work]:
-        return works if part == "all" else [work for work in works if work.part == part]
+    def by_part(part: str, costs: list[OpCost]) -> list[OpCost]:
+        return costs if part == "all" else [cost for cost in costs if cost.part == part]
 
     def part_row(part: str) -> tuple[object, ...]:
         one, two = by_part(part, conditional), by_part(part, both)
         macs, doubled = _sum(one, "macs"), _sum(two, "macs")
         parameters = sum(count.values()) if part == "all" else count.get(part, 0)
         figures = (parameters, macs, doubled - macs, doubled, 2 * doubled, _sum(two, "weights"), _sum(two, "cache"))
-        return part, *map(_si, figures), _si(max(work.largest for work in two))
+        return part, *map(_si, figures), _si(max(cost.largest for cost in two))
 
-    def step_row(step: str, works: list[Work]) -> tuple[object, ...]:
-        flops = [2 * _sum((w for w in works if w.part in parts), "macs") for parts in ((QKV, OUT, MLP), (ATTENTION,))]
-        total, moved = 2 * _sum(works, "macs"), _sum(works, "weights") + _sum(works, "cache")
+    def step_row(step: str, costs: list[OpCost]) -> tuple[object, ...]:
+        flops = [2 * _sum((w for w in costs if w.part in parts), "macs") for parts in ((QKV, OUT, MLP), (ATTENTION,))]
+        total, moved = 2 * _sum(costs, "macs"), _sum(costs, "weights") + _sum(costs, "cache")
         return step, *map(_si, (*flops, total - sum(flops), total, moved)), f"{total / moved:.0f}"
 
     text_missing = text is None and not experiment.transformer.num_classes
@@ -154,7 +154,7 @@ def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -
     held = BFLOAT16 * sum(count.values())
     cache = [_si(full_cache_bytes(experiment, batch, guided=guided)) for guided in (True, False)]
     parts = [part for part in PARTS if by_part(part, both)]
-    steps = {**grouped(both, lambda work: work.step), "all": both}
+    steps = {**grouped(both, lambda cost: cost.step), "all": both}
     total = 2 * _sum(both, "macs")
     saved = [(name, _si(2 * macs), f"{2 * macs / total:.2%}") for name, macs in savings(experiment, batch).items()]
     lines = [
@@ -174,44 +174,44 @@ def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -
 
 def roofline_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> str:
     """The least milliseconds on each chip by step and by part, "c" where FLOPs and "m" where memory takes longest."""
-    works = drawing(experiment, batch, text=text)
+    costs = sampling_costs(experiment, batch, text=text)
     count = params(experiment, text)
     held = BFLOAT16 * sum(count.values()) + full_cache_bytes(experiment, batch)
 
-    def cell(works: list[Work], chip: Chip) -> str:
-        least = roofline(works, chip)
+    def cell(costs: list[OpCost], chip: Chip) -> str:
+        least = roofline(costs, chip)
         return f"{_ms(least.seconds)} {least.bound[0]}"
 
-    def part_cell(works: list[Work], chip: Chip) -> str:
+    def part_cell(costs: list[OpCost], chip: Chip) -> str:
         """Steps come one after the other; the letter is what takes longest in most of the time."""
-        rooflines = [roofline(group, chip) for group in grouped(works, lambda work: work.step).values()]
+        rooflines = [roofline(group, chip) for group in grouped(costs, lambda cost: cost.step).values()]
         total, compute = sum(f.seconds for f in rooflines), sum(f.seconds for f in rooflines if f.bound == "compute")
         return f"{_ms(total)} {'c' if compute >= total / 2 else 'm'}"
 
     rows: list[tuple[object, ...]] = []
-    for step, group in grouped(works, lambda work: work.step).items():
+    for step, group in grouped(costs, lambda cost: cost.step).items():
         rows.append((step, *(cell(group, chip) for chip in chips.values())))
-    least = {name: least_seconds(works, chip) for name, chip in chips.items()}
+    least = {name: least_seconds(costs, chip) for name, chip in chips.items()}
     rows.append(("all steps, ms", *(_ms(seconds) for seconds in least.values())))
     rows.append(("images/s at most", *(f"{batch / seconds:.3g}" for seconds in least.values())))
     fits = ("yes" if held <= chip.memory else f"no: {chip.memory / 1e9:.0f} GB" for chip in chips.values())
     rows.append((f"weights and cache fit ({held / 1e9:.1f} GB)", *fits))
     lines = [_title(experiment, batch), "", *_table(("step, ms", *chips), rows), ""]
-    by_part = grouped(works, lambda work: work.part).items()
+    by_part = grouped(costs, lambda cost: cost.part).items()
     rows = [(part, *(part_cell(group, chip) for chip in chips.values())) for part, group in by_part]
     return "\n".join([*lines, *_table(("part, ms", *chips), rows)])
 
 
 def as_dict(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> dict[str, object]:
     """Everything for a program: MACs, bytes and seconds."""
-    both = drawing(experiment, batch, text=text)
+    both = sampling_costs(experiment, batch, text=text)
     return {
         "image_size": experiment.tokenizer.image_size,
         "batch_size": batch,
         "params": params(experiment, text),
-        "work": [dataclasses.asdict(work) for work in both],
+        "work": [dataclasses.asdict(cost) for cost in both],
         "work_without_guidance": [
-            dataclasses.asdict(work) for work in drawing(experiment, batch, guided=False, text=text)
+            dataclasses.asdict(cost) for cost in sampling_costs(experiment, batch, guided=False, text=text)
         ],
         "text_encoder_counted": text is not None,
         "cache_bytes": full_cache_bytes(experiment, batch),
@@ -236,7 +236,7 @@ def _chips(names: list[str]) -> dict[str, Chip]:
 
 def main() -> None:
     # Here, because other commands have flags of these names and tests import them all.
-    batch_size = flags.DEFINE_list("batch_size", ["1"], "Images drawn at a time; several sizes: a report for each.")
+    batch_size = flags.DEFINE_list("batch_size", ["1"], "Images sampled at a time; several sizes: a report for each.")
     chip_names = flags.DEFINE_list("chips", [], f"Prints the least time on these instead: some of {', '.join(CHIPS)}.")
     as_json = flags.DEFINE_bool("json", False, "Prints one JSON object instead of tables.")
     hart_flags.parse()

@@ -1,4 +1,4 @@
-"""Formulas for what drawing takes, against a count of the traced functions; nothing of full size is computed."""
+"""Formulas for what sampling takes, against a count of the traced functions; nothing of full size is computed."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from hart_jax.errors import UserError
 from hart_jax.nn.flop_counter import flops_of
 from hart_jax.parallel.chips import Chip
 from hart_jax.planning import cost_model
-from hart_jax.planning.cost_model import TextSize, Work, drawing, params, passes, read_text_size, savings
+from hart_jax.planning.cost_model import OpCost, TextSize, params, passes, read_text_size, sampling_costs, savings
 from hart_jax.planning.cost_report import (
     Roofline,
     least_seconds,
@@ -177,22 +177,22 @@ PARTS_OF = {
 }
 
 
-def macs_in(works: list[Work], *parts: str) -> int:
-    return sum(one.macs for one in works if one.part in parts)
+def macs_in(costs: list[OpCost], *parts: str) -> int:
+    return sum(one.macs for one in costs if one.part in parts)
 
 
 @pytest.mark.parametrize("name", [*TINY, *FULL])
 def test_macs_of_each_part_are_those_traced(name):
     config = experiment(name)
-    works, saved = drawing(config, BATCH), savings(config, BATCH)
-    expected = {group: macs_in(works, *parts) for group, parts in PARTS_OF.items()}
+    costs, saved = sampling_costs(config, BATCH), savings(config, BATCH)
+    expected = {group: macs_in(costs, *parts) for group, parts in PARTS_OF.items()}
     # What the modules do without.
     expected["diffusion"] -= saved["the diffusion head's time embedding once per step, not per token"]
     expected["decoder"] -= saved["upsampling convolutions as four of 2x2 before doubling"]
     assert expected == traced_parts(config, BATCH)
 
 
-DRAWINGS = {
+SAMPLINGS = {
     "text": tiny(),
     "classes": tiny("classes"),
     "masked iterations": tiny(masked_iterations=3),
@@ -200,9 +200,9 @@ DRAWINGS = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
-def test_a_whole_drawing_takes_that_less_what_is_saved(name):
-    config = DRAWINGS[name]
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_whole_sampling_takes_that_less_what_is_saved(name):
+    config = SAMPLINGS[name]
     model = config.transformer
     hart, tokenizer = Hart(model, attention="reference"), Tokenizer(config.tokenizer)
     weights = {"transformer": abstract_transformer(model), "tokenizer": abstract_tokenizer(config.tokenizer)}
@@ -211,14 +211,14 @@ def test_a_whole_drawing_takes_that_less_what_is_saved(name):
         return generate(hart, tokenizer, weights, condition, KeyedNoise.of(0, indices), config.sample).image
 
     whole = macs_of(draw, weights, condition_shape(model, BATCH), shape(BATCH, dtype=jnp.int32))
-    counted = sum(one.macs for one in drawing(config, BATCH))
+    counted = sum(one.macs for one in sampling_costs(config, BATCH))
     assert counted - sum(list(savings(config, BATCH).values())[:-2]) <= whole < counted
 
 
 @pytest.mark.parametrize("name", [*TINY, "hart_0p7b_1024"])
-def test_guidance_doubles_the_transformer_and_pictures_add_up(name):
+def test_guidance_doubles_the_transformer_and_images_add_up(name):
     config = experiment(name)
-    one, both, many = drawing(config, 1, guided=False), drawing(config, 1), drawing(config, BATCH)
+    one, both, many = sampling_costs(config, 1, guided=False), sampling_costs(config, 1), sampling_costs(config, BATCH)
     # The level's embedding is one row for all.
     shared = (cost_model.EMBEDDINGS, cost_model.QUANTIZER, cost_model.DECODER, cost_model.DECODER_ATTENTION)
     for part in set(cost_model.PARTS) - {cost_model.EMBEDDINGS}:
@@ -277,12 +277,12 @@ def test_a_text_encoders_folder(tmp_path):
 def test_modules_that_hooks_see_make_the_published_macs(name, published):
     """docs/performance.md says why these parts; the paper's figures have two and three digits."""
     seen = (cost_model.EMBEDDINGS, cost_model.OUT, cost_model.MLP, cost_model.TOKEN_HEAD, cost_model.DIFFUSION)
-    assert macs_in(drawing(experiment(name), 1), *seen) == pytest.approx(published, rel=0.006)
+    assert macs_in(sampling_costs(experiment(name), 1), *seen) == pytest.approx(published, rel=0.006)
 
 
 def test_floor():
     chip = Chip(memory=100, flops=10.0, bandwidth=5.0, link=1.0, network=1.0)
-    busy, reading = Work("a", "x", macs=20, weights=5), Work("b", "x", macs=5, weights=5, cache=15)
+    busy, reading = OpCost("a", "x", macs=20, weights=5), OpCost("b", "x", macs=5, weights=5, cache=15)
     assert (roofline([busy], chip), roofline([reading], chip)) == (Roofline(4.0, 1.0), Roofline(1.0, 4.0))
     assert [roofline([one], chip).bound for one in (busy, reading)] == ["compute", "memory"]
     assert roofline([busy, reading], chip).seconds == 5.0

