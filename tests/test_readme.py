@@ -48,7 +48,7 @@ def commands_in(line: str) -> list[str]:
 
 
 COMMANDS = sorted({(page.name, command) for page in PAGES for line in lines_of(page) for command in commands_in(line)})
-RUN_HERE = "python sample.py --config=configs/emoji"
+RUN_HERE = ("python sample.py --config=configs/emoji", "python sample.py --checkpoint=assets/emoji")
 SAMPLING = sorted({command for _, command in COMMANDS if command.startswith(RUN_HERE)})
 
 
@@ -64,6 +64,14 @@ def test_sampling_commands_run(command, tmp_path):
     run = run_python("sample.py", *arguments, f"--out={tmp_path}")
     assert run.returncode == 0, run.stderr
     assert list(tmp_path.glob("*.png"))
+
+
+def test_snippets_of_the_api_run():
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL):
+        shapes = re.findall(r"^(\w+) = .*  # .*?(\(\d[\d, ]*\))", snippet, re.MULTILINE)
+        assert shapes
+        run = run_python("-c", snippet + "".join(f"\nprint({name}.shape)" for name, _ in shapes))
+        assert run.stdout.split("\n")[: len(shapes)] == [shape for _, shape in shapes], run.stderr
 
 
 def test_the_notebook_snippet_runs():
