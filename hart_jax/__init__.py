@@ -9,19 +9,37 @@ What is offered here is described in docs/api.md, and imported when it is first 
 import importlib
 from typing import Any
 
+# Public names, by the module that has them.
 _PUBLIC = {
-    "load": "hart_jax.sampling.pipeline",
-    "load_model": "hart_jax.checkpoints.load",
-    "Pipeline": "hart_jax.sampling.pipeline",
-    "Model": "hart_jax.checkpoints.model_folder",
-    "Hart": "hart_jax.transformer.model",
-    "Tokenizer": "hart_jax.tokenizer.model",
-    "SampleConfig": "hart_jax.config",
-    "TokenizerConfig": "hart_jax.config",
-    "TransformerConfig": "hart_jax.config",
-    "read_experiment": "hart_jax.config",
-    "use_compilation_cache": "hart_jax.sampling.pipeline",
-    "UserError": "hart_jax.errors",
+    name: module
+    for module, names in {
+        "hart_jax.sampling.pipeline": "load Pipeline use_compilation_cache",
+        "hart_jax.sampling.sampler": "make_sampler",
+        "hart_jax.checkpoints.load": "load_model",
+        "hart_jax.checkpoints.model_folder": (
+            "Model abstract_tokenizer abstract_transformer read_model read_tokenizer write_model"
+        ),
+        "hart_jax.checkpoints.convert.released": "read_released",
+        "hart_jax.config": "SampleConfig TokenizerConfig TransformerConfig read_experiment",
+        "hart_jax.tokenizer.model": "Tokenizer",
+        "hart_jax.tokenizer.resize": "area",
+        "hart_jax.transformer.model": "Hart",
+        "hart_jax.transformer.attention": "scale_causal_segments",
+        "hart_jax.transformer.attention_weights": "attention_weights",
+        "hart_jax.text.conditioning": "conditioner_of",
+        "hart_jax.data.mjhq": "read_folder",
+        "hart_jax.data.pipeline": "square_image",
+        "hart_jax.data.shards": "write_shards",
+        "hart_jax.training.hart_task": "HartTask",
+        "hart_jax.training.loop": "run",
+        "hart_jax.training.metrics": "read_metrics",
+        "hart_jax.parallel.mesh": "Placement",
+        "hart_jax.evaluation.reconstruction": "psnr",
+        "hart_jax.io.images": "from_uint8 grid to_uint8",
+        "hart_jax.errors": "UserError",
+        "pallas_kernels.attention.mask": "segment_ends",
+    }.items()
+    for name in names.split()
 }
 __all__ = list(_PUBLIC)
 
