@@ -51,7 +51,7 @@ def test_class_conditional_training_export_and_sampling(folder, config):
     assert load_params(run)["class_embed"].shape == (3, 16)
     exported = command("-m", "hart_jax.checkpoints.export", "--workdir", str(run), "--out", str(model))
     assert exported.returncode == 0, exported.stderr
-    assert sorted(path.name for path in model.iterdir()) == ["tokenizer", "transformer"]
+    assert sorted(path.name for path in model.iterdir()) == ["sampling.json", "tokenizer", "transformer"]
     assert read_model(model).classes == read_classes(run) == ("animals", "things")
     sample = ["sample.py", f"--config={config}", *CLASSES, f"--checkpoint={model}", f"--out={out}"]
     drawn = command(*sample, "--labels=1,0")
