@@ -12,10 +12,10 @@ from flax import traverse_util
 
 from hart_jax.checkpoints.model_folder import abstract_transformer
 from hart_jax.config import OptimizerConfig
+from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.training.state import (
     Optimizer,
     apply_gradients,
-    compute_dtype,
     learning_rate_schedule,
     make_optimizer,
     new_state,
