@@ -14,13 +14,16 @@ from hart_jax.io.files import check_readable, read_json, write_whole
 from hart_jax.io.paths import as_path
 
 CLASSES = "classes.json"
+# What a shard folder says of itself, its categories among it.
+DATASET_FILE = "dataset.json"
 
 
 def class_names(folders: Sequence[str | Path]) -> tuple[str, ...]:
     """Those of training shards, as training numbers them; none where a folder is gone or has no categories."""
-    if not folders or not all((as_path(folder) / "dataset.json").is_file() for folder in folders):
+    files = [as_path(folder) / DATASET_FILE for folder in folders]
+    if not files or not all(file.is_file() for file in files):
         return ()
-    return merged([read_json(local_copy(as_path(folder) / "dataset.json")).get("categories", []) for folder in folders])
+    return merged([read_json(local_copy(file)).get("categories", []) for file in files])
 
 
 def merged(categories: Sequence[Sequence[str]]) -> tuple[str, ...]:

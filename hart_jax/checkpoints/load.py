@@ -11,7 +11,6 @@ from hart_jax.config import (
     SampleConfig,
     TokenizerConfig,
     TransformerConfig,
-    experiment_from,
 )
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
@@ -27,8 +26,7 @@ def load_model(path: str | Path, cache: bool = True) -> Model:
       UserError: the path holds none of them, or a damaged one.
     """
     path = _model_path(path)
-    if (path / "checkpoints").is_dir():
-        # Here, because Orbax takes seconds to import and only workdirs need it.
+    if _is_workdir(path):
         from hart_jax.checkpoints.workdir import read_workdir
 
         return read_workdir(path)
@@ -45,13 +43,10 @@ def read_experiment_of(path: str | Path) -> HartExperiment:
       UserError: the path holds no model, a damaged one, or a tokenizer alone.
     """
     path = _model_path(path)
-    if (path / "checkpoints").is_dir():
-        from hart_jax.checkpoints.orbax import load_config
+    if _is_workdir(path):
+        from hart_jax.checkpoints.workdir import read_hart_experiment
 
-        experiment = experiment_from(load_config(path))
-        if not isinstance(experiment, HartExperiment):
-            raise UserError(f"{path}: this workdir trains a tokenizer; give the workdir of a transformer")
-        return experiment
+        return read_hart_experiment(path)
     folder, sampling = local_copy(path), None
     if is_released(folder):
         tokenizer, transformer = read_configs(folder)
@@ -70,6 +65,11 @@ def _model_path(path: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
     return path
+
+
+def _is_workdir(path: Path) -> bool:
+    # Not by `hart_jax.checkpoints.workdir`, which is imported only for one: Orbax takes seconds to import.
+    return (path / "checkpoints").is_dir()
 
 
 def check_model(model: Model, experiment: HartExperiment, source: str | Path) -> None:

@@ -99,15 +99,21 @@ def load_transformer(source: str | Path, expected: TransformerConfig) -> Any:
     return params
 
 
+def read_hart_experiment(path: str | Path) -> HartExperiment:
+    """What a transformer's workdir was started with; `UserError` for one of another kind of run."""
+    experiment = experiment_from(load_config(path))
+    if not isinstance(experiment, HartExperiment):
+        raise UserError(f"{path}: this workdir trains a tokenizer; give the workdir of a transformer")
+    return experiment
+
+
 def read_workdir(path: str | Path, which: str = "ema") -> Model:
     """The model of a transformer's workdir: its latest averaged parameters with the tokenizer and text encoder it uses.
 
     Raises:
       UserError: no checkpoint, or one of another kind of run.
     """
-    experiment = experiment_from(load_config(path))
-    if not isinstance(experiment, HartExperiment):
-        raise UserError(f"{path}: this workdir trains a tokenizer; give the workdir of a transformer")
+    experiment = read_hart_experiment(path)
     params = load_params(path, which)
     check_tree(params, abstract_transformer(experiment.transformer), f"transformer checkpoint in {path}")
     tokenizer = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)

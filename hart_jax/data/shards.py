@@ -33,7 +33,7 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from hart_jax.checkpoints.class_names import merged
+from hart_jax.checkpoints.class_names import DATASET_FILE, merged
 from hart_jax.data.caption_column import CaptionColumn, caption_line, open_column
 from hart_jax.data.check_images import aspect, checked, decode, pool_of
 from hart_jax.data.mjhq import Example, read_folder
@@ -54,7 +54,6 @@ from hart_jax.io.ownership import OWNER_FILE, owned
 from hart_jax.io.paths import as_path, is_remote
 
 FORMAT = 1
-DATASET_FILE = "dataset.json"
 CHECKSUM_FILE = "SHA256SUMS"
 UNFINISHED_FILE = "unfinished.json"
 

@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from hart_jax.checkpoints.class_names import DATASET_FILE
 from hart_jax.data.image_files import rgb_image, square_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
-from hart_jax.data.shards import DATASET_FILE, RecordSource, checksums
+from hart_jax.data.shards import RecordSource, checksums
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.images import read_png_metadata

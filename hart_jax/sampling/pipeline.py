@@ -292,9 +292,7 @@ def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Pipeline:
       UserError: no such model, an unknown setting, or a value that does not fit.
     """
     model = load_model(path, cache)
-    settings = SampleConfig.from_dict({**model.sample_config.to_dict(), **changes})
-    settings.check_fits(model.tokenizer_config)
-    return Pipeline(model, settings)
+    return Pipeline(model, SampleConfig.from_dict({**model.sample_config.to_dict(), **changes}))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

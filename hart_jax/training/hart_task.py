@@ -188,10 +188,4 @@ class HartTask:
         rows = jax.device_get(self._conditioner(prompts)), np.arange(count, dtype=np.int32)
         condition, indices = self._placement.filled(rows)
         images = self._program.grid(params, condition, 0, indices, count)
-        return {
-            "samples": grid(
-                to_uint8(on_host(images)),
-                columns=8,
-                captions=list(map(str, prompts)),
-            )
-        }
+        return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=list(map(str, prompts)))}
