@@ -28,8 +28,8 @@ def block_programs(
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     from hart_jax.planning.topology import read_topology
-    from hart_jax.transformer.attention import scale_causal_segments
     from hart_jax.transformer.block import Block
+    from hart_jax.transformer.mask import scale_causal_segments
 
     found = read_topology(topology)
     devices, chip = found.devices, found.chip

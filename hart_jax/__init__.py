@@ -15,6 +15,7 @@ _PUBLIC = {
     for module, names in {
         "hart_jax.sampling.pipeline": "load Pipeline use_compilation_cache",
         "hart_jax.sampling.sampler": "make_sampler",
+        "hart_jax.sampling.rules": "Rules",
         "hart_jax.checkpoints.load": "load_model",
         "hart_jax.checkpoints.model_folder": (
             "Model abstract_tokenizer abstract_transformer read_model read_tokenizer write_model"
@@ -24,7 +25,7 @@ _PUBLIC = {
         "hart_jax.tokenizer.model": "Tokenizer",
         "hart_jax.tokenizer.resize": "area",
         "hart_jax.transformer.model": "Hart",
-        "hart_jax.transformer.attention": "scale_causal_segments",
+        "hart_jax.transformer.mask": "Mask scale_causal_segments",
         "hart_jax.transformer.attention_weights": "attention_weights",
         "hart_jax.text.conditioning": "conditioner_of",
         "hart_jax.data.mjhq": "read_folder",

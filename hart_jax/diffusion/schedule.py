@@ -6,6 +6,7 @@ Rows are tokens: x, noise (N, C). Targets are divided by RESIDUAL_SCALE before, 
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -156,3 +157,33 @@ def sample_residual(
     times = jnp.asarray(schedule.timesteps[::-1].copy(), jnp.int32)
     x_MC, _ = jax.lax.scan(step, x_MC, (descending, times, step_noise_SMC))
     return x_MC * RESIDUAL_SCALE
+
+
+class Objective(Protocol):
+    """How the head learns residuals and samples them; hashable, as a part of `Hart`."""
+
+    def loss(
+        self, network: Network, target_NC: jax.Array, z_NW: jax.Array, t_N: jax.Array, noise_NC: jax.Array
+    ) -> DiffusionLoss:
+        """As `diffusion_loss`; `t` are whole numbers, 0..999, evenly drawn."""
+        ...
+
+    def sample(
+        self,
+        network: Network,
+        z_MW: jax.Array,
+        init_noise_NC: jax.Array,
+        step_noise_SMC: jax.Array | None,
+        cfg: float | jax.Array,
+        steps: int,
+    ) -> jax.Array:
+        """As `sample_residual`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """HART's objective."""
+
+    loss = staticmethod(diffusion_loss)
+    sample = staticmethod(sample_residual)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from hart_jax.config import SampleConfig
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise
+from hart_jax.sampling.rules import HART_RULES, Rules
 from hart_jax.sampling.sampler import Params, Sampler, Sampling
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.block import Block, KVCache
+from hart_jax.transformer.mask import DenseMask
 from hart_jax.transformer.model import Hart
 
 # Told of every stage of a layered run, when it is over: its name, its settings and its seconds.
@@ -43,8 +45,15 @@ class LayerwiseSampling(Sampling):
     A cache is a list of one for each layer.
     """
 
-    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, watch: Watch | None = None):
-        super().__init__(hart, tokenizer, settings)
+    def __init__(
+        self,
+        hart: Hart,
+        tokenizer: Tokenizer,
+        settings: SampleConfig,
+        watch: Watch | None = None,
+        rules: Rules = HART_RULES,
+    ):
+        super().__init__(hart, tokenizer, settings, rules)
         self._watch = watch
         self._programs: dict[Any, Callable[..., Any]] = {}
         for name in _STEPS:
@@ -79,27 +88,31 @@ class LayerwiseSampling(Sampling):
         one, dtype = dataclasses.replace(self._config, depth=1), self._hart.dtype or jnp.float32
         return [KVCache.empty(one, rows, positions, dtype) for _ in range(self._config.depth)]
 
-    def _blocks(self, params: Params, x, cos_sin, pooled, cache: Any, *, start: int, keep: bool = True):
+    def _blocks(self, params: Params, x, cos_sin, pooled, cache: Any, *, start: int, keep=True, seen=None):
         # A layer's cache is written in place.
-        block, caches = self._program(self.block, ("cache",), start=start, keep=keep), []
+        block, caches = self._program(self.block, ("cache",), start=start, keep=keep, seen=seen), []
         for weights, part in zip(params["transformer"]["layers"], cache, strict=True):
             x, part = block(weights, x, cos_sin, pooled, cache=part)
             caches.append(part)
         return x, caches
 
-    def block(self, weights, x, cos_sin, pooled, cache: KVCache, start: int, keep: bool):
+    def block(self, weights, x, cos_sin, pooled, cache: KVCache, start: int, keep: bool, seen: DenseMask | None):
         """One block, whose cache is its own alone."""
         hart = self._hart
-        block = Block(self._config, None, start, hart.dtype, hart.attention)
+        block = Block(self._config, seen, start, hart.dtype, hart.attention)
         x, new = block.apply({"params": weights}, x, jnp.int32(0), cos_sin, pooled, cache)
         return x, cache.append(start, jax.tree.map(lambda own: own[None], new)) if keep else cache
 
 
 def make_layered_sampler(
-    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, watch: Watch | None = None
+    hart: Hart,
+    tokenizer: Tokenizer,
+    settings: SampleConfig,
+    watch: Watch | None = None,
+    rules: Rules = HART_RULES,
 ) -> Sampler:
     """As `make_sampler`, layer by layer, on `split_layers` of the parameters; it waits for each stage to `watch`."""
-    sampling = LayerwiseSampling(hart.clone(attention=settings.attention), tokenizer, settings, watch)
+    sampling = LayerwiseSampling(hart.clone(attention=settings.attention), tokenizer, settings, watch, rules)
 
     def sample(params, condition, seed, indices_B):
         out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)

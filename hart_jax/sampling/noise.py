@@ -19,8 +19,8 @@ class Noise(Protocol):
         """Gumbel noise of smooth sampling."""
         ...
 
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
-        """The order of the last scale's positions, a permutation per sample."""
+    def order(self, shape_Bl: tuple[int, ...], scale: int | None = None) -> jax.Array:
+        """The order of a scale's positions, a permutation per sample; None: of the last scale's."""
         ...
 
     def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:
@@ -53,8 +53,8 @@ class KeyedNoise:
     def smooth(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
         return self._draw(2 * scale + 1, lambda key: jax.random.gumbel(key, shape_BlV[1:]))
 
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
-        return self._draw(1000, lambda key: jax.random.permutation(key, shape_Bl[1]))
+    def order(self, shape_Bl: tuple[int, ...], scale: int | None = None) -> jax.Array:
+        return self._draw(1000 if scale is None else 2000 + scale, lambda key: jax.random.permutation(key, shape_Bl[1]))
 
     def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:
         return self._draw(1001, lambda key: jax.random.normal(key, shape_BlC[1:]))
@@ -78,7 +78,7 @@ class GivenNoise:
     def smooth(self, scale: int, shape_BlV: tuple[int, ...]) -> jax.Array:
         raise ValueError("given noise has none for smooth sampling")
 
-    def order(self, shape_Bl: tuple[int, ...]) -> jax.Array:
+    def order(self, shape_Bl: tuple[int, ...], scale: int | None = None) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(shape_Bl[1]), shape_Bl)
 
     def init(self, shape_BlC: tuple[int, ...]) -> jax.Array:

@@ -19,6 +19,7 @@ import numpy as np
 from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import Model, boxed_transformer
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TransformerConfig
+from hart_jax.diffusion.schedule import Diffusion, Objective
 from hart_jax.errors import UserError
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.images import to_uint8
@@ -28,11 +29,13 @@ from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
+from hart_jax.sampling.rules import HART_RULES, Rules
 from hart_jax.sampling.sampler import Sampler, make_sampler
 from hart_jax.text.conditioning import conditioner_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.transformer.mask import Mask, ScaleCausal
 from hart_jax.transformer.model import Hart
 
 # A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.
@@ -127,6 +130,7 @@ class Pipeline:
 
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Pictures are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
+    `rules` are the sampler's; `mask` and `objective` must be those that the model was trained with, None for HART's.
     """
 
     def __init__(
@@ -137,6 +141,10 @@ class Pipeline:
         system_prompt: str | Path | None = None,
         mesh: MeshConfig | None = None,
         devices: Sequence[jax.Device] | None = None,
+        *,
+        rules: Rules = HART_RULES,
+        mask: Mask | None = None,
+        objective: Objective | None = None,
     ):
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
         placement = sampling_placement(mesh or MeshConfig(), config, devices)
@@ -149,11 +157,12 @@ class Pipeline:
         self._at_once = sys.maxsize
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
-        networks = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype)
+        hart = Hart(config, dtype, mask=mask or ScaleCausal(), objective=objective or Diffusion())
+        networks = hart, Tokenizer(model.tokenizer_config, dtype)
         self._sample: Sampler = (
-            make_layered_sampler(*networks, settings)
+            make_layered_sampler(*networks, settings, rules=rules)
             if self._layered
-            else make_sampler(*networks, settings, self._placement)
+            else make_sampler(*networks, settings, self._placement, rules)
         )
         with _weights_fit():
             with jax.default_device(self._devices[0]):
@@ -282,17 +291,27 @@ def _weights_fit() -> Iterator[None]:
         ) from error
 
 
-def load(path: str | Path, *, cache: bool = True, **changes: Any) -> Pipeline:
+def load(
+    path: str | Path,
+    *,
+    cache: bool = True,
+    rules: Rules = HART_RULES,
+    mask: Mask | None = None,
+    objective: Objective | None = None,
+    **changes: Any,
+) -> Pipeline:
     """A pipeline of the model at a path (see `load_model`), with the sampling settings that it brings along.
 
     Args:
+      rules: of the sampler; `mask` and `objective`: those that the model was trained with. See `Pipeline`.
       changes: of the settings, by name: `load("assets/emoji", cfg=3.0, temperature=1.0)`; see `SampleConfig`.
 
     Raises:
       UserError: no such model, an unknown setting, or a value that does not fit.
     """
     model = load_model(path, cache)
-    return Pipeline(model, SampleConfig.from_dict({**model.sample_config.to_dict(), **changes}))
+    settings = SampleConfig.from_dict({**model.sample_config.to_dict(), **changes})
+    return Pipeline(model, settings, rules=rules, mask=mask, objective=objective)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,8 +1,14 @@
-"""Rules of sampling: which codes stay, and how many positions an iteration fills (SPEC.md section 3)."""
+"""Rules of sampling: which codes stay, how strong guidance is, what an iteration fills (SPEC.md section 3)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hart_jax.config import SampleConfig
 
 
 def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -44,3 +50,35 @@ def iteration_sizes(positions: int, iterations: int) -> list[int]:
         sizes.append(left - later)
         left = later
     return sizes
+
+
+def progress(scale: int, scales: int) -> float:
+    """0..1 over the scales; at the last one it stays what it was."""
+    return min(scale, scales - 2) / (scales - 1)
+
+
+def growing_guidance(settings: SampleConfig, scale: int, scales: int) -> float:
+    """t in (1 + t) cond - t uncond: none at the first scale, almost `cfg` at the last."""
+    return settings.cfg * progress(scale, scales)
+
+
+def iterations_of_the_last(settings: SampleConfig, scale: int, scales: int) -> int:
+    """`masked_iterations` at the last scale, one at the others."""
+    return settings.masked_iterations if scale == scales - 1 else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What of sampling is a rule rather than a number: HART's, unless another is given.
+
+    `guidance` gives t in (1 + t) cond - t uncond, and `iterations` in how many steps a scale's positions are filled, at
+    least 1, at most as many as there are; both are asked with (settings, scale, scales). `negative` is the condition
+    in place of nothing: text states (1, T, D) and mask (1, T) with the model's T, or a label (1,).
+    """
+
+    guidance: Callable[[SampleConfig, int, int], float] = growing_guidance
+    iterations: Callable[[SampleConfig, int, int], int] = iterations_of_the_last
+    negative: Any = None
+
+
+HART_RULES = Rules()

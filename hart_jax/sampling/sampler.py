@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import SampleConfig, TokenizerConfig
-from hart_jax.diffusion.schedule import sample_residual
 from hart_jax.nn.layers import num_shards, shard_batch
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
-from hart_jax.sampling.rules import iteration_sizes, keep_top
+from hart_jax.sampling.rules import HART_RULES, Rules, iteration_sizes, keep_top, progress
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
 from hart_jax.transformer.block import KVCache
+from hart_jax.transformer.mask import DenseMask
 from hart_jax.transformer.model import Context, Hart
 
 # Pictures of so many pixels are decoded at a time: one of 1024 px.
@@ -43,7 +43,13 @@ class Generated:
 
 
 def generate(
-    hart: Hart, tokenizer: Tokenizer, params: Params, condition: Condition, noise: Noise, settings: SampleConfig
+    hart: Hart,
+    tokenizer: Tokenizer,
+    params: Params,
+    condition: Condition,
+    noise: Noise,
+    settings: SampleConfig,
+    rules: Rules = HART_RULES,
 ) -> Generated:
     """Draws one picture per condition.
 
@@ -52,7 +58,7 @@ def generate(
       condition: (B,) labels, or text states (B, T, D) and mask (B, T).
       noise: `KeyedNoise`, or given arrays.
     """
-    return Sampling(hart, tokenizer, settings).run(params, condition, noise)
+    return Sampling(hart, tokenizer, settings, rules).run(params, condition, noise)
 
 
 class Sampling:
@@ -61,51 +67,49 @@ class Sampling:
     A step takes parameters, arrays, and settings by name. `hart_jax.sampling.layerwise` compiles each by itself.
     """
 
-    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig):
+    def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules = HART_RULES):
         settings.check_fits(hart.config)
-        self._hart, self._tokenizer, self._settings = hart, tokenizer, settings
+        self._hart, self._tokenizer, self._settings, self._rules = hart, tokenizer, settings, rules
         self._config, self._sides = hart.config, hart.config.patch_nums
+        scales = len(self._sides)
+        self._iterations = [rules.iterations(settings, scale, scales) for scale in range(scales)]
+        for side, iterations in zip(self._sides, self._iterations, strict=True):
+            if not 1 <= iterations <= side * side:
+                raise ValueError(f"rules.iterations gives {iterations} for a scale of {side} x {side} positions")
 
     def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
-        sides, iterations = self._sides, self._settings.masked_iterations
-        last = len(sides) - 1
+        sides, last = self._sides, len(self._sides) - 1
         context, cond, uncond = self.context(params, condition)
-        batch, filled = len(cond[0]), self._config.context_tokens
-        length = filled + self._config.num_tokens - 1
-        if iterations == 1:
+        length = self._config.context_tokens + self._config.num_tokens - 1
+        if self._iterations[last] == 1:
             # Nothing comes after the last scale that would see it.
             length -= sides[-1] ** 2
         hidden, cache = self._first(params, context, cond, uncond, length)
-        f_hat = jnp.zeros((batch, sides[-1], sides[-1], self._config.latent_channels))
-        indices: list[jax.Array] = []
-        logits: list[jax.Array] = []
-        for scale in range(last):
-            if scale:
-                x, cos_sin = self.scale_input(params, f_hat, context, scale=scale)
-                hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled)
-                filled += x.shape[1]
-            index, code, _, guided = self.choose(params, hidden, context, noise, None, scale=scale)
-            f_hat = self.add(params, f_hat, code, scale=scale)
+        f_hat = jnp.zeros((len(cond[0]), sides[-1], sides[-1], self._config.latent_channels))
+        index, code, guided = self._fill(params, hidden, context, noise, None, scale=0)
+        indices, logits = [index], [guided] if keep_logits else []
+        for scale in range(1, len(sides)):
+            f_hat = self.add(params, f_hat, code, scale=scale - 1)
+            (index, code, guided), cache = self._scale(params, f_hat, context, cache, noise, scale)
             indices.append(index)
             logits += [guided] if keep_logits else []
-        index, value, guided = self._last_scale(params, f_hat, context, cache, noise, filled)
-        indices.append(index)
-        logits += [guided] if keep_logits else []
         # A picture's latent and colours are small beside these.
         del cache, hidden, guided
-        f_hat, image = self.decode(params, f_hat, value)
+        f_hat, image = self.decode(params, f_hat, code)
         return Generated(tuple(indices), tuple(logits), f_hat, image)
 
     def context(self, params: Params, condition: Condition) -> tuple[Context, Any, Any]:
         """The doubled context, then (inputs, rotations, pooled) of the conditional and of the unconditional context.
 
         The latter is the same at all its positions, zero text with position ids 0, and for all samples: one stands for
-        all of them.
+        all of them. A negative condition has positions of its own.
         """
         config, apply = self._config, functools.partial(self._apply, params)
         cond = apply("embed_condition", condition)
         nothing: Condition = jnp.full((1,), config.num_classes)
-        if not config.num_classes:
+        if self._rules.negative is not None:
+            nothing = self._rules.negative
+        elif not config.num_classes:
             nothing = jnp.zeros((1, 1, config.context_dim), condition[0].dtype), jnp.ones((1, 1), jnp.int32)
         uncond = apply("embed_condition", nothing)
         batch = len(cond.tokens)
@@ -121,8 +125,9 @@ class Sampling:
         """The last context position's output (2B, 1, W), and a cache for `length` positions that holds the context."""
         hidden, caches = [], []
         for x, cos_sin, pooled in (cond, uncond):
-            cache = self._empty_cache(*x.shape[:2])
-            out, cache = self._blocks(params, x, cos_sin, pooled, cache, start=0)
+            cache, count = self._empty_cache(*x.shape[:2]), x.shape[1]
+            seen = self._hart.mask.of_last(count, (), count)
+            out, cache = self._blocks(params, x, cos_sin, pooled, cache, start=0, seen=seen)
             hidden.append(out)
             caches.append(cache)
         return self.last_position(params, *hidden), self._join(caches[0], caches[1], length)
@@ -157,9 +162,12 @@ class Sampling:
         *,
         start: int,
         keep: bool = True,
+        seen: DenseMask | None = None,
     ) -> tuple[jax.Array, Any]:
-        """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions."""
-        return self._apply(params, "blocks", x, cos_sin, pooled, cache=cache, cache_start=start, keep=keep)
+        """All blocks; `start` is where the cache ends, `keep` whether it takes the new positions, `seen` what of both
+        they see (None: all)."""
+        settings: dict[str, Any] = {"cache_start": start, "keep": keep, "segments": seen}
+        return self._apply(params, "blocks", x, cos_sin, pooled, cache=cache, **settings)
 
     def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
         side = self._sides[scale]
@@ -172,9 +180,9 @@ class Sampling:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Indices (B, l), what they add to the latent, the code (B, l, C) or its smooth version, the code itself, and
         the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
-        settings, ratio = self._settings, self._ratio(scale)
+        settings, ratio = self._settings, progress(scale, len(self._sides))
         cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
-        t = settings.cfg * ratio
+        t = self._guidance(scale)
         guided = (1 + t) * cond - t * uncond
         shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
         top_k = settings.top_k if scale < settings.late_scale else settings.top_k_late
@@ -214,29 +222,50 @@ class Sampling:
         images = jax.lax.map(decode, rounds).swapaxes(0, 1)
         return shard_batch(images.reshape(len(f_hat), *images.shape[3:]))
 
-    def _last_scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, filled: int):
-        """Indices, code plus residual (B, l, C) and guided logits of the last scale, in masked iterations."""
-        iterations = self._settings.masked_iterations
-        scale, count = len(self._sides) - 1, self._sides[-1] ** 2
+    def _scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, scale: int):
+        """Indices, what they add to the latent (B, l, C) and guided logits of a scale, in its iterations; the cache."""
+        before, count = self._filled(scale - 1), self._sides[scale] ** 2
+        start, iterations = self._config.context_tokens + sum(before), self._iterations[scale]
         x_all, cos_sin_all = self.scale_input(params, f_hat, context, scale=scale)
         if iterations == 1:
-            hidden, cache = self._blocks(params, x_all, cos_sin_all, context.pooled, cache, start=filled, keep=False)
-            return self.fill(params, hidden, context, noise, None)
-        order_Bl = self.order(params, f_hat, noise)
+            # Nothing comes after the last scale that would see it.
+            keep, seen = scale < len(self._sides) - 1, self._seen((*before, count), count)
+            hidden, cache = self._blocks(
+                params, x_all, cos_sin_all, context.pooled, cache, start=start, keep=keep, seen=seen
+            )
+            return self._fill(params, hidden, context, noise, None, scale), cache
+        order_Bl = self.order(params, f_hat, noise, scale=scale)
         parts, places = [], []
         # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
         end = count
         for size in iteration_sizes(count, iterations):
             at_Bl, x, cos_sin = self.part(params, order_Bl, x_all, cos_sin_all, begin=end - size, end=end)
-            end -= size
-            hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled)
-            filled += size
-            parts.append(self.fill(params, hidden, context, noise, at_Bl))
+            filled, end = start + count - end, end - size
+            seen = self._seen((*before, count - end), size)
+            hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled, seen=seen)
+            parts.append(self._fill(params, hidden, context, noise, at_Bl, scale))
             places.append(at_Bl)
-        return self.scatter(params, places, parts)
+        return self.scatter(params, places, parts), cache
 
-    def order(self, params: Params, f_hat: jax.Array, noise: Noise) -> jax.Array:
-        return noise.order((len(f_hat), self._sides[-1] ** 2))
+    def _filled(self, scale: int) -> tuple[int, ...]:
+        """Positions of scales 1, 2, ... up to this one."""
+        return tuple(side * side for side in self._sides[1 : scale + 1])
+
+    def _seen(self, scale_sizes: tuple[int, ...], count: int) -> DenseMask | None:
+        return self._hart.mask.of_last(self._config.context_tokens, scale_sizes, count)
+
+    def _fill(
+        self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
+    ):
+        """Indices, what they add to the latent and guided logits of these positions."""
+        if scale == len(self._sides) - 1:
+            return self.fill(params, hidden, context, noise, at_Bl)
+        index, code, _, guided = self.choose(params, hidden, context, noise, at_Bl, scale=scale)
+        return index, code, guided
+
+    def order(self, params: Params, f_hat: jax.Array, noise: Noise, scale: int) -> jax.Array:
+        last = scale == len(self._sides) - 1
+        return noise.order((len(f_hat), self._sides[scale] ** 2), None if last else scale)
 
     def part(self, params: Params, order_Bl, x_all, cos_sin_all, begin: int, end: int):
         """The positions of an iteration, (B, l), and their inputs and rotations."""
@@ -258,12 +287,12 @@ class Sampling:
             steps_SBlC = jnp.concatenate([steps_SBlC, steps_SBlC], axis=1).reshape(steps, -1, channels)
         z = self._apply(params, "residual_condition", hidden, jnp.concatenate([code, code]))
         embedded_NW = self._apply(params, "embed_residual_condition", z.reshape(-1, z.shape[-1]))
-        out = sample_residual(
+        out = self._hart.objective.sample(
             functools.partial(self._apply, params, "denoise_embedded"),
             embedded_NW,
             init_BlC.reshape(-1, channels),
             steps_SBlC,
-            settings.cfg * self._ratio(scale),
+            self._guidance(scale),
             steps,
         )
         return index, value + out[: len(out) // 2].reshape(code.shape), guided
@@ -280,10 +309,8 @@ class Sampling:
     def _tokenize(self, params: Params, method: str, *args: Any) -> jax.Array:
         return self._tokenizer.apply({"params": params["tokenizer"]}, *args, method=method)
 
-    def _ratio(self, scale: int) -> float:
-        """Progress 0..1; at the last scale it stays what it was."""
-        last = len(self._sides) - 1
-        return min(scale, last - 1) / last
+    def _guidance(self, scale: int) -> float:
+        return self._rules.guidance(self._settings, scale, len(self._sides))
 
 
 def pictures_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
@@ -303,7 +330,11 @@ Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[j
 
 
 def make_sampler(
-    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement | None = None
+    hart: Hart,
+    tokenizer: Tokenizer,
+    settings: SampleConfig,
+    placement: Placement | None = None,
+    rules: Rules = HART_RULES,
 ) -> Program:
     """The program (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
 
@@ -311,12 +342,14 @@ def make_sampler(
 
     A picture depends on its condition, the seed and its index, never on the others of its batch.
     """
-    return Program("sampler", _sampling(hart, tokenizer, settings), placement, hart.dtype)
+    return Program("sampler", _sampling(hart, tokenizer, settings, rules), placement, hart.dtype)
 
 
-def make_grid_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement) -> Program:
+def make_grid_sampler(
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement, rules: Rules = HART_RULES
+) -> Program:
     """As `make_sampler`, of one more argument, a count: only the first so many images, whole on every device."""
-    sample = _sampling(hart, tokenizer, settings)
+    sample = _sampling(hart, tokenizer, settings, rules)
 
     def some(params: Params, condition: Condition, seed: Any, indices_B: jax.Array, count: int) -> jax.Array:
         return sample(params, condition, seed, indices_B)[0][:count]
@@ -324,8 +357,8 @@ def make_grid_sampler(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, 
     return Program("sample grid", some, placement, hart.dtype, static_argnums=4, out_shardings=placement.whole)
 
 
-def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig) -> Sampler:
-    sampling = Sampling(hart.clone(attention=settings.attention), tokenizer, settings)
+def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules) -> Sampler:
+    sampling = Sampling(hart.clone(attention=settings.attention), tokenizer, settings, rules)
 
     def sample(params, condition, seed, indices_B):
         out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B))

@@ -11,16 +11,19 @@ import optax
 
 from hart_jax.checkpoints.model_folder import boxed_transformer
 from hart_jax.config import HartExperiment, HartLossConfig
+from hart_jax.diffusion.schedule import Diffusion, Objective
 from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
+from hart_jax.sampling.rules import HART_RULES, Rules
 from hart_jax.sampling.sampler import make_grid_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
-from hart_jax.training.hart_step import make_hart_step, make_loss, tokens_of
+from hart_jax.training.hart_step import TokenLoss, make_hart_step, make_loss, token_losses, tokens_of
 from hart_jax.training.state import TrainState, make_optimizer, new_state
+from hart_jax.transformer.mask import Mask, ScaleCausal
 from hart_jax.transformer.model import Hart
 
 
@@ -38,6 +41,7 @@ class HartProgram:
     step: Program
     grid: Program
     loss: HartLossConfig
+    token_loss: TokenLoss
 
     def flops(self, traced: Any, arguments: tuple[Any, ...], kept: int) -> StepFlops:
         """Of a step `traced` for these arguments, or their shapes; call it where the step is traced.
@@ -52,17 +56,41 @@ class HartProgram:
         key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         forward = count_flops(
-            make_loss(self.hart, self.loss), state.params, tokens, condition, codebook_VC, kept_BN, key_B
+            make_loss(self.hart, self.loss, self.token_loss),
+            state.params,
+            tokens,
+            condition,
+            codebook_VC,
+            kept_BN,
+            key_B,
         )
         return StepFlops(3 * forward, flops_of(traced.jaxpr.jaxpr))
 
 
-def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgram:
-    """Builds it; nothing is computed or compiled yet. `UserError` where the mesh does not divide the model."""
+def hart_program(
+    experiment: HartExperiment,
+    placement: Placement,
+    *,
+    mask: Mask | None = None,
+    objective: Objective | None = None,
+    token_loss: TokenLoss = token_losses,
+    rules: Rules = HART_RULES,
+) -> HartProgram:
+    """Builds it; nothing is computed or compiled yet.
+
+    Args:
+      mask: who sees whom, `objective` how the residual is learned and sampled: None for HART's.
+      token_loss: of the indices; `rules`: of the samples that are drawn on the way.
+
+    Raises:
+      UserError: the mesh does not divide the model.
+    """
     train, config = experiment.train, experiment.transformer
     placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
     dtype = compute_dtype(train.dtype, placement.platform)
-    hart = Hart(config, dtype, train.remat, train.attention, train.unroll)
+    hart = Hart(
+        config, dtype, train.remat, train.attention, train.unroll, mask or ScaleCausal(), objective or Diffusion()
+    )
     tokenizer = Tokenizer(experiment.tokenizer, dtype)
     optimizer = make_optimizer(experiment.optimizer, train.steps)
     key = jax.random.key(train.seed)
@@ -91,10 +119,13 @@ def hart_program(experiment: HartExperiment, placement: Placement) -> HartProgra
         (places, placement.whole),
         train.accumulate,
         placement,
+        token_loss,
     )
     continued = Program(
         "transformer continued", lambda params: new_state(params, optimizer), placement, dtype, out_shardings=places
     )
-    grid = make_grid_sampler(hart, tokenizer, experiment.sample, placement)
+    grid = make_grid_sampler(hart, tokenizer, experiment.sample, placement, rules)
     init_there = program.giving(places)
-    return HartProgram(hart, tokenizer, optimizer, init_there, continued, places, step, grid, experiment.loss)
+    return HartProgram(
+        hart, tokenizer, optimizer, init_there, continued, places, step, grid, experiment.loss, token_loss
+    )

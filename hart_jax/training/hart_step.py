@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from hart_jax.config import HartLossConfig
-from hart_jax.diffusion.schedule import TRAIN_STEPS, diffusion_loss
+from hart_jax.diffusion.schedule import TRAIN_STEPS
 from hart_jax.io.images import from_uint8
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
@@ -67,7 +67,13 @@ def token_losses(logits_BLV: jax.Array, targets: list[jax.Array]) -> tuple[jax.A
     return total / (start * len(logits_BLV)), metrics
 
 
-def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array, Metrics]]:
+# (logits (B, L, V), indices (B, l) of each scale) -> (loss, metrics)
+TokenLoss = Callable[[jax.Array, list[jax.Array]], tuple[jax.Array, Metrics]]
+
+
+def make_loss(
+    hart: Hart, loss: HartLossConfig, token_loss: TokenLoss = token_losses
+) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The function (params, tokens, condition, codebook (V, C), kept (B, N), key (B,)) -> (loss, metrics)."""
 
     def compute(params: Params, tokens: Tokens, condition: Any, codebook_VC, kept_BN, key_B):
@@ -83,7 +89,7 @@ def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array
         index_key_B, time_BM, noise_BMC = jax.vmap(draw)(key_B)
         output = hart.apply(variables, condition, tokens.ar_input_BLC, kept_BN)
         last_target_BN = jnp.take_along_axis(tokens.indices[-1], kept_BN, axis=1)
-        token_loss, metrics = token_losses(output.logits, [*tokens.indices[:-1], last_target_BN])
+        of_tokens, metrics = token_loss(output.logits, [*tokens.indices[:-1], last_target_BN])
         # The head sees codes that the model itself would draw, so that it learns to repair them.
         likely = keep_top(output.logits[:, -kept_BN.shape[1] :], loss.condition_top_k, loss.condition_top_p)
         sampled_BN = jax.lax.stop_gradient(jax.vmap(jax.random.categorical)(index_key_B, likely))
@@ -93,15 +99,15 @@ def make_loss(hart: Hart, loss: HartLossConfig) -> Callable[..., tuple[jax.Array
         # Draws of one token lie together, so that every device keeps its own samples' rows.
         target_NC = jnp.repeat(target_BNC.reshape(-1, target_BNC.shape[-1]), repeats, axis=0)
         z_NW = jnp.repeat(z_BNW.reshape(-1, z_BNW.shape[-1]), repeats, axis=0)
-        residual = diffusion_loss(
+        residual = hart.objective.loss(
             functools.partial(hart.apply, variables, method="denoise"),
             target_NC,
             z_NW,
             time_BM.reshape(-1),
             noise_BMC.reshape(target_NC.shape),
         )
-        parts = {"loss_token": token_loss, "loss_diffusion": residual.loss.mean(), "diffusion_mse": residual.mse.mean()}
-        total = loss.token * token_loss + loss.diffusion * parts["loss_diffusion"]
+        parts = {"loss_token": of_tokens, "loss_diffusion": residual.loss.mean(), "diffusion_mse": residual.mse.mean()}
+        total = loss.token * of_tokens + loss.diffusion * parts["loss_diffusion"]
         return total, {"loss": total, **parts, **metrics}
 
     return compute
@@ -116,14 +122,16 @@ def make_hart_step(
     places: Any = None,
     accumulate: int = 1,
     placement: Placement | None = None,
+    token_loss: TokenLoss = token_losses,
 ) -> Program:
     """The program (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
 
     `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `kept`, the number of
     last-scale tokens in this step, is static: one compilation for each. The state is donated. `places` are the
-    shardings of (state, metrics). Gradients are means over `accumulate` parts of the batch.
+    shardings of (state, metrics). Gradients are means over `accumulate` parts of the batch. `token_loss` is the
+    loss of the indices.
     """
-    compute = make_loss(hart, loss)
+    compute = make_loss(hart, loss, token_loss)
 
     def step(state: TrainState, tokenizer_params: Params, source: jax.Array | Tokens, condition, key, kept: int):
         drop_key, keep_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)

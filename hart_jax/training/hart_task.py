@@ -35,10 +35,11 @@ SHOWN = 8
 class HartTask:
     """See `hart_jax.training.loop.Task`.
 
-    Text states and tokens computed ahead come from the records or are kept in `cache_folder`.
+    Text states and tokens computed ahead come from the records or are kept in `cache_folder`. `ideas` are `mask`,
+    `objective`, `token_loss` and `rules` of `hart_program`, where they are not HART's.
     """
 
-    def __init__(self, experiment: HartExperiment, cache_folder: Path, placement: Placement):
+    def __init__(self, experiment: HartExperiment, cache_folder: Path, placement: Placement, **ideas: Any):
         train, config = experiment.train, experiment.transformer
         self._classes = config.num_classes
         if not (experiment.sample_prompts or self._classes):
@@ -49,7 +50,7 @@ class HartTask:
                     f"sample_prompts={experiment.sample_prompts}: an entry is empty; give words, or leave it out"
                 )
         self._config, self._cache_folder, self._placement = experiment, cache_folder, placement
-        self._program = hart_program(experiment, placement)
+        self._program = hart_program(experiment, placement, **ideas)
         self.places = self._program.places
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
         self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)

@@ -2,26 +2,14 @@
 
 import flax.linen as nn
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from hart_jax.errors import UserError
 from hart_jax.nn.layers import num_shards
+from hart_jax.transformer.mask import DenseMask
 from pallas_kernels import attention as kernels
-from pallas_kernels.attention import KVEnd, Segments
-
-
-def scale_causal_segments(context_tokens: int, scale_sizes: tuple[int, ...]) -> Segments:
-    """The scale-causal mask: the context sees itself, a scale sees everything up to its own end.
-
-    `scale_sizes` are the tokens present of scales 1, 2, ...:
-
-        context  # . .
-        scale 1  # # .
-        scale 2  # # #
-    """
-    sizes = (context_tokens, *scale_sizes)
-    return tuple(zip(sizes, np.cumsum(sizes).tolist(), strict=True))
+from pallas_kernels.attention import KVEnd
 
 
 def attention(
@@ -29,19 +17,25 @@ def attention(
     k_BMHK: jax.Array,
     v_BMHK: jax.Array,
     *,
-    kv_end: KVEnd = None,
+    kv_end: KVEnd | DenseMask = None,
     scale: float,
     implementation: str = "auto",
 ) -> jax.Array:
     """`pallas_kernels.attention.attention`; each device of the mesh computes its own samples and heads.
 
+    A `DenseMask` in place of ends is computed by JAX's own function, all pairs of it.
+
     Raises:
       UserError: the implementation lacks this type, width or form of `kv_end`, or is not installed.
     """
+    if isinstance(kv_end, DenseMask) and implementation not in ("auto", "xla"):
+        raise UserError(f"attention={implementation}: takes no dense mask; set attention=xla")
 
-    def run(*qkv: jax.Array) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if isinstance(kv_end, DenseMask):
+            return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(kv_end.seen_QM)[None, None], scale=scale)
         try:
-            return kernels.attention(*qkv, kv_end=kv_end, scale=scale, implementation=implementation)
+            return kernels.attention(q, k, v, kv_end=kv_end, scale=scale, implementation=implementation)
         except NotImplementedError as error:
             raise UserError(f"attention={implementation}: {error}") from error
 

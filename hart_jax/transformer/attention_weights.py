@@ -5,9 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hart_jax.transformer.attention import scale_causal_segments
 from hart_jax.transformer.model import Hart
-from pallas_kernels.attention.mask import segment_ends
 
 
 def attention_weights(hart: Hart, params: Any, condition: Any, ar_input_BLC: jax.Array) -> jax.Array:
@@ -27,6 +25,5 @@ def attention_weights(hart: Hart, params: Any, condition: Any, ar_input_BLC: jax
     [(q_DBQHK, k_DBQHK)] = kept["intermediates"]["layers"]["attn"]["queries_keys"]
     q, k = q_DBQHK.astype(jnp.float32), k_DBQHK.astype(jnp.float32)
     logits = jnp.einsum("dbqhk,dbmhk->dbhqm", q, k, precision="highest") * hart.config.attention_scale
-    ends_Q = segment_ends(scale_causal_segments(hart.config.context_tokens, tuple(sizes)))
-    seen_QM = jnp.arange(len(ends_Q)) < ends_Q[:, None]
+    seen_QM = hart.mask.seen(hart.config.context_tokens, tuple(sizes))
     return jax.nn.softmax(jnp.where(seen_QM, logits, -jnp.inf), axis=-1)

@@ -11,7 +11,9 @@ import numpy as np
 from hart_jax.config import TransformerConfig
 from hart_jax.nn.layers import add_bias, dense, matmul, rms_norm, width_init
 from hart_jax.nn.rotary import apply_rotary
-from hart_jax.transformer.attention import Segments, attention
+from hart_jax.transformer.attention import attention
+from hart_jax.transformer.mask import DenseMask
+from pallas_kernels.attention import Segments
 
 MAX_SCALE_MUL = float(np.log(100.0))
 
@@ -56,9 +58,11 @@ class SelfAttention(nn.Module):
     attention: str = "auto"
 
     @nn.compact
-    def __call__(self, x_BQW: jax.Array, cos_sin_BQ2K: jax.Array, segments: Segments | None, cached) -> tuple:
-        """`cached` is None, or (cache, layer, start): then the queries see the cache before `start` and each other, and
-        their own keys and values are the second result, a `KVCache` of one layer, (B, Q, H * K)."""
+    def __call__(
+        self, x_BQW: jax.Array, cos_sin_BQ2K: jax.Array, segments: Segments | DenseMask | None, cached
+    ) -> tuple:
+        """`cached` is None, or (cache, layer, start): then the keys are the cache before `start` and the queries', and
+        the queries' own keys and values are the second result, a `KVCache` of one layer, (B, Q, H * K)."""
         cfg, zeros = self.config, nn.initializers.zeros
         kernel_init = nn.with_logical_partitioning(width_init(cfg.width), ("embed", None, "heads", "head_dim"))
         kernel = self.param("qkv", kernel_init, (cfg.width, 3, cfg.heads, cfg.head_dim))
@@ -118,7 +122,7 @@ class Block(nn.Module):
     """
 
     config: TransformerConfig
-    segments: Segments | None = None
+    segments: Segments | DenseMask | None = None
     cache_start: int = 0
     dtype: jnp.dtype | None = None
     attention: str = "auto"

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from hart_jax.config import TransformerConfig
 from hart_jax.diffusion.head import DiffusionHead
+from hart_jax.diffusion.schedule import Diffusion, Objective
 from hart_jax.nn.layers import MATMUL_OUTPUT, RMSNorm, TimestepEmbed, dense, shard_batch, width_init
 from hart_jax.nn.rotary import context_angles, image_angles, rotary_cos_sin
-from hart_jax.transformer.attention import Segments, scale_causal_segments
 from hart_jax.transformer.block import Block, KVCache
+from hart_jax.transformer.mask import DenseMask, Mask, ScaleCausal
+from pallas_kernels.attention import Segments
 
 # What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
 REMAT = {"none": None, "dots": jax.checkpoint_policies.save_only_these_names(MATMUL_OUTPUT), "full": None}
@@ -54,7 +56,8 @@ class Hart(nn.Module):
 
     `remat`, a key of `REMAT`, says what of each block is computed again in the backward pass to save memory;
     `attention`, one of `pallas_kernels.attention.IMPLEMENTATIONS`, how attention is computed; `unroll` compiles every
-    block by itself, where one program is otherwise repeated for all.
+    block by itself, where one program is otherwise repeated for all. `mask` says who sees whom, `objective` how the
+    residual is learned and sampled: HART's own, unless an idea is tried.
     """
 
     config: TransformerConfig
@@ -62,6 +65,8 @@ class Hart(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     unroll: bool = False
+    mask: Mask = ScaleCausal()
+    objective: Objective = Diffusion()
 
     def setup(self):
         cfg = self.config
@@ -149,15 +154,15 @@ class Hart(nn.Module):
         cos_sin_BQ2K: jax.Array,
         pooled_BW: jax.Array | None,
         *,
-        segments: Segments | None = None,
+        segments: Segments | DenseMask | None = None,
         cache: KVCache | None = None,
         cache_start: int = 0,
         keep: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
         """All blocks; `pooled` is the context's.
 
-        Without a cache, `segments` is the mask. With one, every query sees its first `cache_start` positions and the
-        queries, and is written behind them if `keep`.
+        With a cache, the keys are its first `cache_start` positions and the queries', which are written behind them if
+        `keep`. `segments` says who sees whom; None: every query sees all.
         """
         body = Block
         if self.remat != "none":
@@ -220,7 +225,7 @@ class Hart(nn.Module):
                 latent = jnp.take_along_axis(latent, kept_BN[..., None], axis=1)
             inputs.append(self.scale_input(latent, scale, index_Bl, context))
         x_BQW, cos_sin_BQ2K = (jnp.concatenate(part, axis=1) for part in zip(*inputs, strict=True))
-        segments = scale_causal_segments(cfg.context_tokens, (*sizes[1:-1], kept_BN.shape[1]))
+        segments = self.mask.of_all(cfg.context_tokens, (*sizes[1:-1], kept_BN.shape[1]))
         x_BQW, _ = self.blocks(shard_batch(x_BQW), cos_sin_BQ2K, context.pooled, segments=segments)
         predicting = x_BQW[:, cfg.context_tokens - 1 :]
         output = TrainOutput(self.logits(predicting, context), x_BQW[:, -kept_BN.shape[1] :])

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 from hart_jax.errors import UserError
 from hart_jax.nn.flop_counter import flops_of
 from hart_jax.parallel.rules import AXES, RULES
-from hart_jax.transformer.attention import attention, scale_causal_segments
+from hart_jax.transformer.attention import attention
+from hart_jax.transformer.mask import scale_causal_segments
 
 
 def test_segments_are_scale_causal():
