@@ -147,7 +147,7 @@ def check(command: str) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    extras = re.findall(r"\[(\w+)\]", words[-1])
+    extras = re.findall(r"\[([\w-]+)\]", words[-1])
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras) <= set(known), words
     if words[1] == "download":

@@ -1,9 +1,8 @@
 """Image files as RGB: the one decoder of training, precomputing, evaluation and the checks before shards are written.
 
 Whatever the file's kind, its pixels mean the same: 16 bits are reduced to their upper 8, grey is three equal channels,
-transparency lies on white, CMYK is converted as Pillow does, and EXIF's orientation is applied. PNG is decoded by
-libpng, which is right about transparent grey of 4 or 16 bits, where Pillow is not, and verifies checksums; everything
-else by Pillow.
+transparency lies on white, CMYK is converted as Pillow does, and EXIF's orientation is applied. `hart_jax.data.png`
+decodes PNG, Pillow everything else.
 """
 
 import io
@@ -11,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from imagecodecs import png_decode
 from PIL import Image
 
+from hart_jax.data import png
 from hart_jax.errors import UserError
 
 # By content, whatever the ending says. EPS and the like, which Pillow gives to other programs, are not among them.
@@ -33,8 +32,6 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 # What a PNG has where it says how to turn it. Pillow looks behind the pixels for it, and decodes them to get there.
 _PNG_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-# Where its header has the bits of a channel.
-_PNG_BITS = 24
 _DRAFT_SCALES = (8, 4, 2)
 
 
@@ -100,7 +97,7 @@ def is_plain(data: bytes) -> bool:
     with _opened(data) as (file, orientation):
         opaque = file.mode == "RGB" and not file.has_transparency_data and orientation == _UPRIGHT
         # Pillow reduces a PNG of 16 bits itself.
-        return opaque and (file.format == "JPEG" or (file.format == "PNG" and data[_PNG_BITS] == 8))
+        return opaque and (file.format == "JPEG" or (file.format == "PNG" and data[png.BITS] == 8))
 
 
 @contextmanager
@@ -134,26 +131,15 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 def _rgb(file: Image.Image, data: bytes) -> Image.Image:
     if file.format == "PNG":
-        return _on_white(_of_pixels(png_decode(data), file.size))
+        return _on_white(png.png_image(file, data))
     file.load()
     mode = file.mode
     if mode == "F":
         raise UserError("its values are floating-point numbers, whose range nothing says; store it with 8 bits")
     if mode == "I" or mode.startswith("I;16"):
         # The array of a 16-bit image has its byte order in its type.
-        return _of_pixels(np.asarray(file), file.size).convert("RGB")
+        return png.of_pixels(np.asarray(file), file.size).convert("RGB")
     return _on_white(file.convert("LA") if mode == "La" else file)
-
-
-def _of_pixels(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """(H, W), or (H, W, 1 to 4), of unsigned 8 or 16 bits, as L, LA, RGB or RGBA."""
-    if pixels.shape[:2] != size[::-1]:
-        raise UserError(f"it is {size[0]} x {size[1]} by its header, {pixels.shape[1]} x {pixels.shape[0]} decoded")
-    if pixels.dtype != np.uint8:
-        if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
-            raise UserError(f"its values, {pixels.min()} to {pixels.max()}, are not of 16 bits; store it with 8 bits")
-        pixels = (pixels >> 8).astype(np.uint8)
-    return Image.fromarray(pixels)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from einops import rearrange
 
 from hart_jax.nn.layers import num_shards, shard_batch
 
@@ -27,12 +27,10 @@ def in_rounds(compute: Callable[[Any], Any], rows: Any, at_once: int) -> Any:
         return compute(rows)
 
     def to_rounds(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(devices, rounds, each // rounds, *x.shape[1:]), 1, 0)
-        return x.reshape(rounds, batch // rounds, *x.shape[3:])
+        return rearrange(x, "(devices rounds b) ... -> rounds (devices b) ...", devices=devices, rounds=rounds)
 
     def from_rounds(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(rounds, devices, each // rounds, *x.shape[2:]), 0, 1)
-        return shard_batch(x.reshape(batch, *x.shape[3:]))
+        return shard_batch(rearrange(x, "rounds (devices b) ... -> (devices rounds b) ...", devices=devices))
 
     done = jax.lax.map(lambda part: compute(jax.tree.map(shard_batch, part)), jax.tree.map(to_rounds, rows))
     return jax.tree.map(from_rounds, done)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import SampleConfig, TokenizerConfig
-from hart_jax.nn.layers import num_shards, shard_batch
+from hart_jax.nn.rounds import in_rounds
 from hart_jax.parallel.mesh import Placement
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
@@ -205,22 +205,8 @@ class Sampling:
 
     def _pictures(self, params: Params, f_hat: jax.Array) -> jax.Array:
         """Decoded latents, of each device a few at a time, as the widest activations are a decoder's."""
-        devices = num_shards("batch")
-        each = len(f_hat) // devices
         at_once = pictures_decoded_at_once(self._tokenizer.config, self._settings)
-        # The largest that makes even parts.
-        at_once = next(size for size in range(min(each, at_once), 0, -1) if each % size == 0)
-        if at_once == each:
-            return self._tokenize(params, "decode", f_hat)
-
-        def decode(latents: jax.Array) -> jax.Array:
-            flat = shard_batch(latents.reshape(devices * at_once, *f_hat.shape[1:]))
-            images = self._tokenize(params, "decode", flat)
-            return images.reshape(devices, at_once, *images.shape[1:])
-
-        rounds = f_hat.reshape(devices, each // at_once, at_once, *f_hat.shape[1:]).swapaxes(0, 1)
-        images = jax.lax.map(decode, rounds).swapaxes(0, 1)
-        return shard_batch(images.reshape(len(f_hat), *images.shape[3:]))
+        return in_rounds(functools.partial(self._tokenize, params, "decode"), f_hat, at_once)
 
     def _scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, scale: int):
         """Indices, what they add to the latent (B, l, C) and guided logits of a scale, in its iterations; the cache."""

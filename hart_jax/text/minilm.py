@@ -35,6 +35,7 @@ from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
 from hart_jax.text.prompts import check_prompts
+from hart_jax.text.tokenizer_json import read_tokenizer
 
 
 class MiniLMEncoder(TextEncoder):
@@ -111,19 +112,6 @@ def load(folder: Path, *, placement: Placement | None = None) -> MiniLMEncoder:
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens but the weights only {config.vocab_size}"
         )
     return MiniLMEncoder(config, params, tokenizer, placement)
-
-
-def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, without the padding and truncation that the file may ask for."""
-    if not Path(path).is_file():
-        raise UserError(f"tokenizer file {path} does not exist")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for any bad file
-        raise UserError(f"tokenizer file {path} cannot be read ({error})") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 # The position ids are a constant range, and the pooler comes after the last hidden states.

@@ -41,8 +41,8 @@ def load_prompt_filter(folder: str | Path, allows: Collection[str] = ()) -> Prom
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
         raise UserError(
-            f"--prompt_filter={folder}: runs on PyTorch, which is not installed; run `pip install torch`, or set "
-            "--prompt_filter=off"
+            f"--prompt_filter={folder}: runs on PyTorch and transformers; install them with: pip install torch "
+            "'hart_jax[transformers]', or set --prompt_filter=off"
         ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

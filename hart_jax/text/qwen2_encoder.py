@@ -5,6 +5,7 @@ system prompt, whose keys and values are computed once. Letters as in `hart_jax.
 """
 
 import functools
+import json
 import operator
 import os
 from collections.abc import Sequence
@@ -29,8 +30,10 @@ from hart_jax.text.prompts import check_prompts
 from hart_jax.text.qwen2 import KeyValues, Qwen2Config, abstract_params, no_prefix
 from hart_jax.text.qwen2_weights import read_qwen2, stored_params
 from hart_jax.text.system_prompt import read_system_prompt
+from hart_jax.text.tokenizer_json import read_tokenizer
 
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# What a Qwen2 pads with where its settings do not say.
+_PAD = "<|endoftext|>"
 DTYPES = ("float32", "bfloat16", "int8")
 # The logits of 12 heads, 300 tokens and 450 keys are 200 MB for so many prompts.
 ROWS_PER_DEVICE = 32
@@ -38,7 +41,7 @@ ROWS_PER_DEVICE = 32
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """A Hugging Face tokenizer, reduced to what padded prompts need; picklable, without transformers.
+    """A Hugging Face tokenizer, reduced to what padded prompts need; picklable.
 
     `pads` and `cuts` are the sides, "left" or "right", that it pads and truncates on.
     """
@@ -178,7 +181,7 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"text encoder: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     text = "" if system_prompt is None else read_system_prompt(system_prompt)
-    tokenizer = read_tokenizer(folder, config)
+    tokenizer = read_prompt_tokenizer(folder, config)
     params = _load_params(folder, config, jnp.dtype(dtype), placement)
     if dtype == "int8":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -194,31 +197,59 @@ def _load_params(folder: Path, config: Qwen2Config, dtype: np.dtype, placement: 
     )
 
 
-def read_tokenizer(folder: Path, config: Qwen2Config) -> PromptTokenizer:
-    """The tokenizer in a published folder, as transformers reads it.
+def read_prompt_tokenizer(folder: Path, config: Qwen2Config) -> PromptTokenizer:
+    """The tokenizer in a published folder: tokenizer.json, or where there is none vocab.json and merges.txt, padded and
+    cut as tokenizer_config.json says.
 
     Raises:
-      UserError: a file is missing or damaged, there is no padding token, or a token has no row in the embedding.
+      UserError: a file is missing or damaged, the padding token is unknown, or a token has no row in the embedding.
     """
-    if not (folder / "tokenizer_config.json").is_file():
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
         raise UserError(f"{folder}: no tokenizer_config.json, which says how prompts are padded; copy the whole folder")
-    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+    try:
+        # Not `read_json`: some files have a length without a limit, which takes more than 64 bits.
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        names = {name: settings.get(name, "right") for name in ("padding_side", "truncation_side")}
+        pad = settings.get("pad_token", _PAD)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable JSON object ({error})") from error
+    for name, side in names.items():
+        if side not in ("left", "right"):
+            raise UserError(f"{path}: {name} is {side!r}; it must be left or right")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad is None:
+        raise UserError(f"{path}: no pad_token, which prompts are padded with")
+    backend = _backend(folder)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if pad not in vocabulary:
+        raise UserError(f"{path}: the tokenizer has no token {pad!r}, which is its pad_token")
+    rows = max(vocabulary.values()) + 1
+    if rows > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {rows} tokens but the embedding only {config.vocab_size} rows")
+    return PromptTokenizer(backend, vocabulary[pad], names["padding_side"], names["truncation_side"])
+
+
+def _backend(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return read_tokenizer(folder / "tokenizer.json")
+    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise UserError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; copy the whole folder")
     # Otherwise it says on stderr that PyTorch is not installed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # takes seconds to import, which data workers need not spend
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: without tokenizer.json it needs transformers; copy that file too, or install it with: "
+            "pip install 'hart_jax[transformers]'"
+        ) from error
     try:
         published = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        backend = published.backend_tokenizer
+        backend: Tokenizer = published.backend_tokenizer
     except Exception as error:  # a damaged file raises whatever the library's parsers do
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from error
-    if published.pad_token_id is None:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: no pad_token, which prompts are padded with")
     backend.no_padding()
     backend.no_truncation()
-    rows = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    if rows > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {rows} tokens but the embedding only {config.vocab_size} rows")
-    return PromptTokenizer(backend, published.pad_token_id, published.padding_side, published.truncation_side)
+    return backend

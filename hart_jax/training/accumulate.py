@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 
 def in_parts(compute: Callable[[Any], tuple[Any, Any]], rows: Any, parts: int) -> tuple[Any, Any]:
@@ -36,10 +37,10 @@ def in_parts(compute: Callable[[Any], tuple[Any, Any]], rows: Any, parts: int) -
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
     """(B, ...) -> (parts, B / parts, ...): part i has rows i, i + parts, ..., so that every device keeps its own."""
-    x = jnp.swapaxes(x.reshape(len(x) // parts, parts, *x.shape[1:]), 0, 1)
+    x = rearrange(x, "(rows parts) ... -> parts rows ...", parts=parts)
     return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
 
 
 def _join(x: jax.Array) -> jax.Array:
     """What `_split` takes apart."""
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    return rearrange(x, "parts rows ... -> (rows parts) ...")

@@ -83,3 +83,10 @@ def test_bad_input_leaves_nothing(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is there already"):
         build(folder, tmp_path / "tfds")
     assert out.is_dir()
+
+
+def test_without_tfds_the_extra_is_named(folder: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hart_jax.data.tfds_images", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'hart_jax\[tfds\]'"):
+        build(folder, tmp_path / "tfds")

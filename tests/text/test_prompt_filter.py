@@ -41,7 +41,7 @@ def test_labels_must_be_told_apart(classifier):
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
 def test_without_pytorch(classifier):
-    with pytest.raises(UserError, match=r"runs on PyTorch, which is not installed; .* --prompt_filter=off"):
+    with pytest.raises(UserError, match=r"pip install torch .*, or set --prompt_filter=off"):
         load_prompt_filter(classifier)
 
 

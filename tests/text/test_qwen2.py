@@ -100,19 +100,46 @@ def test_bfloat16_is_close(encoder_of, case):
     assert np.linalg.norm(states - expected) <= 0.03 * np.linalg.norm(expected)
 
 
+# Every printable character of Latin, some of other scripts, composed and not, spaces of all kinds, special tokens.
+TEXTS = [
+    *PROMPTS,
+    f"a dog{PAD} of",
+    "  two\n\nlines's 12 ",
+    "".join(map(chr, range(33, 0x250))),
+    "e\u0301te\u0301 \u1e9b\u0323 \uac00 \u1100\u1161 中文，标点。 दे वना गरी مرحبا 👩‍👩‍👧 \u200b\u3000\u00a0x",
+    "I'LL we'Ve \t\r\n \r x<|im_end|>y <|im_end|> <|im_start|>",
+]
+
+
 @pytest.mark.parametrize("case", [PLAIN, NESTED])
-@pytest.mark.parametrize("length", [5, LENGTH])
+@pytest.mark.parametrize("length", [5, LENGTH, 2000])
 def test_tokens_are_those_of_transformers(folder_of, encoder_of, case, length):
     from transformers import AutoTokenizer
 
-    prompts = [*PROMPTS, f"a dog{PAD} of", "  two\n\nlines's 12 "]
     published = AutoTokenizer.from_pretrained(folder_of(case))
-    expected = published(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
-    ids, mask, truncated = encoder_of(case).tokenize(prompts, length)
+    expected = published(TEXTS, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    ids, mask, truncated = encoder_of(case).tokenize(TEXTS, length)
     np.testing.assert_array_equal(ids, expected.input_ids)
     np.testing.assert_array_equal(mask, expected.input_ids != published.pad_token_id)
-    assert truncated == tuple(len(published(prompt).input_ids) > length for prompt in prompts)
+    assert truncated == tuple(len(published(prompt).input_ids) > length for prompt in TEXTS)
     assert ids.dtype == mask.dtype == np.int32
+
+
+def test_without_tokenizer_json_its_parts_give_the_same_tokens(tmp_path, monkeypatch, encoder_of):
+    folder = write_folder(tmp_path, CASES[PLAIN])
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in whole["model"]["merges"]))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {str(token.pop("id")): token for token in whole["added_tokens"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": added}))
+    found = load_text_encoder(folder, dtype="float32").tokenize(TEXTS, 2000)
+    for ours, theirs in zip(found, encoder_of(PLAIN).tokenize(TEXTS, 2000), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'hart_jax\[transformers\]'"):
+        load_text_encoder(folder)
 
 
 @pytest.mark.parametrize("case", [BEHIND_PROMPT, BARE])
@@ -272,8 +299,8 @@ def test_missing_files_are_user_errors(folder, name, message):
     ("name", "message"),
     [
         ("config.json", r"config\.json: not a readable JSON file"),
-        ("tokenizer.json", r"the tokenizer cannot be read"),
-        ("tokenizer_config.json", r"the tokenizer cannot be read"),
+        ("tokenizer.json", r"tokenizer\.json cannot be read"),
+        ("tokenizer_config.json", r"tokenizer_config\.json: not a readable JSON object"),
         ("model.safetensors", r"cut short or not a safetensors file"),
     ],
 )
@@ -289,9 +316,14 @@ def test_a_tokenizer_without_padding_and_unknown_options_are_user_errors(tmp_pat
         load_text_encoder(folder, dtype="float16")
     with pytest.raises(UserError, match="type bert has no setting system_prompt"):
         load_text_encoder(write_published(tmp_path / "bert"), system_prompt="prompt.txt")
-    write_folder(folder, CASES[PLAIN], tokenizer={"pad_token": None})
-    with pytest.raises(UserError, match="no pad_token"):
-        load_text_encoder(folder)
+    for change, message in (
+        ({"pad_token": None}, "no pad_token"),
+        ({"pad_token": "<pad>"}, "the tokenizer has no token '<pad>', which is its pad_token"),
+        ({"padding_side": "both"}, "padding_side is 'both'; it must be left or right"),
+    ):
+        write_folder(folder, CASES[PLAIN], tokenizer=change)
+        with pytest.raises(UserError, match=message):
+            load_text_encoder(folder)
 
 
 def test_no_prompt_and_no_room_are_user_errors(encoder_of):

@@ -360,8 +360,12 @@ def _read_tokenizer(folder: Path, config: TextConfig) -> Any:
         raise UserError(f"{folder}: no tokenizer.json, nor vocab.json and merges.txt; copy the whole folder")
     # Otherwise it says on stderr that PyTorch is not installed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # takes seconds to import
-
+    try:
+        from transformers import AutoTokenizer  # takes seconds to import
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: CLIP's tokenizer needs transformers; install it with: pip install 'hart_jax[transformers]'"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         rows = max(tokenizer.get_vocab().values()) + 1

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -326,6 +327,12 @@ def test_configs_of_other_models(copied, config, message):
 def test_preprocessing_of_other_models(copied, values, message):
     (copied / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING | values))
     with pytest.raises(UserError, match=message):
+        load_clip(copied)
+
+
+def test_without_transformers_the_extra_is_named(copied, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'hart_jax\[transformers\]'"):
         load_clip(copied)
 
 
