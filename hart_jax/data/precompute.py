@@ -15,7 +15,6 @@ does not change; a damaged one stays damaged.
 """
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from hart_jax.data.shards import (
 )
 from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.ownership import owned
 from hart_jax.io.paths import as_path
 from hart_jax.parallel.mesh import copies
@@ -113,7 +113,7 @@ def precompute(
     del about["shards"]
     about |= {
         "precomputed": {**source.precomputed[0], **{field.field: field.about for field in fields}},
-        "shards_sha256": hashlib.sha256(checksums(shards)).hexdigest(),
+        "shards_sha256": sha256(checksums(shards)),
     }
     with owned(out, "a run that adds to shards"):
         return _precompute(source, out, fields, about, max_bad_records)

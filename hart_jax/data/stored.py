@@ -1,6 +1,5 @@
 """Tokens and text states inside the records of shards, where `hart_jax.data.precompute` has put them."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +9,10 @@ import jax
 import numpy as np
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
+from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
+from hart_jax.io.fingerprint import differences, sha256, sha256sum
 from hart_jax.text.system_prompt import read_system_prompt
 
 TOKENS, TEXTS = "tokens", "texts"
@@ -31,24 +31,20 @@ def index_about(vocab_size: int) -> dict[str, str]:
 
 def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
     """What shards say of tokens by this tokenizer."""
-    digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return {"tokenizer": digest.hexdigest(), **index_about(config.vocab_size)}
+    weights = map(np.asarray, jax.tree.leaves(params))
+    return {"tokenizer": sha256(json.dumps(config.to_dict()), *weights), **index_about(config.vocab_size)}
 
 
 def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What shards say of text states by the encoder in this folder, of so many positions; `options`: `text_options`."""
-    listing = "".join(f"{path.name} {sha256(path)}\n" for path in _encoder_files(local_copy(encoder_folder)))
-    digest = hashlib.sha256(listing.encode())
-    about = {"text_encoder": digest.hexdigest(), "positions": positions}
+    listing = "".join(f"{path.name} {sha256sum(path)}\n" for path in _encoder_files(local_copy(encoder_folder)))
+    about = {"text_encoder": sha256(listing), "positions": positions}
     options = options or {}
     # Encoders that have neither say nothing of them.
     if "dtype" in options:
         about["dtype"] = options["dtype"]
     if options.get("system_prompt"):
-        text = read_system_prompt(options["system_prompt"])
-        about["system_prompt"] = hashlib.sha256(text.encode()).hexdigest()
+        about["system_prompt"] = sha256(read_system_prompt(options["system_prompt"]))
     return about
 
 
@@ -78,12 +74,10 @@ def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]])
         return False
     expected = wanted()
     for folder, about in zip(as_paths(shards), found, strict=True):
-        if about != expected:
-            names = dict.fromkeys([*expected, *about])
-            differing = ", ".join(name for name in names if about.get(name) != expected.get(name))
+        if changed := differences(expected, about):
             raise UserError(
-                f"{folder}: the {field} in its records were computed with another {differing}; compute them anew "
-                "(python -m hart_jax.data.precompute) or train on the shards without them"
+                f"{folder}: the {field} in its records were computed with another {', '.join(changed)}; compute them "
+                "anew (python -m hart_jax.data.precompute) or train on the shards without them"
             )
     return True
 

@@ -1,7 +1,6 @@
 """Text states of all captions, computed once and kept on disk as float16."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hart_jax.data.kept_table import fitting, new_table, opened, read_column
+from hart_jax.io.fingerprint import sha256
 from hart_jax.text.encoder import TextEncoder
 
 BATCH = 256
@@ -42,8 +42,8 @@ def text_states(encoder: TextEncoder, captions: Sequence[str], length: int) -> t
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
     """128 bits of each caption's digest, (n, 2) uint64: two captions never share them."""
-    digests = b"".join(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:16] for caption in captions)
-    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+    digests = "".join(sha256(caption.encode("utf-8", "surrogatepass"))[:32] for caption in captions)
+    return np.frombuffer(bytes.fromhex(digests), "<u8").reshape(-1, 2)
 
 
 class TextTable:
@@ -98,9 +98,7 @@ def precompute(
     Raises:
       UserError: the disk is full; nothing is left then. Or a state does not fit float16.
     """
-    digest = hashlib.sha256(json.dumps([about, length], sort_keys=True).encode())
-    digest.update(caption_keys(captions).tobytes())
-    folder = folder / digest.hexdigest()[:16]
+    folder = folder / sha256(json.dumps([about, length], sort_keys=True), caption_keys(captions))[:16]
     table = opened(folder, TextTable, "text states")
     for first in (True, False):
         writes = table is None and (jax.process_index() == 0) == first

@@ -1,6 +1,5 @@
 """Tokens of all training images, computed once and kept on disk: the tokenizer then costs a training step nothing."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hart_jax.data.pipeline import PictureSource
 from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.data.stored import index_about, index_type
 from hart_jax.errors import UserError
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.images import from_uint8
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
@@ -98,10 +98,8 @@ def precompute_tokens(
     """
     source = PictureSource(shards, config.image_size)
     known = [checksums(path).decode() for path in as_paths(shards)]
-    digest = hashlib.sha256(json.dumps([config.to_dict(), *known, *index_about(config.vocab_size).values()]).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    folder = folder / digest.hexdigest()[:16]
+    about = json.dumps([config.to_dict(), *known, *index_about(config.vocab_size).values()])
+    folder = folder / sha256(about, *map(np.asarray, jax.tree.leaves(params)))[:16]
     table = opened(folder, TokenTable, "tokens")
     if table is not None:
         return table

@@ -5,11 +5,9 @@ beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axi
 is float32.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +16,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import check_readable, whole_file
+from hart_jax.io.files import atomic_file, check_readable
 
 DTYPES = ("float32", "bfloat16", "int8")
 _SCALE_SUFFIX = ".int8_scale"
@@ -48,7 +46,7 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} of the weight file {path} is unknown; choose one of {', '.join(DTYPES)}")
     tensors: dict[str, np.ndarray] = {}
-    for name, value in _flatten(nn.meta.unbox(params)):
+    for name, value in _flat(params).items():
         array = np.asarray(value)
         if not _is_float(array):
             tensors[name] = array
@@ -56,7 +54,10 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
             tensors[name], tensors[name + _SCALE_SUFFIX] = _quantize(name, array.astype(np.float32))
         else:
             tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)
-    _replace_file(Path(path), tensors)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        _write_safetensors(file, tensors)
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str
     Raises:
       UserError: names the first few missing, unexpected and mis-shaped arrays, or the first with such a number.
     """
-    have = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(loaded))}
-    want = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(expected))}
+    have = {name: tuple(value.shape) for name, value in _flat(loaded).items()}
+    want = {name: tuple(value.shape) for name, value in _flat(expected).items()}
     missing = [name for name in want if name not in have]
     unexpected = [name for name in have if name not in want]
     differing = [name for name in want if name in have and have[name] != want[name]]
@@ -141,7 +142,7 @@ def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str
     ]
     if problems:
         raise UserError(f"{what}: checkpoint of another model: {'; '.join(problems)}; check that the config is its own")
-    for name, value in _flatten(nn.meta.unbox(loaded)):
+    for name, value in _flat(loaded).items():
         check_finite(value, f"{what}: array {name}")
 
 
@@ -161,29 +162,8 @@ def check_finite(array: Any, what: str) -> None:
         raise UserError(f"{what} has values that are not finite: the file is damaged, or its training had diverged")
 
 
-def tree_digest(*trees: Any) -> str:
-    """16 hexadecimal digits of all names, types, shapes and bytes of nested dicts of arrays (about 0.6 s a GiB and
-    core)."""
-    named = [(f"{number}/{name}", value) for number, tree in enumerate(trees) for name, value in _flatten(tree)]
-
-    def one(entry: tuple[str, Any]) -> str:
-        name, array = entry[0], np.asarray(entry[1])
-        digest = hashlib.sha256(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(one, sorted(named, key=lambda entry: entry[0])))
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, name + "/")
-        else:
-            yield name, value
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten_dict(nn.meta.unbox(tree), sep="/")
 
 
 def _is_float(array: np.ndarray) -> bool:
@@ -213,12 +193,6 @@ def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             best_error, best = error, (values, scale.astype(np.float32))
     assert best is not None
     return best
-
-
-def _replace_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        _write_safetensors(file, tensors)
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
