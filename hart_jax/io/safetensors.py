@@ -1,8 +1,8 @@
 """Parameters in one safetensors file, as float32, bfloat16 or int8: the weight files of a model folder.
 
 A nested dict of arrays is stored flat, its names joined by "/". In an int8 file a matrix `name` is int8 and stands
-beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axis that shares a scale; all else
-is float32.
+beside its float32 scales `name.int8_scale`, as `hart_jax.io.int8_scheme` has them; all else is float32. Files of before
+had scales along other axes; they are read by the shapes of their scales.
 """
 
 import json
@@ -22,13 +22,12 @@ from safetensors.numpy import load_file
 
 from hart_jax.errors import UserError
 from hart_jax.io.files import atomic_file, check_readable
+from hart_jax.io.int8_scheme import quantize_matrix, shared_axes
 
 DTYPES = ("float32", "bfloat16", "int8")
 _SCALE_SUFFIX = ".int8_scale"
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
 _TYPES |= {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-_INT8_MIN_SIZE = 4096
-_INT8_MIN_GROUP = 32
 
 
 def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dtype: str = "float32") -> None:
@@ -37,11 +36,11 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
     Args:
       path: the file to write; its folder is made where it is missing.
       params: nested dict of numpy or JAX arrays; integer arrays keep their type.
-      dtype: "float32" and "bfloat16" convert every floating array. "int8" stores matrices of 4096 values or more as
-        int8 with symmetric scales, rounded to nearest, and all else (norms and biases among it) as float32.
+      dtype: "float32" and "bfloat16" convert every floating array. "int8" stores matrices as int8 with scales, and all
+        else (norms, biases, codebooks) as float32.
 
     Raises:
-      UserError: `dtype` is none of these, or an array of an int8 file is not finite.
+      UserError: `dtype` is none of these, or a matrix of an int8 file is not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} of the weight file {path} is unknown; choose one of {', '.join(DTYPES)}")
@@ -50,8 +49,9 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
         array = np.asarray(value)
         if not _is_float(array):
             tensors[name] = array
-        elif dtype == "int8" and _is_matrix(name, array):
-            tensors[name], tensors[name + _SCALE_SUFFIX] = _quantize(name, array.astype(np.float32))
+        elif dtype == "int8" and shared_axes(name, array.ndim):
+            small = quantize_matrix(array.astype(np.float32), name, name)
+            tensors[name], tensors[name + _SCALE_SUFFIX] = np.asarray(small.values), np.asarray(small.scales)
         else:
             tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)
     path = Path(path)
@@ -169,30 +169,6 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _is_float(array: np.ndarray) -> bool:
     # numpy's own kinds do not cover bfloat16.
     return array.dtype == ml_dtypes.bfloat16 or bool(np.issubdtype(array.dtype, np.floating))
-
-
-def _is_matrix(name: str, array: np.ndarray) -> bool:
-    # Scanned layers stack their norms and biases into matrices; these stay exact.
-    is_vector = name.rsplit("/", 1)[-1] in ("bias", "scale")
-    return array.ndim >= 2 and array.size >= _INT8_MIN_SIZE and not is_vector
-
-
-def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Int8 values and their scales, grouped along whichever axis gives the smaller squared error."""
-    if not np.isfinite(array).all():
-        raise UserError(f"array {name} has values that are not finite and cannot be stored as int8")
-    # Per column, per row (embedding tables), and per output channel for kernels too thin for the finer two.
-    groupings: list[tuple[int, ...]] = [(axis,) for axis in (-2, -1) if array.shape[axis] >= _INT8_MIN_GROUP]
-    groupings = groupings or [tuple(range(array.ndim - 1))]
-    best_error, best = np.inf, None
-    for axes in groupings:
-        scale = np.maximum(np.abs(array).max(axis=axes, keepdims=True) / 127, np.finfo(np.float32).tiny)
-        values = np.rint(array / scale).clip(-127, 127).astype(np.int8)
-        error = float(np.square(array - values * scale).sum())
-        if error < best_error:
-            best_error, best = error, (values, scale.astype(np.float32))
-    assert best is not None
-    return best
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
