@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.data.stored import texts_from, tokens_from
-from hart_jax.data.text_states import caption_keys
+from hart_jax.data.precomputed import describe_texts, describe_tokens
+from hart_jax.data.text_cache import caption_keys
 from hart_jax.io import fingerprint
 from hart_jax.io.fingerprint import content_digest, differences, sha256, sha256sum, told, tree_digest, weights_digest
 from hart_jax.training.inputs import data_digests
@@ -28,8 +28,8 @@ def test_numbers_that_lie_on_disk_stay(tmp_path):
     assert sha256sum(file) == "a5a9a794705f990e1cc7b119ee122ba5cbfc0b93e181d70c5955f19d5e9eda05"
     assert content_digest(file) == "fd973648fc1f5b95da82d20a4e9b1dfbce9ef26a6d8560dca5a0759993bce748"
     tokenizer = "3f541f02c6ce18b1374c304629de4eacc69381296f5824c4ff84c82e083e9f9b"
-    assert tokens_from(TokenizerConfig(), TREE) == {"tokenizer": tokenizer}
-    assert texts_from("assets/emoji/text_encoder", 32, {"dtype": "float32", "system_prompt": file}) == {
+    assert describe_tokens(TokenizerConfig(), TREE) == {"tokenizer": tokenizer}
+    assert describe_texts("assets/emoji/text_encoder", 32, {"dtype": "float32", "system_prompt": file}) == {
         "text_encoder": "c1b658d0fa64fa6cc4103763d7468c5eb3bdac0b7c21f0d21be19d08a830e555",
         "positions": 32,
         "dtype": "float32",

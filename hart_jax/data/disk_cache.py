@@ -1,4 +1,4 @@
-"""Tables of arrays on disk that are computed once: whole or not there, and never a signal where the disk is full.
+"""Arrays on disk that are computed once: whole or not there, and never a signal where the disk is full.
 
 Files are written from start to end. Writing into a memory map of a file with holes would end the program with SIGBUS
 when the disk is full.
@@ -25,15 +25,15 @@ class Write(Protocol):
         ...
 
 
-def opened(folder: Path, open_table: Callable[[Path], T], what: str) -> T | None:
-    """The table in `folder`; None where it is not there, or with a warning where it is damaged.
+def open_cache(folder: Path, open_cached: Callable[[Path], T], what: str) -> T | None:
+    """The cache in `folder`; None where it is not there, or with a warning where it is damaged.
 
     Args:
-      open_table: raises `FileNotFoundError` or another error accordingly.
-      what: name of the table, for the warning.
+      open_cached: raises `FileNotFoundError` or another error accordingly.
+      what: name of the cache, for the warning.
     """
     try:
-        return open_table(folder)
+        return open_cached(folder)
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -42,7 +42,7 @@ def opened(folder: Path, open_table: Callable[[Path], T], what: str) -> T | None
 
 
 @contextlib.contextmanager
-def new_table(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
+def new_cache(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
     """Gives a folder to write files into, and a function that appends to columns of `count` rows, `<name>.npy` there.
 
     It becomes `folder`, in place of what may be there, when all is written; where anything is raised, nothing of it is
