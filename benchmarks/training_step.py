@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py --config configs/hart_0p7b_256.py --batch_size 32
 
-Weights are as training starts, images and text states are random and already there: neither changes times. The step is
-the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens of the
-last scale that the run would; the text encoder, which the data of a run may bring, is not in it. The FLOPs are the
+Weights are as training starts, images and text embeddings are random and already there: neither changes times. The
+step is the one that `train.py` runs, with remat and the rest as the config says, keeping the largest number of tokens
+of the last scale that the run would; the text encoder, which the data of a run may bring, is not in it. FLOPs are the
 step's own (`hart_jax.nn.flop_counter.StepFlops`), GiB the most memory so far; "ready" is when the step is compiled.
 Prints a row as soon as it is known.
 """

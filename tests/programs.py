@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transformer
 from hart_jax.config import HartExperiment, SampleConfig, TokenizerConfig, TokenizerExperiment, TransformerConfig
-from hart_jax.data.token_table import TokenMaker
+from hart_jax.data.token_cache import TokenMaker
 from hart_jax.evaluation.feature_cache import row_program
 from hart_jax.evaluation.features import FeatureExtractor
 from hart_jax.evaluation.networks import clip, efficientnet, inception

@@ -12,7 +12,7 @@ import pytest
 from hart_jax.config import read_experiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io import cache_dir
-from hart_jax.io.files import check_can_write, check_readable, whole_file, write_whole
+from hart_jax.io.files import atomic_file, check_can_write, check_readable, write_text
 from hart_jax.io.tensor_files import open_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_errors_of_the_operating_system_name_the_path_and_the_fix(tmp_path, caps
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_is_named_by_the_file_that_was_to_be_written(tmp_path, capsys):
     def main():
-        with whole_file(tmp_path / "results.json") as temporary:
+        with atomic_file(tmp_path / "results.json") as temporary:
             temporary.symlink_to("/dev/full")
             temporary.write_text("x" * 100_000)
 
@@ -130,7 +130,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     monkeypatch.setattr(os, "replace", lambda source, target: events.append(target))
-    write_whole(tmp_path / "notes.txt", "x")
+    write_text(tmp_path / "notes.txt", "x")
     assert [Path(event).name.startswith(".notes.txt") for event in events] == [True, False]
 
 

@@ -1,4 +1,4 @@
-"""The data of a training: bad records, workers, tokens and text states in the records."""
+"""The data of a training: bad records, workers, tokens and text embeddings in the records."""
 
 import numpy as np
 import pytest

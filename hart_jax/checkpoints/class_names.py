@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
-from hart_jax.io.files import check_readable, read_json, write_whole
+from hart_jax.io.files import check_readable, read_json, write_json
 from hart_jax.io.paths import as_path
 
 CLASSES = "classes.json"
@@ -55,7 +55,7 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 def write_classes(folder: Path, names: Sequence[str]) -> None:
     """Writes them into a folder, where there are any."""
     if names:
-        write_whole(folder / CLASSES, json.dumps(list(names), ensure_ascii=False) + "\n")
+        write_json(folder / CLASSES, list(names), ensure_ascii=False)
 
 
 def normalized(name: str) -> str:

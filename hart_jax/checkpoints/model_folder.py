@@ -5,11 +5,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,9 @@ import jax.numpy as jnp
 from hart_jax.checkpoints.class_names import read_classes, write_classes
 from hart_jax.config import SampleConfig, Settings, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
-from hart_jax.io.buckets import local_copy, upload_folder
-from hart_jax.io.files import sync
-from hart_jax.io.paths import as_path, is_remote
+from hart_jax.io.buckets import local_copy
+from hart_jax.io.files import atomic_folder
+from hart_jax.io.paths import as_path
 from hart_jax.io.safetensors import check_tree, load_weights, save_weights
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE
 from hart_jax.text.system_prompt import read_system_prompt
@@ -140,8 +136,11 @@ def read_sampling(folder: Path, tokenizer: TokenizerConfig) -> SampleConfig | No
 
 def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> None:
     """Writes a whole model folder, or nothing; `UserError` if `folder` exists."""
-
-    def write(target: Path) -> None:
+    folder = as_path(folder)
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; give a new folder or remove it")
+    # Without its settings a part is not taken for a model.
+    with atomic_folder(folder, last=CONFIG) as target:
         write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer, dtype)
         write_part(target / "transformer", model.transformer_config, model.transformer, dtype)
         write_classes(target / "transformer", model.classes)
@@ -152,31 +151,3 @@ def write_model(folder: str | Path, model: Model, dtype: str = "float32") -> Non
             if model.system_prompt is not None:
                 text = read_system_prompt(model.system_prompt)
                 (target / "text_encoder" / SYSTEM_PROMPT_FILE).write_bytes(text.encode())
-
-    write_folder(as_path(folder), write)
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary folder that becomes `folder` if it succeeds; `UserError` if `folder` exists.
-
-    To a bucket it is uploaded.
-    """
-    if folder.exists():
-        raise UserError(f"{folder}: already exists; give a new folder or remove it")
-    if is_remote(folder):
-        with tempfile.TemporaryDirectory() as scratch:
-            write(Path(scratch))
-            # Without its settings a part is not taken for a model.
-            upload_folder(Path(scratch), folder, last=lambda file: file.name == CONFIG)
-        return
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for file in temporary.rglob("*"):
-            # On disk before the folder has its name, so that a power cut leaves no empty files under it.
-            if file.is_file():
-                sync(file)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -14,6 +14,7 @@ damage. One that was saved without them is read as it is.
 """
 
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from hart_jax.checkpoints.restoring import (
@@ -30,14 +32,14 @@ from hart_jax.checkpoints.restoring import (
     check_items,
     digests_of,
     first_line,
-    flat,
     orbax_context,
     read_field,
     read_items,
     read_together,
 )
 from hart_jax.errors import UserError
-from hart_jax.io.files import write_whole
+from hart_jax.io.files import write_json
+from hart_jax.io.fingerprint import differences, told
 from hart_jax.io.paths import absolute, as_path, check_no_pattern, is_remote
 from hart_jax.parallel.agree import gather_texts
 
@@ -46,7 +48,6 @@ CHECKPOINT_DIR = "checkpoints"
 UNREADABLE_SUFFIX = ".unreadable"
 # What Orbax calls the last file of a checkpoint in a bucket.
 _COMMITTED = "commit_success.txt"
-_ABSENT = "(absent)"
 
 
 class Restored(NamedTuple):
@@ -260,12 +261,17 @@ def check_workdir(
     """
     found = bool(_complete_steps(as_path(workdir) / CHECKPOINT_DIR))
     if found:
+        flat = functools.partial(flatten_dict, sep=".")
         stored = flat(json.loads(json.dumps(defaults or {}))) | flat(load_config(workdir))
-        differences = _differences(stored, flat(json.loads(json.dumps(config))), may_change)
-        if differences:
-            shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
+        changed = {
+            name: values
+            for name, values in differences(stored, json.loads(json.dumps(config))).items()
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in may_change)
+        }
+        if changed:
+            listed = told(changed, "{name} is {here!r}, the run has {there!r}")
             raise UserError(
-                f"{workdir} holds a run of another config: {shown}. Use another workdir, or the config of that run"
+                f"{workdir} holds a run of another config: {listed}. Use another workdir, or the config of that run"
             )
     return found
 
@@ -289,13 +295,7 @@ def _preservation(keep: int, keep_every: int, keep_best: str) -> Any:
 
 def _write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
-        write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
-    keys = [key for key in {**old, **new} if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)]
-    pairs = ((key, old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys)
-    return [f"{key} is {after!r}, the run has {before!r}" for key, before, after in pairs if before != after]
+        write_json(workdir / CONFIG_FILE, config, indent=2)
 
 
 def _complete_steps(directory: Path) -> list[int]:

@@ -4,7 +4,6 @@ Each process reads by itself and waits for nobody, then all learn what the other
 take an older checkpoint; an error of the reading is not.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -14,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from hart_jax.checkpoints.damage import Damaged, is_damage, is_of_other_arrays, is_passing, root_of
 from hart_jax.checkpoints.digests import array_digests, check_digests, host_digest
 from hart_jax.errors import TryLater, UserError
+from hart_jax.io.fingerprint import sha256
 from hart_jax.parallel.agree import gather_texts
 
 # Between the tries of a reading that fails for no fault of the file.
@@ -80,8 +80,8 @@ def check_items(path: Path, loaded: Items) -> None:
     if any(one != stored[0] for one in stored):
         raise Damaged("the processes read different digests")
     check_digests(array_digests(loaded["state"], copies=True), stored[0]["arrays"])
-    for name, digest in _of_json(loaded.get("data"), loaded.get("log")).items():
-        if stored[0][name] != digest:
+    for name, found in _of_json(loaded.get("data"), loaded.get("log")).items():
+        if stored[0][name] != found:
             raise Damaged(f"{name}: not what was saved, by its digest")
 
 
@@ -90,7 +90,7 @@ def read_field(path: Path, which: str) -> Any:
     fields = ocp.metadata(path).metadata
     if fields is None:
         raise Damaged("its arrays are not described")
-    fields = flat(fields)
+    fields = flatten_dict(fields, sep=".")
     wanted = {key: leaf for key, leaf in fields.items() if f"{key}.".startswith(f"{which}.")}
     if not wanted:
         tops = sorted({key.split(".")[0] for key in fields})
@@ -104,7 +104,9 @@ def read_field(path: Path, which: str) -> Any:
     if file.parent.exists():
         digests = json.loads(file.read_text(encoding="utf-8"))
         _check_form(digests)
-        check_digests({key: host_digest(array) for key, array in flat(loaded).items()}, digests["arrays"])
+        check_digests(
+            {key: host_digest(array) for key, array in flatten_dict(loaded, sep=".").items()}, digests["arrays"]
+        )
     return loaded
 
 
@@ -120,17 +122,6 @@ def digests_of(state: Any, data_iterator: Any, log: Any) -> Items:
     return {"arrays": array_digests(state), **_of_json(data_iterator, log)}
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts with one key for each leaf, dots between the names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     # TensorStore appends its whole specification to what it has to say.
@@ -144,7 +135,7 @@ def _of_json(data_iterator: Any, log: Any) -> dict[str, str]:
 
 
 def _text_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return sha256(json.dumps(value, sort_keys=True, default=str))[:16]
 
 
 def _check_form(digests: Any) -> None:

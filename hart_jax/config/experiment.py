@@ -145,7 +145,7 @@ class HartExperiment(Settings):
     `system_prompt` the file of what it reads before every prompt (`hart_jax.text.system_prompt`; empty: the one in its
     folder, or none);
     `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
-    `precompute_text` and `precompute_tokens` keep text states and image tokens on disk instead of computing them anew;
+    `precompute_text` and `precompute_tokens` keep text embeddings and image tokens on disk, computed once;
     `model` the folder that `sample.py` draws from if no checkpoint is given.
     """
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from hart_jax.errors import UserError
 from hart_jax.io.files import read_json
+from hart_jax.io.fingerprint import differences, told
 
 
 def require(ok: bool, message: str) -> None:
@@ -65,10 +66,6 @@ class Settings:
 
     def check_same(self, theirs: Self, source: str | Path, part: str) -> None:
         """Raises `UserError` unless the settings `theirs`, found in `source`, are these; it names what differs."""
-        ours, others = self.to_dict(), theirs.to_dict()
-        differing = [
-            f"{part}.{name} is {others[name]!r}, the config says {ours[name]!r}"
-            for name in ours
-            if ours[name] != others[name]
-        ]
-        require(not differing, f"{source}: a checkpoint of another config: {'; '.join(differing[:4])}")
+        changed = differences({part: theirs.to_dict()}, {part: self.to_dict()})
+        listed = told(changed, "{name} is {there!r}, the config says {here!r}")
+        require(not changed, f"{source}: a checkpoint of another config: {listed}")

@@ -162,8 +162,8 @@ def make_loader(
       batch_size: B, of all processes together.
       seed: of order, captions and flips.
       train: as described above.
-      text: caption -> arrays that join the batch (token ids, masks or text states), or the same by the caption's place;
-        must be picklable with `workers`.
+      text: caption -> arrays that join the batch (token ids, masks or text embeddings), or the same by the caption's
+        place; must be picklable with `workers`.
       tokens: image number -> arrays that stand in the batch instead of `image`, or `UserError` for one that does not
         decode; must be picklable with `workers`; not with `flip`.
       flip: mirror every second training image, except where the caption says left or right.
@@ -214,7 +214,7 @@ def make_loader(
 
 
 def load_captions(shards: Folders, max_bad_records: int = 0) -> list[str]:
-    """All distinct captions of shard folders, sorted: the order for text states computed ahead.
+    """All distinct captions of shard folders, sorted: the order for text embeddings computed ahead.
 
     Raises:
       UserError: naming some, if more than `max_bad_records` records are damaged; fewer are left out with a warning.

@@ -1,4 +1,4 @@
-"""Shards with tokens and text states in their records, for training that runs neither tokenizer nor text encoder.
+"""Shards with tokens and text embeddings in their records, for training that runs neither tokenizer nor text encoder.
 
     python -m hart_jax.data.precompute --shards DIR --out DIR --tokenizer DIR --text_encoder DIR --context_tokens 300 \\
         --system_prompt FILE --text_dtype bfloat16
@@ -15,7 +15,6 @@ does not change; a damaged one stays damaged.
 """
 
 import argparse
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.data import text_states, token_table
+from hart_jax.data import text_cache, token_cache
 from hart_jax.data.bad_records import BadRecords
 from hart_jax.data.image_files import square_image
+from hart_jax.data.precomputed import TEXTS, TOKENS, describe_texts, describe_tokens, pack
 from hart_jax.data.shards import (
     RecordSource,
     begin,
@@ -39,8 +39,8 @@ from hart_jax.data.shards import (
     write_checksums,
     write_records,
 )
-from hart_jax.data.stored import TEXTS, TOKENS, pack, texts_from, tokens_from
 from hart_jax.errors import UserError, run_cli
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.ownership import owned
 from hart_jax.io.paths import as_path
 from hart_jax.parallel.mesh import copies
@@ -56,11 +56,11 @@ class AddTokens:
     field = TOKENS
 
     def __init__(self, config: TokenizerConfig, params: Any):
-        self.about = tokens_from(config, params)
-        self._size, self._tokens_of = config.image_size, token_table.TokenMaker(config, params)
+        self.about = describe_tokens(config, params)
+        self._size, self._tokens_of = config.image_size, token_cache.TokenMaker(config, params)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[int]:
-        """Returns which of at most `token_table.BATCH` images do not decode."""
+        """Returns which of at most `token_cache.BATCH` images do not decode."""
         images, bad = np.zeros((len(records), self._size, self._size, 3), np.uint8), []
         for row, record in enumerate(records):
             try:
@@ -84,14 +84,14 @@ class AddTexts:
         options = text_options(encoder_folder, system_prompt, dtype)
         encoder = load_text_encoder(encoder_folder, **options, placement=copies())
         self._encoder, self._positions = encoder, positions
-        self.about = texts_from(encoder_folder, positions, options)
+        self.about = describe_texts(encoder_folder, positions, options)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[int]:
         captions = [caption for record in records for caption in record["captions"]]
         packed: list[dict[str, Any]] = []
-        for start in range(0, len(captions), text_states.BATCH):
-            batch = captions[start : start + text_states.BATCH]
-            states, masks, _ = text_states.text_states(self._encoder, batch, self._positions)
+        for start in range(0, len(captions), text_cache.BATCH):
+            batch = captions[start : start + text_cache.BATCH]
+            states, masks, _ = text_cache.embed_captions(self._encoder, batch, self._positions)
             packed += map(pack, _rows({"text": states, "mask": masks}))
         for record in records:
             count = len(record["captions"])
@@ -113,7 +113,7 @@ def precompute(
     del about["shards"]
     about |= {
         "precomputed": {**source.precomputed[0], **{field.field: field.about for field in fields}},
-        "shards_sha256": hashlib.sha256(checksums(shards)).hexdigest(),
+        "shards_sha256": sha256(checksums(shards)),
     }
     with owned(out, "a run that adds to shards"):
         return _precompute(source, out, fields, about, max_bad_records)
@@ -145,8 +145,8 @@ def _precompute(
 def _with_fields(
     source: RecordSource, numbers: range, fields: list[AddTokens | AddTexts], bad: BadRecords, progress: tqdm
 ) -> Iterator[bytes]:
-    for start in range(0, len(numbers), token_table.BATCH):
-        chunk = numbers[start : start + token_table.BATCH]
+    for start in range(0, len(numbers), token_cache.BATCH):
+        chunk = numbers[start : start + token_cache.BATCH]
         records = {}
         for number in chunk:
             try:
@@ -171,12 +171,14 @@ def _rows(columns: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 def main() -> None:
     from hart_jax.checkpoints.workdir import find_tokenizer
 
-    parser = argparse.ArgumentParser(description="Adds tokens and text states to the records of shards.")
+    parser = argparse.ArgumentParser(description="Adds tokens and text embeddings to the records of shards.")
     parser.add_argument("--shards", required=True, help="folder of hart_jax.data.shards")
     parser.add_argument("--out", required=True, help="folder for the new shards; new, empty or unfinished")
     parser.add_argument("--tokenizer", help="workdir or model folder of a tokenizer, for tokens")
-    parser.add_argument("--text_encoder", help="folder of a text encoder, for text states")
-    parser.add_argument("--context_tokens", type=int, help="positions of the text states, as the transformer has them")
+    parser.add_argument("--text_encoder", help="folder of a text encoder, for text embeddings")
+    parser.add_argument(
+        "--context_tokens", type=int, help="positions of the text embeddings, as the transformer has them"
+    )
     parser.add_argument("--system_prompt", help="file of the text encoder's system prompt")
     parser.add_argument(
         "--text_dtype",

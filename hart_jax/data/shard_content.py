@@ -1,7 +1,5 @@
 """What shards hold, as digests: whether their source has changed since they were written."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import msgpack
 from hart_jax.data.mjhq import Example
 from hart_jax.data.staging import Shard, open_records
 from hart_jax.errors import UserError
+from hart_jax.io.fingerprint import json_digest, sha256
 
 # So many records are named in a message.
 _NAMED = 5
@@ -36,13 +35,13 @@ def digest_of(example: Example) -> str:
 def record_digest(record: Mapping[str, Any]) -> str:
     """Of a record's image, texts, category and id, whatever order its attributes have."""
     known = [record[name] for name in ("id", "category", "prompt", "captions")]
-    known += [sorted(record.get("attributes", {}).items()), hashlib.sha256(record["image"]).hexdigest()]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    known += [sorted(record.get("attributes", {}).items()), sha256(record["image"])]
+    return json_digest(known)
 
 
 def digest_of_all(digests: Iterable[str]) -> str:
     """Of records in their order."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return sha256("".join(digests))
 
 
 def stored_digests(shards: Sequence[Shard]) -> dict[str, str]:

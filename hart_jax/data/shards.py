@@ -18,10 +18,7 @@ category among the sorted ones of dataset.json.
 
 import argparse
 import functools
-import hashlib
-import json
 import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -48,8 +45,9 @@ from hart_jax.data.shard_content import (
 from hart_jax.data.shard_files import check_files, listed, record_count, whole_number
 from hart_jax.data.staging import Shard, captions_file, open_records
 from hart_jax.errors import UserError, run_cli
-from hart_jax.io.buckets import local_copy, object_sizes, upload
-from hart_jax.io.files import read_json, sha256, write_whole
+from hart_jax.io.buckets import local_copy, object_sizes
+from hart_jax.io.files import atomic_file, read_json, remove_unfinished, write_json, write_text
+from hart_jax.io.fingerprint import differences, sha256, sha256sum
 from hart_jax.io.ownership import OWNER_FILE, owned
 from hart_jax.io.paths import as_path, is_remote
 
@@ -187,7 +185,7 @@ def verify(folder: str | Path) -> int:
     sums = _read_checksums(folder)
     for shard in tqdm(shards, unit="shard", desc="verifying"):
         for file in (shard.path, shard.captions):
-            if file is not None and sums.get(file.name) != sha256(local_copy(file)):
+            if file is not None and sums.get(file.name) != sha256sum(local_copy(file)):
                 raise UserError(f"shard {file} does not match {CHECKSUM_FILE}; copy or write it again")
     return len(shards)
 
@@ -283,8 +281,10 @@ def resume(out: Path, settings: dict) -> dict[str, str] | None:
     for name in (DATASET_FILE, UNFINISHED_FILE):
         if (out / name).is_file():
             known = read_json(local_copy(out / name))
-            if {key: known.get(key) for key in settings} != settings:
-                raise UserError(f"--out {out} holds shards of other images or settings; use another folder")
+            if changed := differences({key: known.get(key) for key in settings}, settings):
+                raise UserError(
+                    f"--out {out} holds shards of other images or settings ({', '.join(changed)}); use another folder"
+                )
             if name == DATASET_FILE:
                 open_shards(out)
                 return None
@@ -294,7 +294,7 @@ def resume(out: Path, settings: dict) -> dict[str, str] | None:
 
 def begin(out: Path, settings: dict) -> None:
     """Makes `out` an unfinished shard folder, which `resume` knows by these settings."""
-    write_whole(out / UNFINISHED_FILE, json.dumps(settings, indent=1) + "\n")
+    write_json(out / UNFINISHED_FILE, settings, indent=1)
 
 
 def is_finished(path: Path, sums: dict[str, str]) -> bool:
@@ -302,11 +302,11 @@ def is_finished(path: Path, sums: dict[str, str]) -> bool:
     if is_remote(path):
         # Of what is uploaded, the checksum is written afterwards.
         return path.name in sums and path.is_file()
-    return path.is_file() and captions_file(path).is_file() and sums.get(path.name) == sha256(path)
+    return path.is_file() and captions_file(path).is_file() and sums.get(path.name) == sha256sum(path)
 
 
 def write_checksums(out: Path, sums: dict[str, str]) -> None:
-    write_whole(out / CHECKSUM_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    write_text(out / CHECKSUM_FILE, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int]) -> None:
@@ -317,9 +317,9 @@ def complete(out: Path, about: dict, sums: dict[str, str], counts: dict[str, int
     for name, count in counts.items():
         beside = captions[name].name
         listing.append({"file": name, "count": count, "bytes": sizes[name], "captions_bytes": sizes[beside]})
-        all_sums |= {name: sums[name], beside: hashlib.sha256(captions[name].read_bytes()).hexdigest()}
+        all_sums |= {name: sums[name], beside: sha256(captions[name].read_bytes())}
     write_checksums(out, all_sums)
-    write_whole(out / DATASET_FILE, json.dumps({**about, "shards": listing}, indent=1) + "\n")
+    write_json(out / DATASET_FILE, {**about, "shards": listing}, indent=1)
     (out / UNFINISHED_FILE).unlink()
 
 
@@ -353,31 +353,21 @@ def _ids(examples: Iterable[Example]) -> list[str]:
 
 def write_records(path: Path, records: Iterable[bytes]) -> str:
     """Writes a shard and its captions, each whole or not at all, and returns the shard's checksum."""
-    if is_remote(path):
-        with tempfile.TemporaryDirectory() as scratch:
-            local = Path(scratch) / path.name
-            digest = write_records(local, records)
-            upload(captions_file(local), captions_file(path))
-            upload(local, path)
-            return digest
-    partial, captions = (file.with_name(file.name + ".partial") for file in (path, captions_file(path)))
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    captions = captions_file(path)
+    if not is_remote(path):
+        remove_unfinished(path.parent, (path.name, captions.name))
     try:
-        with captions.open("wb") as lines:
+        # A shard that has its name has its captions.
+        with atomic_file(path) as shard, atomic_file(captions) as texts, texts.open("wb") as lines:
+            writer = ArrayRecordWriter(str(shard), "group_size:1")
             for record in records:
                 writer.write(record)
                 lines.write(caption_line(record))
-        writer.close()
-        # A shard that has its name has its captions.
-        os.replace(captions, captions_file(path))
-        os.replace(partial, path)
+            writer.close()
+            return sha256sum(shard)
     except (RuntimeError, OSError) as error:
         problem = str(error).split(";")[0][:200]
         raise UserError(f"shard {path} cannot be written ({problem}); make room for it") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        captions.unlink(missing_ok=True)
-    return sha256(path)
 
 
 def read_dataset(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import copies_in, download, locked
-from hart_jax.io.files import sha256
+from hart_jax.io.fingerprint import sha256sum
 from hart_jax.io.paths import is_remote
 
 GIB = 2**30
@@ -144,7 +144,7 @@ def staged(shard: Shard, limit: int) -> Path:
         # What was left of another try may be damaged; then it is made anew, once.
         for left in (partial.exists(), False):
             download(os.fspath(shard.path), partial, shard.bytes)
-            if sha256(partial) == shard.sha256:
+            if sha256sum(partial) == shard.sha256:
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(partial, path)

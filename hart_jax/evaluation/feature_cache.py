@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
 from hart_jax.evaluation.images import ImageSet, decode
-from hart_jax.io.files import whole_file
+from hart_jax.io.files import atomic_file
 from hart_jax.io.paths import make_folder
 from hart_jax.parallel.mesh import Placement, make_mesh
 from hart_jax.parallel.program import Program
@@ -141,7 +141,7 @@ def _chunk_path(folder: Path, share: range) -> Path:
 def _write(path: Path, columns: Columns) -> None:
     try:
         make_folder(path.parent)
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)  # type: ignore[arg-type]
     except OSError as error:
         _warn(f"{path}: cannot be written ({error}); the next evaluation computes it again")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hart_jax.evaluation.networks.efficientnet import load_efficientnet
 from hart_jax.evaluation.networks.inception import Resize, load_inception
 from hart_jax.evaluation.scores import COLUMNS, FeatureSet, feature_columns
 from hart_jax.io.cache_dir import cache_folder
+from hart_jax.io.fingerprint import json_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class FeatureExtractor:
         if blurred:
             known.append("softened")
             compiled, name = self._compiled_blurred, f"{title}, blurred, {self.network.name}"
-        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        key = json_digest(known)[:16]
         cache = cache_folder() if keep is None else None
         keep = cache / "features" if cache else keep
         return compute_features(

@@ -4,8 +4,6 @@ A set knows its content by a digest, so that what was computed of it once is fou
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folde
 from hart_jax.data.shards import RecordSource, checksums
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
+from hart_jax.io.fingerprint import json_digest, sha256
 from hart_jax.io.images import read_png_metadata
 from hart_jax.io.paths import as_path
 
@@ -95,7 +94,7 @@ class _ShardImages(ImageSet):
     def __init__(self, folder: Path):
         self._records = RecordSource(folder)
         self.infos = [self._info(index) for index in range(len(self._records))]
-        self.digest = hashlib.sha256(checksums(folder)).hexdigest()[:16]
+        self.digest = sha256(checksums(folder))[:16]
 
     def _info(self, index: int) -> ImageInfo:
         record = self._records[index]
@@ -144,9 +143,9 @@ def _digest(files: Sequence[Path | bool], checksums: Sequence[str]) -> str:
     """Of the files' bytes in their order, and of checksums."""
     paths = [file for file in files if not isinstance(file, bool)]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda file: hashlib.sha256(file.read_bytes()).hexdigest(), paths)
+        hashes = pool.map(lambda file: sha256(file.read_bytes()), paths)
         shown = tqdm(hashes, total=len(paths), desc="hashing", unit="image", disable=len(paths) < _FEW)
-        return hashlib.sha256(json.dumps([*shown, *checksums]).encode()).hexdigest()[:16]
+        return json_digest([*shown, *checksums])[:16]
 
 
 class Subset(ImageSet):
@@ -155,7 +154,7 @@ class Subset(ImageSet):
     def __init__(self, image_set: ImageSet, indices: Sequence[int]):
         self._image_set, self._indices = image_set, list(map(int, indices))
         self.infos = [image_set.infos[index] for index in self._indices]
-        self.digest = hashlib.sha256(json.dumps([image_set.digest, self._indices]).encode()).hexdigest()[:16]
+        self.digest = json_digest([image_set.digest, self._indices])[:16]
 
     def read(self, index: int) -> bytes:
         return self._image_set.read(self._indices[index])

@@ -1,8 +1,6 @@
 """How well a tokenizer keeps images, without and with the continuous residual: what `--what=reconstruction` does."""
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.evaluation.concept_retrieval.recall import attributes_of, concept_recall
@@ -20,7 +17,7 @@ from hart_jax.evaluation.images import ImageSet, decode
 from hart_jax.evaluation.metrics.codebook import Usage
 from hart_jax.evaluation.metrics.gather import gather_rows
 from hart_jax.evaluation.metrics.ssim import SIDE, ssim
-from hart_jax.evaluation.networks.base import FeatureNetwork, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.scores import (
     COLUMNS,
     FeatureSet,
@@ -30,6 +27,7 @@ from hart_jax.evaluation.scores import (
     real_vs_real,
     warnings_of,
 )
+from hart_jax.io.fingerprint import json_digest, weights_digest
 from hart_jax.io.images import from_uint8, grid, save_png, to_uint8
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
@@ -98,8 +96,8 @@ def score_reconstructions(
     }
     compute = DataParallel("reconstructions", functools.partial(columns_of, Tokenizer(config), networks), params)
     weights = [network.digest for network in networks]
-    known = [image_set.digest, digest(tokenizer_params), weights, lpips_params is None, COLUMNS]
-    folder = keep / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    known = [image_set.digest, weights_digest(tokenizer_params), weights, lpips_params is None, COLUMNS]
+    folder = keep / json_digest(known)[:16]
     rows = compute_features(
         image_set, config.image_size, compute, folder, batch_size=batch_size, title="reconstructions"
     )
@@ -151,11 +149,6 @@ def _recalls_of_reconstructions(
     if not names:
         return None
     return concept_recall(real, extractor.extract(image_set, "real images", blurred=True), sets, places_N, names)
-
-
-def digest(params: Any) -> str:
-    """Of a tree of parameters."""
-    return weights_digest(flatten_dict(params, sep="/"))
 
 
 def make_rebuild(config: TokenizerConfig) -> Program:

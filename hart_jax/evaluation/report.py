@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import read_json, write_whole
+from hart_jax.io.files import read_json, write_json, write_text
+from hart_jax.io.fingerprint import differences, told
 from hart_jax.io.ownership import OWNER_FILE
 from hart_jax.io.run_info import package_version
-from hart_jax.sampling.output import differences
 
 RUN, RESULTS, TABLE = "run.json", "results.json", "results.md"
 
@@ -25,13 +25,12 @@ def begin(out: Path, run: Mapping[str, Any]) -> None:
     run = json.loads(json.dumps(run))
     path = out / RUN
     if path.is_file():
-        differing = differences(read_json(path), run)
-        if differing:
-            raise UserError(f"--out={out}: holds another evaluation ({'; '.join(differing[:4])}); give another folder")
+        if changed := differences(read_json(path), run):
+            raise UserError(f"--out={out}: holds another evaluation ({told(changed)}); give another folder")
         return
     if out.exists() and (not out.is_dir() or any(path.name != OWNER_FILE for path in out.iterdir())):
         raise UserError(f"--out={out}: is there already and holds no evaluation; give another folder")
-    write_whole(path, json.dumps(run, indent=1) + "\n")
+    write_json(path, run, indent=1)
 
 
 def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
@@ -40,8 +39,8 @@ def finish(out: Path, run: Mapping[str, Any], results: Mapping[str, Any], rows: 
     device = jax.devices()[0].device_kind
     report = {**run, **results, "software": software, "devices": f"{jax.device_count()} x {device}"}
     table = markdown(rows)
-    write_whole(out / RESULTS, json.dumps(report, indent=1) + "\n")
-    write_whole(out / TABLE, table + "\n")
+    write_json(out / RESULTS, report, indent=1)
+    write_text(out / TABLE, table + "\n")
     return table
 
 

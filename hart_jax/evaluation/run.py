@@ -20,8 +20,9 @@ from hart_jax.evaluation.generation import check_prompts, requests_of, sample_im
 from hart_jax.evaluation.image_grids import save_group_grid, save_sample_grid
 from hart_jax.evaluation.images import ImageInfo, ImageSet, Relabelled, Subset, open_images, random_subset
 from hart_jax.evaluation.networks.inception import Resize
-from hart_jax.evaluation.reconstruction import digest, save_reconstruction_grid, score_reconstructions
+from hart_jax.evaluation.reconstruction import save_reconstruction_grid, score_reconstructions
 from hart_jax.evaluation.scores import NEIGHBOURS
+from hart_jax.io.fingerprint import weights_digest
 from hart_jax.io.ownership import owned
 from hart_jax.parallel.mesh import first_process_first
 from hart_jax.sampling import output
@@ -105,7 +106,7 @@ def _reconstruction(request: Request, reference: ImageSet) -> tuple[str, dict[st
     run = {
         "what": request.what,
         "checkpoint": request.checkpoint,
-        "model": digest(params),
+        "model": weights_digest(params),
         "image_size": config.image_size,
         "reference": {"path": request.reference, "digest": chosen.digest},
         "networks": {one.network.name: one.network.digest for one in extractors},

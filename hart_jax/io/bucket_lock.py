@@ -19,7 +19,7 @@ from typing import Any
 
 from hart_jax.errors import TryLater, UserError
 from hart_jax.io.buckets import retried
-from hart_jax.io.files import write_whole
+from hart_jax.io.files import write_json
 
 OWNER_FILE = ".owner.json"
 BEAT_SECONDS = 30.0
@@ -102,7 +102,7 @@ class BucketLock:
                 self._write()
 
     def _write(self) -> None:
-        write_whole(self._path, json.dumps({**self._about, "time": time.time()}) + "\n")
+        write_json(self._path, {**self._about, "time": time.time()})
 
     def _read(self) -> dict[str, Any] | None:
         """Who is the owner; None for nobody, or for a file that says nothing."""

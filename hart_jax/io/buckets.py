@@ -9,7 +9,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import json
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 from hart_jax.errors import UserError
 from hart_jax.io.cache_dir import cache_folder
+from hart_jax.io.fingerprint import json_digest
 from hart_jax.io.paths import GS, as_path, is_remote
 
 RETRY_SECONDS = 300.0
@@ -112,7 +112,7 @@ def local_copy(source: str | os.PathLike[str], setting: str = "") -> Path:
     if not objects:
         raise UserError(f"{name}: there is no such file or folder in the bucket")
     about = [[key, about["size"], _version(about)] for key, about in sorted(objects.items())]
-    folder = copies_in("buckets") / hashlib.sha256(json.dumps([root, about]).encode()).hexdigest()[:16]
+    folder = copies_in("buckets") / json_digest([root, about])[:16]
     copy, complete = folder / path.name, folder / ".complete"
     with locked(folder / ".lock"):
         if not complete.exists():

@@ -1,28 +1,27 @@
-"""Files that are there whole or not at all, and files that hold something other than their content."""
+"""Files and folders that are there whole or not at all, and files that hold something other than their content."""
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from hart_jax.errors import UserError
-from hart_jax.io.buckets import upload
+from hart_jax.io.buckets import upload, upload_folder
 from hart_jax.io.paths import as_path, is_remote, make_folder
 
-_PIECE_BYTES, _CHUNK_BYTES = 2**28, 2**22
 # The first bytes of what git leaves in place of a large file that was not fetched.
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Gives the name of a file to write, which takes the place of `path` if nothing is raised and is removed if so.
 
     It is on the disk before it has its name, so that a power cut leaves no empty file under it. In a bucket, where an
@@ -36,7 +35,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        sync(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         # A full disk is reported without a name.
@@ -48,7 +47,38 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+@contextlib.contextmanager
+def atomic_folder(folder: Path, last: str = "") -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `folder` if nothing is raised and is removed if so.
+
+    There must be no such folder by then. All files are on the disk before it has its name. To a bucket they are
+    uploaded in the end, those of the name `last` after the others.
+    """
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            upload_folder(Path(scratch), folder, last=lambda file: file.name == last)
+        return
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Removes what killed processes were writing by `atomic_file` as files of these names; no other may write them."""
+    for left in folder.glob(".*.[0-9]*"):
+        if left.name[1:].rpartition(".")[0] in names:
+            left.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
     """Waits until a file's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -57,34 +87,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole; its folder is made."""
     make_folder(path.parent)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file's pieces, which are read side by side (about 0.6 s a GiB and core)."""
-
-    def of_piece(start: int) -> str:
-        digest, left = hashlib.sha256(), _PIECE_BYTES
-        with path.open("rb") as file:
-            file.seek(start)
-            while chunk := file.read(min(_CHUNK_BYTES, left)):
-                digest.update(chunk)
-                left -= len(chunk)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        pieces = pool.map(of_piece, range(0, path.stat().st_size, _PIECE_BYTES))
-        return hashlib.sha256(" ".join(pieces).encode()).hexdigest()
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Writes a value as JSON, whole; its folder is made. `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, **options) + "\n")
 
 
 def check_readable(path: str | os.PathLike, what: str = "file") -> None:

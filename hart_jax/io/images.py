@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import whole_file
+from hart_jax.io.files import atomic_file
 from hart_jax.io.paths import as_path, is_remote, make_folder
 
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB\x60\x82"
@@ -91,7 +91,7 @@ def save_png(
     chunks = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         chunks.add_text(key, value)  # text outside Latin-1 becomes an iTXt chunk
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         Image.fromarray(np.asarray(image)).save(temporary, format="PNG", pnginfo=chunks)
 
 

@@ -4,7 +4,6 @@ Those of a workdir in a bucket lie in a folder of this machine, and are uploaded
 whenever a checkpoint is due. A start that resumes fetches the logs first.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 
 from hart_jax.io.buckets import copies_in, retried, upload
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.paths import as_path, is_remote
 
 
@@ -23,7 +23,7 @@ def scratch_folder(workdir: Path) -> Path:
     """
     if not is_remote(workdir):
         return workdir
-    name = hashlib.sha256(os.fspath(workdir).rstrip("/").encode()).hexdigest()[:16]
+    name = sha256(os.fspath(workdir).rstrip("/"))[:16]
     return copies_in("workdirs") / name / f"process_{jax.process_index()}"
 
 

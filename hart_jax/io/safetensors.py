@@ -1,15 +1,13 @@
 """Parameters in one safetensors file, as float32, bfloat16 or int8: the weight files of a model folder.
 
 A nested dict of arrays is stored flat, its names joined by "/". In an int8 file a matrix `name` is int8 and stands
-beside float32 scales `name.int8_scale`, of its rank and of size 1 along the axis that shares a scale; all else
-is float32.
+beside its float32 scales `name.int8_scale`, as `hart_jax.io.int8_scheme` has them; all else is float32. Files of before
+had scales along other axes; they are read by the shapes of their scales.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,19 +16,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import check_readable, whole_file
+from hart_jax.io.files import atomic_file, check_readable
+from hart_jax.io.int8_scheme import quantize_matrix, shared_axes
 
 DTYPES = ("float32", "bfloat16", "int8")
 _SCALE_SUFFIX = ".int8_scale"
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
 _TYPES |= {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
-_INT8_MIN_SIZE = 4096
-_INT8_MIN_GROUP = 32
 
 
 def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dtype: str = "float32") -> None:
@@ -39,24 +36,28 @@ def save_weights(path: str | os.PathLike[str], params: Mapping[str, Any], *, dty
     Args:
       path: the file to write; its folder is made where it is missing.
       params: nested dict of numpy or JAX arrays; integer arrays keep their type.
-      dtype: "float32" and "bfloat16" convert every floating array. "int8" stores matrices of 4096 values or more as
-        int8 with symmetric scales, rounded to nearest, and all else (norms and biases among it) as float32.
+      dtype: "float32" and "bfloat16" convert every floating array. "int8" stores matrices as int8 with scales, and all
+        else (norms, biases, codebooks) as float32.
 
     Raises:
-      UserError: `dtype` is none of these, or an array of an int8 file is not finite.
+      UserError: `dtype` is none of these, or a matrix of an int8 file is not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} of the weight file {path} is unknown; choose one of {', '.join(DTYPES)}")
     tensors: dict[str, np.ndarray] = {}
-    for name, value in _flatten(nn.meta.unbox(params)):
+    for name, value in _flat(params).items():
         array = np.asarray(value)
         if not _is_float(array):
             tensors[name] = array
-        elif dtype == "int8" and _is_matrix(name, array):
-            tensors[name], tensors[name + _SCALE_SUFFIX] = _quantize(name, array.astype(np.float32))
+        elif dtype == "int8" and shared_axes(name, array.ndim):
+            small = quantize_matrix(array.astype(np.float32), name, name)
+            tensors[name], tensors[name + _SCALE_SUFFIX] = np.asarray(small.values), np.asarray(small.scales)
         else:
             tensors[name] = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32, copy=False)
-    _replace_file(Path(path), tensors)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        _write_safetensors(file, tensors)
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str
     Raises:
       UserError: names the first few missing, unexpected and mis-shaped arrays, or the first with such a number.
     """
-    have = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(loaded))}
-    want = {name: tuple(value.shape) for name, value in _flatten(nn.meta.unbox(expected))}
+    have = {name: tuple(value.shape) for name, value in _flat(loaded).items()}
+    want = {name: tuple(value.shape) for name, value in _flat(expected).items()}
     missing = [name for name in want if name not in have]
     unexpected = [name for name in have if name not in want]
     differing = [name for name in want if name in have and have[name] != want[name]]
@@ -141,7 +142,7 @@ def check_tree(loaded: Mapping[str, Any], expected: Mapping[str, Any], what: str
     ]
     if problems:
         raise UserError(f"{what}: checkpoint of another model: {'; '.join(problems)}; check that the config is its own")
-    for name, value in _flatten(nn.meta.unbox(loaded)):
+    for name, value in _flat(loaded).items():
         check_finite(value, f"{what}: array {name}")
 
 
@@ -161,64 +162,13 @@ def check_finite(array: Any, what: str) -> None:
         raise UserError(f"{what} has values that are not finite: the file is damaged, or its training had diverged")
 
 
-def tree_digest(*trees: Any) -> str:
-    """16 hexadecimal digits of all names, types, shapes and bytes of nested dicts of arrays (about 0.6 s a GiB and
-    core)."""
-    named = [(f"{number}/{name}", value) for number, tree in enumerate(trees) for name, value in _flatten(tree)]
-
-    def one(entry: tuple[str, Any]) -> str:
-        name, array = entry[0], np.asarray(entry[1])
-        digest = hashlib.sha256(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(one, sorted(named, key=lambda entry: entry[0])))
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flatten(value, name + "/")
-        else:
-            yield name, value
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten_dict(nn.meta.unbox(tree), sep="/")
 
 
 def _is_float(array: np.ndarray) -> bool:
     # numpy's own kinds do not cover bfloat16.
     return array.dtype == ml_dtypes.bfloat16 or bool(np.issubdtype(array.dtype, np.floating))
-
-
-def _is_matrix(name: str, array: np.ndarray) -> bool:
-    # Scanned layers stack their norms and biases into matrices; these stay exact.
-    is_vector = name.rsplit("/", 1)[-1] in ("bias", "scale")
-    return array.ndim >= 2 and array.size >= _INT8_MIN_SIZE and not is_vector
-
-
-def _quantize(name: str, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Int8 values and their scales, grouped along whichever axis gives the smaller squared error."""
-    if not np.isfinite(array).all():
-        raise UserError(f"array {name} has values that are not finite and cannot be stored as int8")
-    # Per column, per row (embedding tables), and per output channel for kernels too thin for the finer two.
-    groupings: list[tuple[int, ...]] = [(axis,) for axis in (-2, -1) if array.shape[axis] >= _INT8_MIN_GROUP]
-    groupings = groupings or [tuple(range(array.ndim - 1))]
-    best_error, best = np.inf, None
-    for axes in groupings:
-        scale = np.maximum(np.abs(array).max(axis=axes, keepdims=True) / 127, np.finfo(np.float32).tiny)
-        values = np.rint(array / scale).clip(-127, 127).astype(np.int8)
-        error = float(np.square(array - values * scale).sum())
-        if error < best_error:
-            best_error, best = error, (values, scale.astype(np.float32))
-    assert best is not None
-    return best
-
-
-def _replace_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        _write_safetensors(file, tensors)
 
 
 def _write_safetensors(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from hart_jax.io.int8_scheme import Int8
 from hart_jax.nn import int8
-from hart_jax.nn.int8 import Int8
 
 MATMUL_OUTPUT = "product"
 Axes = tuple[str | None, ...]

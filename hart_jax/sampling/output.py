@@ -10,7 +10,6 @@ as it was, and writes those that are missing: the same files, to the last bit, a
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -24,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from PIL import Image
 from tqdm import tqdm
 
 from hart_jax.checkpoints.model_folder import Model
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
-from hart_jax.io.files import check_can_write, content_digest, write_whole
+from hart_jax.io.files import check_can_write, remove_unfinished, write_text
+from hart_jax.io.fingerprint import content_digest, differences, json_digest, sha256, told, tree_digest
 from hart_jax.io.images import grid, is_whole_png, save_png
 from hart_jax.io.ownership import owned
-from hart_jax.io.safetensors import tree_digest
 from hart_jax.parallel.stop import StopAnyTime
 from hart_jax.sampling.pipeline import Pipeline, Sample, SampleRequest
 from hart_jax.text.system_prompt import read_system_prompt
@@ -88,15 +86,13 @@ def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | P
     """What a picture depends on beside its prompt, seed and index, as JSON: digests of the models, and the settings."""
     configs = [model.tokenizer_config.to_dict(), model.transformer_config.to_dict()]
     parameters = tree_digest(model.tokenizer, model.transformer)
-    digest = hashlib.sha256(json.dumps([configs, parameters]).encode())
-    about = {"model": digest.hexdigest()[:16], "settings": settings.to_dict()}
+    about = {"model": json_digest([configs, parameters])[:16], "settings": settings.to_dict()}
     folder, system_prompt = text
     if folder and not model.transformer_config.num_classes:
         files = sorted(path for path in local_copy(folder).iterdir() if path.is_file())
-        digest = hashlib.sha256(json.dumps([(path.name, content_digest(path)) for path in files]).encode())
-        about["text_encoder"] = digest.hexdigest()[:16]
+        about["text_encoder"] = json_digest([(path.name, content_digest(path)) for path in files])[:16]
         if system_prompt:
-            about["system_prompt"] = hashlib.sha256(read_system_prompt(system_prompt).encode()).hexdigest()[:16]
+            about["system_prompt"] = sha256(read_system_prompt(system_prompt))[:16]
     return about
 
 
@@ -136,7 +132,7 @@ def open_run(
     if len(requests) > 1 or resume:
         lines = [{"run": about, "batch_size": size}]
         lines += [{"file": name, **_line(one)} for name, one in zip(names, requests, strict=True)]
-        write_whole(out / f"{first:05d}-{MANIFEST}", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(out / f"{first:05d}-{MANIFEST}", "".join(json.dumps(line) + "\n" for line in lines))
     return _output_run(out, names, size)
 
 
@@ -161,18 +157,11 @@ def _find(manifests: list[Path], requests: Sequence[SampleRequest], about: Mappi
         if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
             return _output_run(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
-    differing = differences(run["run"], wanted) or ["it has other prompts, seeds or numbers of pictures"]
+    changed = told(differences(run["run"], wanted)) or "it has other prompts, seeds or numbers of pictures"
     raise UserError(
         f"--resume: {manifests[0].parent} holds no run of this command; of the latest, {manifests[0].name}: "
-        f"{'; '.join(differing[:4])}. Leave --resume out to add a new run, or give another --out"
+        f"{changed}. Leave --resume out to add a new run, or give another --out"
     )
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What nested settings, of a run in a folder and of the one at hand, differ in; a phrase for each."""
-    old, new = flatten_dict(there, sep="."), flatten_dict(here, sep=".")
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name} is {old.get(name)!r} there, {new.get(name)!r} here" for name in changed]
 
 
 def sample_to_folder(
@@ -197,7 +186,8 @@ def sample_to_folder(
     """
     size, paths = output_run.batch_size, output_run.paths
     assert len(paths) == len(requests)
-    _remove_unfinished(output_run)
+    names = {path.name for path in (*paths, output_run.grid) if path}
+    remove_unfinished(paths[0].parent, names)
     whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
     starts = [at for at in range(0, len(requests), size) if not all(whole[at : at + size])]
 
@@ -243,14 +233,6 @@ def _decoded(path: Path) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
     except (OSError, SyntaxError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: does not decode ({error}); remove it, and --resume draws it again") from None
-
-
-def _remove_unfinished(output_run: OutputRun) -> None:
-    """What a killed run was writing."""
-    names = {path.name for path in (*output_run.paths, output_run.grid) if path}
-    for left in output_run.paths[0].parent.glob(".*.png.[0-9]*"):
-        if left.name[1:].rpartition(".")[0] in names:
-            left.unlink(missing_ok=True)
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -32,7 +32,7 @@ SYSTEM_PROMPT_FILE = "system_prompt.txt"
 
 
 @dataclass(frozen=True)
-class TextStates:
+class TextEmbeddings:
     """Encoded prompts.
 
     Attributes:
@@ -89,10 +89,10 @@ class TextEncoder(abc.ABC):
     def batch_flops(self, batch_size: int, length: int) -> float:
         """FLOPs of `encode_batch` of (B, N) tokens, of all devices together; nothing of it is computed."""
 
-    def __call__(self, prompts: Sequence[str], length: int) -> TextStates:
+    def __call__(self, prompts: Sequence[str], length: int) -> TextEmbeddings:
         """Tokenizes and encodes `prompts` for a context of `length` positions."""
         input_ids_BN, mask_BN, truncated = self.tokenize(prompts, length)
-        return TextStates(self.encode(input_ids_BN, mask_BN), mask_BN[:, -length:], truncated)
+        return TextEmbeddings(self.encode(input_ids_BN, mask_BN), mask_BN[:, -length:], truncated)
 
 
 def load_text_encoder(folder: str | os.PathLike[str], **options: Any) -> TextEncoder:

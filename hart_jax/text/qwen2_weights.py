@@ -10,9 +10,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hart_jax.errors import UserError
+from hart_jax.io.int8_scheme import Int8, quantize_matrix
 from hart_jax.io.state_dict import StateDict
 from hart_jax.io.tensor_files import open_tensors, weight_file
-from hart_jax.nn.int8 import Int8, quantize, quantize_matrix
+from hart_jax.nn.int8 import quantize
 from hart_jax.text.qwen2 import Qwen2Config, abstract_params
 
 ParameterPath = tuple[str, ...]

@@ -13,9 +13,17 @@ from hart_jax.checkpoints.workdir import load_tokenizer, load_transformer, previ
 from hart_jax.config import HartExperiment, HartLossConfig
 from hart_jax.data.batches import Batches
 from hart_jax.data.pipeline import PlacedText, TextFunction, TokenFunction, load_captions, make_loader
-from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from
-from hart_jax.data.text_states import CaptionTokens, precompute
-from hart_jax.data.token_table import precompute_tokens
+from hart_jax.data.precomputed import (
+    TEXTS,
+    TOKENS,
+    PrecomputedTexts,
+    PrecomputedTokens,
+    describe_texts,
+    describe_tokens,
+    is_precomputed,
+)
+from hart_jax.data.text_cache import CaptionTokens, cache_texts
+from hart_jax.data.token_cache import cache_tokens
 from hart_jax.errors import UserError
 from hart_jax.io.images import grid, to_uint8
 from hart_jax.nn.flop_counter import StepFlops
@@ -35,7 +43,7 @@ SHOWN = 8
 class HartTask:
     """See `hart_jax.training.loop.Task`.
 
-    Text states and tokens computed ahead come from the records or are kept in `cache_folder`. `ideas` are `mask`,
+    Precomputed text embeddings and tokens come from the records or are kept in `cache_folder`. `ideas` are `mask`,
     `objective`, `token_loss` and `rules` of `hart_program`, where they are not HART's.
     """
 
@@ -100,23 +108,24 @@ class HartTask:
             write_classes(workdir, names)
 
     def _text_function(self, encoder: TextEncoder) -> TextFunction | PlacedText:
+        # The folder has the name that runs know.
         length, folder = self._config.transformer.context_tokens, self._cache_folder / "text_states"
         if not self._config.precompute_text:
             return CaptionTokens(encoder, length)
         data, source = self._config.data, self._config.text_encoder
-        about = functools.partial(texts_from, source, length, text_options(source, self._config.system_prompt))
-        if is_stored(data.train_folders, TEXTS, about):
-            return StoredTexts(data.train_folders)
+        about = functools.partial(describe_texts, source, length, text_options(source, self._config.system_prompt))
+        if is_precomputed(data.train_folders, TEXTS, about):
+            return PrecomputedTexts(data.train_folders)
         captions = load_captions(data.train_folders, data.max_bad_records)
-        return precompute(encoder, about(), captions, length, folder)
+        return cache_texts(encoder, about(), captions, length, folder)
 
     def _token_function(self) -> TokenFunction:
         data, config, params = self._config.data, self._config.tokenizer, self._tokenizer_host
-        if is_stored(data.train_folders, TOKENS, lambda: tokens_from(config, params)):
-            return StoredTokens(data.train_folders)
+        if is_precomputed(data.train_folders, TOKENS, lambda: describe_tokens(config, params)):
+            return PrecomputedTokens(data.train_folders)
         folder = self._cache_folder / "tokens"
         return first_process_first(
-            lambda: precompute_tokens(config, params, data.train_folders, folder, data.max_bad_records)
+            lambda: cache_tokens(config, params, data.train_folders, folder, data.max_bad_records)
         )
 
     def _source(self, batch: Batch) -> Any:
@@ -128,7 +137,7 @@ class HartTask:
         return tuple(np.split(batch["indices"], ends, axis=1)), f_rest, ar_input
 
     def _condition(self, batch: Batch) -> Any:
-        """Labels, or text states and mask."""
+        """Labels, or text embeddings and mask."""
         if self._encoder is None:
             if "label" not in batch:
                 raise UserError(f"{self._config.data.train_folders}: these shards hold no labels; write them anew")

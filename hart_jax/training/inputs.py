@@ -1,6 +1,5 @@
 """What a run is trained on, known by content: a resumed run goes on with the same data, wherever it lies."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ import jax
 
 from hart_jax.data.shards import CHECKSUM_FILE, checksums
 from hart_jax.errors import UserError
-from hart_jax.io.files import write_whole
+from hart_jax.io.files import write_json
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.paths import as_path, is_remote
 from hart_jax.parallel.agree import gather_texts
 
@@ -23,10 +23,8 @@ def data_digests(data: Mapping[str, Any]) -> dict[str, str]:
     Of a folder that has none, the names and sizes of its files.
     """
     folders: Sequence[str] = data["sources"] or [data["train"]]
-    digest = hashlib.sha256()
-    for folder in folders:
-        digest.update(hashlib.sha256(_content(as_path(folder))).digest())
-    return {"data": digest.hexdigest()[:16]}
+    digests = [bytes.fromhex(sha256(_content(as_path(folder)))) for folder in folders]
+    return {"data": sha256(*digests)[:16]}
 
 
 def _content(folder: Path) -> bytes:
@@ -55,7 +53,7 @@ def check_inputs(workdir: Path, digests: Mapping[str, str]) -> None:
 def keep_inputs(workdir: Path, digests: Mapping[str, str]) -> None:
     """Writes the digests into the workdir of a run that is new, or of an older version, which kept none."""
     if jax.process_index() == 0:
-        write_whole(workdir / INPUTS_FILE, json.dumps(digests, indent=2) + "\n")
+        write_json(workdir / INPUTS_FILE, digests, indent=2)
 
 
 def _check(path: Path, digests: Mapping[str, str]) -> None:

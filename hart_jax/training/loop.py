@@ -98,7 +98,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
       UserError: the workdir, its data or its checkpoints are not those of this run, or too many steps are skipped.
       SystemExit: a SIGTERM ended the run, after it was saved; the code is 143. Ctrl-C is a `KeyboardInterrupt`.
     """
-    # Before `batches`, which may fill the workdir with text states.
+    # Before `batches`, which may fill the workdir with text embeddings.
     defaults = experiment_from({"transformer": {}} if "transformer" in config else {}).to_dict()
     may_change = MAY_CHANGE + (("data.train", "data.sources") if (workdir / INPUTS_FILE).exists() else ())
     resumed = check_workdir(workdir, config, may_change, defaults)

@@ -25,7 +25,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import whole_file
+from hart_jax.io.files import atomic_file
 from hart_jax.io.images import save_png
 from hart_jax.io.local_side import LocalSide
 from hart_jax.io.paths import as_path
@@ -237,7 +237,7 @@ def _open_after(path: Path, resumed_step: int | None):
     kept = []
     if resumed_step is not None:
         kept = [line for values, line in _whole_lines(path) if values["step"] <= resumed_step]
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(b"".join(kept))
     return open(path, "ab", buffering=0)  # stays open for the whole run; unbuffered, a line is one write
 

@@ -14,8 +14,8 @@ from hart_jax.data import pipeline
 from hart_jax.data.caption_column import CaptionColumn, Captioned, caption_line
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.pipeline import TokenSource, load_captions, make_loader
+from hart_jax.data.precomputed import PrecomputedTexts
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
-from hart_jax.data.stored import StoredTexts
 from hart_jax.errors import UserError
 from hart_jax.io import host_memory
 from tests.data.conftest import make_folder, without_captions_files
@@ -43,7 +43,7 @@ def test_start_up_reads_no_image(shards: Path, read_records: list[int]):
     captions = load_captions([shards, shards])
     assert len(captions) == 3 * 23
     source = pickle.loads(pickle.dumps(TokenSource([shards, shards], token_of)))
-    pickle.loads(pickle.dumps(StoredTexts(shards)))
+    pickle.loads(pickle.dumps(PrecomputedTexts(shards)))
     loader = make_loader(shards, image_size=8, batch_size=4, tokens=token_of)
     assert next(loader)["token"].shape == (4,)
     item = source[23 + 4]
@@ -64,7 +64,7 @@ def test_workers_do_not_carry_the_captions(tmp_path: Path):
         write_shards(folder, folder.parent / "out")
         source = TokenSource(folder.parent / "out", token_of)
         assert source[7]["captions"][-1].endswith("word")
-        sizes.append(len(pickle.dumps((source, StoredTexts(folder.parent / "out")))))
+        sizes.append(len(pickle.dumps((source, PrecomputedTexts(folder.parent / "out")))))
     assert abs(sizes[0] - sizes[1]) < 20
 
 

@@ -1,4 +1,4 @@
-"""Tokens and text states in the records are those of the tables; interrupted work goes on; other models are refused."""
+"""Tokens and text embeddings in the records are those of the caches; interrupted work goes on; no other models."""
 
 import pickle
 import sys
@@ -11,10 +11,19 @@ from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import precompute as tool
 from hart_jax.data.pipeline import load_captions, make_loader
 from hart_jax.data.precompute import AddTexts, AddTokens, main, precompute
+from hart_jax.data.precomputed import (
+    TEXTS,
+    TOKENS,
+    PrecomputedTexts,
+    PrecomputedTokens,
+    describe_texts,
+    describe_tokens,
+    is_precomputed,
+    unpack,
+)
 from hart_jax.data.shards import RecordSource, open_shards, verify
-from hart_jax.data.stored import TEXTS, TOKENS, StoredTexts, StoredTokens, is_stored, texts_from, tokens_from, unpack
-from hart_jax.data.text_states import precompute as text_table
-from hart_jax.data.token_table import precompute_tokens
+from hart_jax.data.text_cache import cache_texts
+from hart_jax.data.token_cache import cache_tokens
 from hart_jax.errors import UserError
 from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.minilm import import_minilm
@@ -48,10 +57,12 @@ def stored(shards, params, encoder_folder, tmp_path_factory):
 
 def test_records_hold_what_the_tables_hold(shards, stored, params, encoder_folder, tmp_path):
     assert verify(stored) == 3
-    tokens = precompute_tokens(TOKENIZER, params, shards, tmp_path)
-    encoder, about = load_text_encoder(encoder_folder), texts_from(encoder_folder, POSITIONS)
-    texts = text_table(encoder, about, load_captions(shards), POSITIONS, tmp_path)
-    stored_tokens, stored_texts = (pickle.loads(pickle.dumps(kind(stored))) for kind in (StoredTokens, StoredTexts))
+    tokens = cache_tokens(TOKENIZER, params, shards, tmp_path)
+    encoder, about = load_text_encoder(encoder_folder), describe_texts(encoder_folder, POSITIONS)
+    texts = cache_texts(encoder, about, load_captions(shards), POSITIONS, tmp_path)
+    stored_tokens, stored_texts = (
+        pickle.loads(pickle.dumps(kind(stored))) for kind in (PrecomputedTokens, PrecomputedTexts)
+    )
     before, after = RecordSource(shards), RecordSource(stored)
     assert len(after) == len(before) and after.categories == before.categories
     for index in range(23):
@@ -96,14 +107,14 @@ def test_interrupted_work_goes_on(shards, stored, params, encoder_folder, tmp_pa
 
 
 def test_other_models_are_refused(shards, stored, params, encoder_folder):
-    assert is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, params))
-    assert is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS))
-    assert not is_stored(shards, TOKENS, lambda: {})
-    assert not is_stored([stored, shards], TEXTS, lambda: {})
+    assert is_precomputed(stored, TOKENS, lambda: describe_tokens(TOKENIZER, params))
+    assert is_precomputed(stored, TEXTS, lambda: describe_texts(encoder_folder, POSITIONS))
+    assert not is_precomputed(shards, TOKENS, lambda: {})
+    assert not is_precomputed([stored, shards], TEXTS, lambda: {})
     with pytest.raises(UserError, match="the tokens in its records were computed with another tokenizer"):
-        is_stored(stored, TOKENS, lambda: tokens_from(TOKENIZER, random_like(params, seed=5)))
+        is_precomputed(stored, TOKENS, lambda: describe_tokens(TOKENIZER, random_like(params, seed=5)))
     with pytest.raises(UserError, match="the texts in its records were computed with another positions"):
-        is_stored(stored, TEXTS, lambda: texts_from(encoder_folder, POSITIONS + 1))
+        is_precomputed(stored, TEXTS, lambda: describe_texts(encoder_folder, POSITIONS + 1))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +138,7 @@ def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):
     folder = write_folder(tmp_path / "qwen2", QWEN2)
     (tmp_path / "prompt.txt").write_text(SYSTEM_PROMPT)
     plain, behind, coarse = (
-        texts_from(folder, 6, text_options(folder, prompt, dtype))
+        describe_texts(folder, 6, text_options(folder, prompt, dtype))
         for prompt, dtype in (("", "auto"), (tmp_path / "prompt.txt", "float32"), ("", "bfloat16"))
     )
     assert plain["dtype"] == "float32" and "system_prompt" not in plain
@@ -136,7 +147,7 @@ def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):
     # One beside the encoder counts where none is given, and is the encoder's then, too.
     write_folder(folder, QWEN2)
     (folder / "system_prompt.txt").write_text(SYSTEM_PROMPT)
-    assert texts_from(folder, 6, text_options(folder, None)) == behind
+    assert describe_texts(folder, 6, text_options(folder, None)) == behind
     states = [
         load_text_encoder(folder, **text_options(folder, prompt))(["a dog"], 6).states_BTD
         for prompt in (None, tmp_path / "prompt.txt")
@@ -144,12 +155,12 @@ def test_texts_say_what_the_encoder_read_and_computed_in(stored, tmp_path):
     np.testing.assert_array_equal(*states)
     # Its vocabulary counts where it is read: beside a tokenizer.json it is not.
     (folder / "merges.txt").write_text("a b")
-    assert texts_from(folder, 6, text_options(folder, None)) == behind
+    assert describe_texts(folder, 6, text_options(folder, None)) == behind
     (folder / "merges.txt").unlink()
     fields = AddTexts(folder, 6, tmp_path / "prompt.txt", "float32").about
     assert fields == behind
     with pytest.raises(UserError, match="computed with another text_encoder, positions, dtype, system_prompt"):
-        is_stored(stored, TEXTS, lambda: behind | {"positions": 9})
+        is_precomputed(stored, TEXTS, lambda: behind | {"positions": 9})
 
 
 def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path, capsys):
@@ -158,7 +169,7 @@ def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path,
     out = tmp_path / "out"
     precompute(corrupted, out, [AddTokens(TOKENIZER, params)], max_bad_records=2)
     assert "record 'pic051' does not decode, it gets no tokens (2 so far, 2 allowed)" in capsys.readouterr().err
-    loader = make_loader(out, image_size=8, batch_size=4, tokens=StoredTokens(out))
+    loader = make_loader(out, image_size=8, batch_size=4, tokens=PrecomputedTokens(out))
     visits = sorted(np.concatenate([next(loader)["index"] for _ in range(50)]))
     assert visits == [*range(50), 52, 52, *range(52, 200)]
 
@@ -185,4 +196,4 @@ def test_the_command(shards, stored, params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["precompute", *options])
     main()
     assert "23 records with tokens in" in capsys.readouterr().out
-    jax.tree.map(np.testing.assert_array_equal, StoredTokens(tmp_path / "out")(7), StoredTokens(stored)(7))
+    jax.tree.map(np.testing.assert_array_equal, PrecomputedTokens(tmp_path / "out")(7), PrecomputedTokens(stored)(7))

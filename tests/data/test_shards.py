@@ -45,7 +45,7 @@ def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, mon
 
     def write_and_stop(path: Path, examples: list, digests: list) -> str:
         if len(written) == 2:
-            path.with_name(path.name + ".partial").write_bytes(b"half a shard")
+            path.with_name(f".{path.name}.123").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(path.name)
         return write(path, examples, digests)
@@ -65,7 +65,7 @@ def test_interrupted_run_keeps_finished_shards(folder: Path, tmp_path: Path, mon
     write_shards(folder, out, records_per_shard=8)
     assert written[0] not in rewritten and written[1] in rewritten and len(rewritten) == 2
     assert verify(out) == 3
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob(".*"))
 
     write_shards(folder, out, records_per_shard=8)
     assert len(rewritten) == 2
@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_broken(folder: Path, tmp_pa
     size = max(path.stat().st_size for path in (tmp_path / "whole").glob("*.array_record"))
     with file_size_limit(size - 1), pytest.raises(UserError, match=r"array_record cannot be written .*File too large"):
         write_shards(folder, tmp_path / "out", records_per_shard=8)
-    assert not list((tmp_path / "out").glob("*.partial"))
+    assert not list((tmp_path / "out").glob(".*"))
     write_shards(folder, tmp_path / "out", records_per_shard=8)
     assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (tmp_path / "whole" / "SHA256SUMS").read_bytes()
 

@@ -16,7 +16,7 @@ from hart_jax.data.shards import CHECKSUM_FILE, RecordSource, as_paths, open_sha
 from hart_jax.errors import UserError
 from hart_jax.io import bucket_lock, buckets
 from hart_jax.io.buckets import check_bucket, local_copy, upload_folder
-from hart_jax.io.files import write_whole
+from hart_jax.io.files import write_text
 from hart_jax.io.images import read_png_metadata, save_png
 from hart_jax.io.ownership import owned
 from hart_jax.io.paths import as_path
@@ -120,13 +120,13 @@ def test_shards_are_written_to_a_bucket(shards, tmp_path):
 
 def test_models_are_copied_once_and_anew_when_they_change(emulator, cache):
     folder = as_path(f"{BUCKET}/models/a")
-    write_whole(folder / "config.json", "{}")
-    write_whole(folder / "part" / "model.safetensors", "weights")
+    write_text(folder / "config.json", "{}")
+    write_text(folder / "part" / "model.safetensors", "weights")
     copy = local_copy(folder)
     assert copy.name == "a" and (copy / "part" / "model.safetensors").read_text() == "weights"
     assert local_copy(f"{BUCKET}/models/a/") == copy
     assert local_copy(f"{BUCKET}/models/a/config.json").read_text() == "{}"
-    write_whole(folder / "config.json", "[]")
+    write_text(folder / "config.json", "[]")
     assert (local_copy(folder) / "config.json").read_text() == "[]"
     with pytest.raises(UserError, match="--checkpoint=gs://bucket/none: there is no such file or folder"):
         local_copy(f"{BUCKET}/none", "--checkpoint")
@@ -169,7 +169,7 @@ def test_a_bucket_that_is_missing_or_closed_is_one_sentence(emulator, monkeypatc
     "write",
     [
         lambda folder, local: upload_folder(local, folder),
-        lambda folder, local: write_whole(folder / "note.txt", "hello"),
+        lambda folder, local: write_text(folder / "note.txt", "hello"),
         lambda folder, local: write_shards(local.parent / "source", folder),
         lambda folder, local: save_png(folder / "x.png", np.zeros((2, 2, 3), np.uint8), {}),
     ],

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hart_jax.checkpoints.export import export
 from hart_jax.checkpoints.load import load_model
-from hart_jax.checkpoints.model_folder import read_model, write_folder
+from hart_jax.checkpoints.model_folder import read_model
 from hart_jax.config import DataConfig, HartExperiment, TokenizerExperiment, TokenizerLossConfig
 from hart_jax.data.mjhq import read_folder
 from hart_jax.data.shards import open_shards, write_shards
@@ -113,7 +114,7 @@ def test_nothing_is_written_to_a_folder_of_the_schemes_name(tmp_path, monkeypatc
     with pytest.raises(UserError, match="--out=s3://b/x: there is no storage"):
         write_shards("source", "s3://b/x")
     with pytest.raises(UserError, match="there is no storage"):
-        write_folder(as_path("s3://b/x"), lambda folder: None)
+        export("runs/x", "s3://b/x")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

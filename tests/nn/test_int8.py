@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hart_jax.checkpoints.model_folder import abstract_transformer
 from hart_jax.config import MeshConfig, SampleConfig
 from hart_jax.errors import UserError
+from hart_jax.io.int8_scheme import Int8, quantize_matrix, shared_axes
 from hart_jax.io.safetensors import check_tree, load_weights, save_weights
 from hart_jax.nn import layers
-from hart_jax.nn.int8 import SHARED_AXIS, Int8, dequantize, quantize, quantize_matrix
+from hart_jax.nn.int8 import dequantize, quantize
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
@@ -73,7 +74,15 @@ def assert_same_pictures(one, other):
 
 
 @given(
-    st.sampled_from([("kernel", (5, 7)), ("kernel", (2, 5, 7)), ("qkv", (2, 5, 3, 2, 4)), ("embedding", (9, 5))]),
+    st.sampled_from(
+        [
+            ("kernel", (5, 7)),
+            ("kernel", (2, 5, 7)),
+            ("qkv", (2, 5, 3, 2, 4)),
+            ("word_embedding", (9, 5)),
+            ("phi_kernel", (2, 3, 3, 5, 4)),
+        ]
+    ),
     st.integers(0, 1000),
     st.floats(1e-6, 1e6),
 )
@@ -84,7 +93,7 @@ def test_no_weight_moves_by_more_than_half_a_scale(case, seed, size):
     assert small.values.dtype == np.int8 and small.scales.dtype == np.float32 and small.shape == shape
     assert (np.abs(small.values * small.scales - matrix) <= small.scales * (0.5 + 1e-4)).all()
     # The largest of each channel is exact but for rounding.
-    np.testing.assert_array_equal(np.abs(small.values).max(SHARED_AXIS[kind]), 127)
+    np.testing.assert_array_equal(np.abs(small.values).max(shared_axes(kind, matrix.ndim)), 127)
 
 
 def test_a_channel_of_zeros_stays_zero():

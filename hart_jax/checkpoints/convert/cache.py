@@ -5,7 +5,6 @@ no memory of its own. Every start compares the files' checksums. The name of its
 from: a changed release has another.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -19,14 +18,14 @@ from hart_jax.checkpoints.model_folder import (
     Model,
     abstract_tokenizer,
     abstract_transformer,
-    write_folder,
     write_part,
 )
 from hart_jax.config import TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.cache_dir import cache_folder
-from hart_jax.io.files import check_readable, content_digest, read_json
+from hart_jax.io.files import atomic_folder, check_readable, read_json
+from hart_jax.io.fingerprint import content_digest, json_digest
 from hart_jax.io.safetensors import check_tree, map_weights
 from hart_jax.io.tensor_files import Weights, read_weight_map, weight_file
 
@@ -76,9 +75,8 @@ def cached_folder(source: Path, weights: Weights = "ema") -> Path | None:
         about = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     except (OSError, UserError):
         return None
-    digest = hashlib.sha256(json.dumps([FORMAT, about]).encode())
     folder = cache_folder()
-    return folder and folder / "converted" / digest.hexdigest()[:32]
+    return folder and folder / "converted" / json_digest([FORMAT, about])[:32]
 
 
 def _sources(folder: Path, part: str, weights: Weights) -> list[Path]:
@@ -106,17 +104,15 @@ def _read(folder: Path) -> Model:
 
 
 def _write(folder: Path, model: Model) -> None:
-    def write(target: Path) -> None:
-        write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer)
-        write_part(target / "transformer", model.transformer_config, model.transformer)
-        sums = {name: content_digest(target / name) for name in _FILES}
-        (target / CHECKSUMS).write_text(json.dumps(sums))
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".*"):
         if time.time() - left.stat().st_mtime > _DAY_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-    write_folder(folder, write)
+    with atomic_folder(folder) as target:
+        write_part(target / "tokenizer", model.tokenizer_config, model.tokenizer)
+        write_part(target / "transformer", model.transformer_config, model.transformer)
+        sums = {name: content_digest(target / name) for name in _FILES}
+        (target / CHECKSUMS).write_text(json.dumps(sums))
 
 
 def _warn(message: str) -> None:

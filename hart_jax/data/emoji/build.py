@@ -14,9 +14,7 @@ A build that was interrupted is resumed by the same command; a finished one is l
 """
 
 import argparse
-import hashlib
 import io
-import json
 import os
 import signal
 import sys
@@ -35,7 +33,8 @@ from hart_jax.data.emoji.clipart_sources import clipart_pictures, furniture_pict
 from hart_jax.data.emoji.emoji_sources import ICONIFY_STYLES, emoji_pictures, split_key
 from hart_jax.data.emoji.render import Picture, is_colourless, render, require_svg_library
 from hart_jax.errors import UserError
-from hart_jax.io.files import read_json
+from hart_jax.io.files import atomic_file, read_json, write_json
+from hart_jax.io.fingerprint import differences, sha256
 from hart_jax.io.ownership import OWNER_FILE, owned
 from hart_jax.io.paths import local_only
 
@@ -64,8 +63,7 @@ def is_test(concept: str) -> bool:
     """Whether a concept is held out: about 4 % are, by a hash of its code points (or title) that never changes."""
     if concept in ALWAYS_TRAIN:
         return False
-    digest = hashlib.sha256(split_key(concept).encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 1000 < TEST_PER_MILLE
+    return int(sha256(split_key(concept))[:16], 16) % 1000 < TEST_PER_MILLE
 
 
 def all_pictures(styles: list[str], folder: Path | None, *, skin_tones: bool) -> Iterator[Picture]:
@@ -153,8 +151,9 @@ def _build(
             }
     for split, entries in metadata.items():
         (out / split).mkdir(exist_ok=True)
-        _write_json(out / split / "meta_data.json", entries)
-    _write_json(out / BUILD_FILE, {**settings, "complete": True, "counts": counts})
+        write_json(out / split / "meta_data.json", entries, indent=1, sort_keys=True)
+    finished = {**settings, "complete": True, "counts": counts}
+    write_json(out / BUILD_FILE, finished, indent=1, sort_keys=True)
     return counts
 
 
@@ -163,12 +162,16 @@ def _claim(out: Path, settings: dict) -> bool:
     record = out / BUILD_FILE
     if record.exists():
         known = read_json(record)
-        if {key: known.get(key) for key in settings} != settings:
-            raise UserError(f"--out {out} holds a set built with other settings (see {record}); use another folder")
+        begun_with = {key: known.get(key) for key in settings}
+        if begun_with != settings:
+            names = ", ".join(differences(begun_with, settings))
+            raise UserError(
+                f"--out {out} holds a set built with other settings ({names}; see {record}); use another folder"
+            )
         return bool(known.get("complete"))
     if any(path.name != OWNER_FILE for path in out.iterdir()):
         raise UserError(f"--out {out} is not empty and not a set built by this command; use another folder")
-    _write_json(record, settings)
+    write_json(record, settings, indent=1, sort_keys=True)
     return False
 
 
@@ -203,12 +206,11 @@ def _render_to_file(picture: Picture, target: Path, image_size: int) -> _Rendere
             return _Rendered(problem=f"{type(error).__name__}: {error}"[:200])
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        partial = target.with_suffix(".partial")
-        image.save(partial, format="PNG")
-        os.replace(partial, target)
+        with atomic_file(target) as temporary:
+            image.save(temporary, format="PNG")
     data = target.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        return _Rendered(hashlib.sha256(data).hexdigest(), is_colourless(image))
+        return _Rendered(sha256(data), is_colourless(image))
 
 
 def _is_whole(file: Path) -> bool:
@@ -218,12 +220,6 @@ def _is_whole(file: Path) -> bool:
     except (OSError, SyntaxError):
         return False
     return True
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from hart_jax.errors import UserError
 from hart_jax.io.archives import check_unpacked
 from hart_jax.io.cache_dir import cache_folder
+from hart_jax.io.fingerprint import sha256sum
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def check_published(path: Path, warn: bool = False) -> None:
 
 @functools.cache
 def _sha256(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256sum(path)
 
 
 def _download(package: Package, place: Path) -> Path:

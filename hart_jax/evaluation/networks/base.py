@@ -4,7 +4,6 @@ Letters: B images of H by W pixels, F features, K classes, T textures.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,13 +85,3 @@ def folded(weight_OIHW: np.ndarray, norm: Sequence[np.ndarray], epsilon: float) 
     scale_C = gain_C / np.sqrt(variance_C + epsilon)
     kernel_HWIO = transpose_conv(weight_OIHW) * scale_C
     return {"kernel": kernel_HWIO.astype(np.float32), "bias": (shift_C - mean_C * scale_C).astype(np.float32)}
-
-
-def weights_digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 of the tensors' names, shapes and bytes, whatever their order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name])
-        digest.update(f"{name} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]

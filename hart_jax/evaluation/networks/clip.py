@@ -21,9 +21,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
+from hart_jax.io.fingerprint import weights_digest
 from hart_jax.io.safetensors import check_tree
 from hart_jax.io.state_dict import StateDict
 from hart_jax.io.tensor_files import open_tensors, weight_file

@@ -26,9 +26,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hart_jax.errors import UserError
-from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded, weights_digest
+from hart_jax.evaluation.networks.base import FeatureNetwork, Features, checked_tensors, folded
 from hart_jax.io.archives import check_unpacked
 from hart_jax.io.buckets import local_copy
+from hart_jax.io.fingerprint import weights_digest
 from hart_jax.io.tensor_files import open_tensors
 
 # Side of the images the network was trained on.

@@ -154,7 +154,7 @@ def test_build_resumes_and_refuses_other_folders(package_folder: Path, tmp_path:
         build(out, image_size=32, **options)
 
     assert build(out, image_size=32, **options) == counts
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match=r"other settings \(image_size; see"):
         build(out, image_size=64, **options)
     with pytest.raises(UserError, match="not empty"):
         build(package_folder, image_size=32, **options)

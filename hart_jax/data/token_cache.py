@@ -1,6 +1,5 @@
 """Tokens of all training images, computed once and kept on disk: the tokenizer then costs a training step nothing."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from tqdm import tqdm
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.bad_records import BadRecords
-from hart_jax.data.kept_table import fitting, new_table, opened, read_column
+from hart_jax.data.disk_cache import fitting, new_cache, open_cache, read_column
 from hart_jax.data.pipeline import PictureSource
+from hart_jax.data.precomputed import describe_indices, index_type
 from hart_jax.data.shards import Folders, as_paths, checksums
-from hart_jax.data.stored import index_about, index_type
 from hart_jax.errors import UserError
+from hart_jax.io.fingerprint import sha256
 from hart_jax.io.images import from_uint8
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.model import Tokenizer
@@ -58,7 +58,7 @@ class TokenMaker:
         }
 
 
-class TokenTable:
+class TokenCache:
     """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}.
 
     Raises:
@@ -81,15 +81,15 @@ class TokenTable:
 
     def __reduce__(self) -> tuple:
         # A worker opens the files; pickling a mapped one would read it all.
-        return TokenTable, (self._folder,)
+        return TokenCache, (self._folder,)
 
 
-def precompute_tokens(
+def cache_tokens(
     config: TokenizerConfig, params, shards: Folders, folder: Path, max_bad_records: int = 0
-) -> TokenTable:
-    """The table of shard folders' images under this tokenizer in `folder`, computed unless it is complete already.
+) -> TokenCache:
+    """The cache of shard folders' images under this tokenizer in `folder`, computed unless it is complete already.
 
-    Images are not mirrored. Interrupted work is done again, and a damaged table, with a warning. That of another
+    Images are not mirrored. Interrupted work is done again, and a damaged cache, with a warning. That of another
     tokenizer or of other shards has another name.
 
     Raises:
@@ -98,17 +98,15 @@ def precompute_tokens(
     """
     source = PictureSource(shards, config.image_size)
     known = [checksums(path).decode() for path in as_paths(shards)]
-    digest = hashlib.sha256(json.dumps([config.to_dict(), *known, *index_about(config.vocab_size).values()]).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    folder = folder / digest.hexdigest()[:16]
-    table = opened(folder, TokenTable, "tokens")
-    if table is not None:
-        return table
+    about = json.dumps([config.to_dict(), *known, *describe_indices(config.vocab_size).values()])
+    folder = folder / sha256(about, *map(np.asarray, jax.tree.leaves(params)))[:16]
+    cache = open_cache(folder, TokenCache, "tokens")
+    if cache is not None:
+        return cache
     tokens_of = TokenMaker(config, params)
     count = len(source)
     bad = BadRecords(source.records.name_of, max_bad_records, "it gets no tokens")
-    with new_table(folder, count) as (new, write):
+    with new_cache(folder, count) as (new, write):
         for start in tqdm(range(0, count, BATCH), desc="tokens", unit_scale=BATCH, mininterval=5):
             numbers = range(start, min(start + BATCH, count))
             images = np.zeros((len(numbers), config.image_size, config.image_size, 3), np.uint8)
@@ -119,4 +117,4 @@ def precompute_tokens(
                     bad.add(number)
             write(**tokens_of(images))
         (new / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": bad.numbers}))
-    return TokenTable(folder)
+    return TokenCache(folder)

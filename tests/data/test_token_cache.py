@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from hart_jax.data import token_table
+from hart_jax.data import token_cache
 from hart_jax.data.pipeline import make_loader
-from hart_jax.data.stored import index_type, tokens_from
-from hart_jax.data.token_table import precompute_tokens
+from hart_jax.data.precomputed import describe_tokens, index_type
+from hart_jax.data.token_cache import cache_tokens
 from hart_jax.errors import UserError
 from hart_jax.io.images import from_uint8
 from hart_jax.tokenizer.model import Tokenizer
@@ -27,11 +27,11 @@ def params():
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """23 images are two full batches and one that is filled up."""
-    monkeypatch.setattr(token_table, "BATCH", 10)
+    monkeypatch.setattr(token_cache, "BATCH", 10)
 
 
 def test_the_table_is_the_tokenizer(shards, params, tmp_path):
-    table = precompute_tokens(TOKENIZER, params, shards, tmp_path)
+    table = cache_tokens(TOKENIZER, params, shards, tmp_path)
     for number in (0, 9, 10, 22):
         # What image `number` of the shards shows, see conftest.py.
         image = np.full((1, 8, 8, 3), (number, 2 * number, 3 * number), np.uint8)
@@ -43,27 +43,27 @@ def test_the_table_is_the_tokenizer(shards, params, tmp_path):
 
 
 def test_a_complete_table_is_read_and_an_incomplete_one_redone(shards, params, tmp_path, monkeypatch):
-    precompute_tokens(TOKENIZER, params, shards, tmp_path)
-    whole = precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)
+    cache_tokens(TOKENIZER, params, shards, tmp_path)
+    whole = cache_tokens(TOKENIZER, params, shards, tmp_path)(3)
     (column,) = tmp_path.glob("*/indices.npy")
     np.save(column, np.zeros_like(np.load(column)))
-    assert not precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)["indices"].any(), "the complete table is read"
+    assert not cache_tokens(TOKENIZER, params, shards, tmp_path)(3)["indices"].any(), "the complete table is read"
     (column.parent / "complete.json").unlink()
-    again = precompute_tokens(TOKENIZER, params, shards, tmp_path)(3)
+    again = cache_tokens(TOKENIZER, params, shards, tmp_path)(3)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 def test_another_tokenizer_has_its_own_table(shards, params, tmp_path):
-    precompute_tokens(TOKENIZER, params, shards, tmp_path)
-    precompute_tokens(TOKENIZER, random_like(params, seed=5), shards, tmp_path)
+    cache_tokens(TOKENIZER, params, shards, tmp_path)
+    cache_tokens(TOKENIZER, random_like(params, seed=5), shards, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path, capsys):
     with pytest.raises(UserError, match=r"2 records do not decode, more than max_bad_records=1: 'pic050', 'pic051'"):
-        precompute_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=1)
+        cache_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=1)
     capsys.readouterr()
-    table = precompute_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=2)
+    table = cache_tokens(TOKENIZER, params, corrupted, tmp_path, max_bad_records=2)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == [
         f"warning: record 'pic{number:03d}' does not decode, it gets no tokens ({count} so far, 2 allowed)"
@@ -87,11 +87,11 @@ def test_indices_of_more_than_65536_codes_are_whole(params):
     codebook[-400:] = np.random.default_rng(0).normal(size=(400, config.latent_channels))
     params = {**params, "quantizer": {**params["quantizer"], "codebook": codebook}}
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
-    indices = token_table.TokenMaker(config, params)(images)["indices"]
+    indices = token_cache.TokenMaker(config, params)(images)["indices"]
     assert indices.min() >= 70_000 - 400 and len(np.unique(indices)) > 10
     # Shards with tokens of such a codebook say so: those of earlier versions were wrong.
-    assert tokens_from(config, params)["indices"] == "uint32"
-    assert "indices" not in tokens_from(TOKENIZER, params)
+    assert describe_tokens(config, params)["indices"] == "uint32"
+    assert "indices" not in describe_tokens(TOKENIZER, params)
 
 
 @pytest.mark.parametrize(("codes", "dtype"), [(16, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
@@ -102,7 +102,7 @@ def test_indices_have_the_narrowest_type_that_holds_them(codes: int, dtype: type
 def test_values_beyond_float16_are_refused(shards, params, tmp_path):
     params = {**params, "quantizer": {**params["quantizer"], "codebook": params["quantizer"]["codebook"] + 1e6}}
     with pytest.raises(UserError, match=r"tokens' .* do not fit float16"):
-        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        cache_tokens(TOKENIZER, params, shards, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -111,19 +111,19 @@ def quick_tokens(monkeypatch):
     """Tokens that cost nothing: of each image its first values."""
 
     def tokens_of(images: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: images[:, 0, :, 0].astype(np.float16) for name in token_table.FIELDS}
+        return {name: images[:, 0, :, 0].astype(np.float16) for name in token_cache.FIELDS}
 
-    monkeypatch.setattr(token_table, "TokenMaker", lambda config, params: tokens_of)
+    monkeypatch.setattr(token_cache, "TokenMaker", lambda config, params: tokens_of)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-50], lambda data: b"", lambda data: b"\x93NUMPY" + data[6:70]])
 @pytest.mark.usefixtures("quick_tokens")
 def test_a_damaged_table_is_made_again(shards, params, tmp_path, capsys, damage):
     for name in ("f_rest.npy", "complete.json"):
-        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        cache_tokens(TOKENIZER, params, shards, tmp_path)
         (file,) = tmp_path.glob(f"*/{name}")
         file.write_bytes(damage(file.read_bytes()))
-        again = precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        again = cache_tokens(TOKENIZER, params, shards, tmp_path)
         assert (again(22)["f_rest"] == 22).all()
         assert "the tokens in" in capsys.readouterr().err
 
@@ -131,5 +131,5 @@ def test_a_damaged_table_is_made_again(shards, params, tmp_path, capsys, damage)
 @pytest.mark.usefixtures("quick_tokens")
 def test_a_full_disk_leaves_no_table(shards, params, tmp_path):
     with file_size_limit(300), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-        precompute_tokens(TOKENIZER, params, shards, tmp_path)
+        cache_tokens(TOKENIZER, params, shards, tmp_path)
     assert not list(tmp_path.iterdir())

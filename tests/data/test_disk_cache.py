@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hart_jax.data.kept_table import fitting, new_table, opened, read_column
+from hart_jax.data.disk_cache import fitting, new_cache, open_cache, read_column
 from hart_jax.errors import UserError
 from tests.data.conftest import file_size_limit
 
 
 def write_table(folder: Path, rows: int = 7, limit: int = 10**9) -> None:
-    with file_size_limit(limit), new_table(folder, rows) as (new, write):
+    with file_size_limit(limit), new_cache(folder, rows) as (new, write):
         for start in range(0, rows, 3):
             part = np.arange(start, min(start + 3, rows), dtype=np.float16)
             write(single=part, pair=np.stack([part, -part], 1).astype(np.int32))
@@ -38,14 +38,14 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, limit: int)
 
 def test_files_have_no_holes(tmp_path: Path):
     """What a memory map writes into is a hole before; a full disk is a signal then."""
-    with new_table(tmp_path / "table", 1000) as (new, write):
+    with new_cache(tmp_path / "table", 1000) as (new, write):
         write(column=np.zeros((1, 10_000)))
         assert (new / "column.npy").stat().st_size <= 80_000 + 128
         write(column=np.zeros((999, 10_000)))
 
 
 def test_what_stops_the_making_leaves_the_table_before_or_none(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), new_table(tmp_path / "table", 4):
+    with pytest.raises(KeyboardInterrupt), new_cache(tmp_path / "table", 4):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     # As a run that was killed leaves it, and as an older version did.
@@ -61,10 +61,10 @@ def test_a_damaged_table_is_a_warning_and_a_missing_one_is_not(tmp_path: Path, c
     def damaged(folder: Path) -> None:
         raise ValueError("mended by nobody")
 
-    assert opened(tmp_path, lambda folder: 5, "things") == 5
-    assert opened(tmp_path, lambda folder: (folder / "none").read_text(), "things") is None
+    assert open_cache(tmp_path, lambda folder: 5, "things") == 5
+    assert open_cache(tmp_path, lambda folder: (folder / "none").read_text(), "things") is None
     assert capsys.readouterr().err == ""
-    assert opened(tmp_path, damaged, "things") is None
+    assert open_cache(tmp_path, damaged, "things") is None
     assert "the things in" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Text states computed ahead: the table gives what the encoder gives, and an interrupted table is done again."""
+"""Text embeddings computed ahead: the table gives what the encoder gives, and an interrupted table is done again."""
 
 import dataclasses
 import pickle
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from hart_jax.data.text_states import CaptionTokens, precompute
+from hart_jax.data.text_cache import CaptionTokens, cache_texts
 from hart_jax.errors import UserError
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.text.minilm import import_minilm
@@ -28,7 +28,7 @@ def encoder(tmp_path_factory):
 
 
 def test_the_table_is_the_encoder(encoder, tmp_path, capsys):
-    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    table = cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert "3 captions, 1 cut to 6 positions" in capsys.readouterr().out
     for caption in CAPTIONS:
         states = encoder([caption], 6)
@@ -39,12 +39,12 @@ def test_the_table_is_the_encoder(encoder, tmp_path, capsys):
 
 
 def test_a_complete_table_is_read_and_an_incomplete_one_redone(encoder, tmp_path, capsys):
-    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     capsys.readouterr()
-    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert capsys.readouterr().out == ""
     next(tmp_path.glob("*/keys.npy")).unlink()
-    precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert "3 captions" in capsys.readouterr().out
 
 
@@ -52,19 +52,19 @@ def test_a_full_disk_leaves_no_table(encoder, tmp_path):
     captions = ["a blue dog", "a dog " * 4000] + [f"a {number}" for number in range(300)]
     for limit in (200, 10_000):
         with file_size_limit(limit), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
-            precompute(encoder, ABOUT, captions, 6, tmp_path)
+            cache_texts(encoder, ABOUT, captions, 6, tmp_path)
         assert not list(tmp_path.iterdir())
-    assert precompute(encoder, ABOUT, captions, 6, tmp_path)(captions[1])["mask"].all()
+    assert cache_texts(encoder, ABOUT, captions, 6, tmp_path)(captions[1])["mask"].all()
 
 
 @pytest.mark.parametrize("name", ["keys.npy", "states.npy", "masks.npy"])
 def test_a_damaged_table_is_made_again(encoder, tmp_path, capsys, name):
     # Copied: what is mapped goes with the file.
-    whole = np.array(precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])["text"])
+    whole = np.array(cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])["text"])
     (path,) = tmp_path.glob(f"*/{name}")
     for content in (b"", path.read_bytes()[:-20]):
         path.write_bytes(content)
-        again = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])
+        again = cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)(CAPTIONS[0])
         np.testing.assert_array_equal(again["text"], whole)
         assert "damaged and made again" in capsys.readouterr().err
 
@@ -72,8 +72,8 @@ def test_a_damaged_table_is_made_again(encoder, tmp_path, capsys, name):
 def test_states_beyond_float16_are_refused(encoder, tmp_path, monkeypatch):
     encode = type(encoder).encode
     monkeypatch.setattr(type(encoder), "encode", lambda *arguments: encode(*arguments) * 1e6)
-    with pytest.raises(UserError, match=r"text states: values up to .* do not fit float16"):
-        precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    with pytest.raises(UserError, match=r"text embeddings: values up to .* do not fit float16"):
+        cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -84,12 +84,12 @@ def test_other_captions_lengths_or_encoders_have_their_own_table(encoder, tmp_pa
         (ABOUT, CAPTIONS, 8),
         (ABOUT | {"dtype": "bfloat16"}, CAPTIONS, 6),
     ):
-        precompute(encoder, about, captions, length, tmp_path)
+        cache_texts(encoder, about, captions, length, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_table_belongs_to_the_encoder_by_content_not_by_what_it_computes(encoder, tmp_path, capsys):
-    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    table = cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     capsys.readouterr()
 
     class Elsewhere:
@@ -101,13 +101,13 @@ def test_a_table_belongs_to_the_encoder_by_content_not_by_what_it_computes(encod
             states = encoder(prompts, length)
             return dataclasses.replace(states, states_BTD=states.states_BTD + 0.004)
 
-    again = precompute(Elsewhere(), ABOUT, CAPTIONS, 6, tmp_path)
+    again = cache_texts(Elsewhere(), ABOUT, CAPTIONS, 6, tmp_path)
     assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
     np.testing.assert_array_equal(again(CAPTIONS[0])["text"], table(CAPTIONS[0])["text"])
 
 
 def test_workers_read_the_table_and_tokenize_without_the_weights(encoder, tmp_path):
-    table = precompute(encoder, ABOUT, CAPTIONS, 6, tmp_path)
+    table = cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
     tokens = CaptionTokens(encoder, 6)
     for text in (table, tokens):
         sent = pickle.dumps(text)
@@ -127,14 +127,14 @@ import numpy as np
 from hart_jax.parallel.launch import join_processes
 join_processes()
 from hart_jax.config import MeshConfig
-from hart_jax.data.text_states import precompute
+from hart_jax.data.text_cache import cache_texts
 from hart_jax.parallel.mesh import Placement
 from hart_jax.text.encoder import load_text_encoder
-from tests.data.test_text_states import ABOUT, CAPTIONS
+from tests.data.test_text_cache import ABOUT, CAPTIONS
 import jax
 encoder = load_text_encoder(sys.argv[1], placement=Placement.of(MeshConfig(data=2, fsdp=2), 4))
 for folder in sys.argv[2], f"{sys.argv[3]}/{jax.process_index()}":
-    table = precompute(encoder, ABOUT, CAPTIONS, 6, Path(folder))
+    table = cache_texts(encoder, ABOUT, CAPTIONS, 6, Path(folder))
     np.save(f"{sys.argv[3]}/{jax.process_index()}.npy", [table(caption)["text"] for caption in CAPTIONS])
 """
 
@@ -158,7 +158,7 @@ def test_two_processes_encode_together_and_write_once_where_they_share_a_folder(
     ]
     code, out, err = outcome(job)
     assert code == 0, err
-    assert out.count("text states: 3 captions") == 3 and len(list(shared.iterdir())) == 1
+    assert out.count("text embeddings: 3 captions") == 3 and len(list(shared.iterdir())) == 1
     expected = [np.asarray(encoder([caption], 6).states_BTD[0]) for caption in CAPTIONS]
     for process in range(2):
         np.testing.assert_allclose(np.load(own / f"{process}.npy"), expected, atol=2e-3)

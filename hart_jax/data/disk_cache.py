@@ -1,11 +1,10 @@
-"""Tables of arrays on disk that are computed once: whole or not there, and never a signal where the disk is full.
+"""Arrays on disk that are computed once: whole or not there, and never a signal where the disk is full.
 
 Files are written from start to end. Writing into a memory map of a file with holes would end the program with SIGBUS
 when the disk is full.
 """
 
 import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import BinaryIO, Protocol, TypeVar
 import numpy as np
 
 from hart_jax.errors import UserError
-from hart_jax.io.files import sync
+from hart_jax.io.files import atomic_folder
 
 T = TypeVar("T")
 
@@ -26,15 +25,15 @@ class Write(Protocol):
         ...
 
 
-def opened(folder: Path, open_table: Callable[[Path], T], what: str) -> T | None:
-    """The table in `folder`; None where it is not there, or with a warning where it is damaged.
+def open_cache(folder: Path, open_cached: Callable[[Path], T], what: str) -> T | None:
+    """The cache in `folder`; None where it is not there, or with a warning where it is damaged.
 
     Args:
-      open_table: raises `FileNotFoundError` or another error accordingly.
-      what: name of the table, for the warning.
+      open_cached: raises `FileNotFoundError` or another error accordingly.
+      what: name of the cache, for the warning.
     """
     try:
-        return open_table(folder)
+        return open_cached(folder)
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -43,7 +42,7 @@ def opened(folder: Path, open_table: Callable[[Path], T], what: str) -> T | None
 
 
 @contextlib.contextmanager
-def new_table(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
+def new_cache(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
     """Gives a folder to write files into, and a function that appends to columns of `count` rows, `<name>.npy` there.
 
     It becomes `folder`, in place of what may be there, when all is written; where anything is raised, nothing of it is
@@ -52,29 +51,26 @@ def new_table(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
     Raises:
       UserError: the disk is full, or the folder cannot be written to.
     """
-    temporary = folder.with_name(f".{folder.name}.unfinished")
     columns: dict[str, BinaryIO] = {}
 
     def write(**rows: np.ndarray) -> None:
         for name, values in rows.items():
             if name not in columns:
-                columns[name] = (temporary / f"{name}.npy").open("wb")
+                columns[name] = (new / f"{name}.npy").open("wb")
                 header = {"descr": values.dtype.str, "fortran_order": False, "shape": (count, *values.shape[1:])}
                 np.lib.format.write_array_header_1_0(columns[name], header)
             columns[name].write(np.ascontiguousarray(values).data)
 
     try:
-        # Left by a run that was killed.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary, write
-        for file in columns.values():
-            file.close()
-        for path in temporary.iterdir():
-            sync(path)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        for left in folder.parent.glob(f".{folder.name}.*"):
+            # By a run that was killed.
+            shutil.rmtree(left, ignore_errors=True)
+        with atomic_folder(folder) as new:
+            yield new, write
+            for file in columns.values():
+                file.close()
+            if folder.is_dir():
+                shutil.rmtree(folder)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror or error}); free space, and start again"
@@ -83,7 +79,6 @@ def new_table(folder: Path, count: int) -> Iterator[tuple[Path, Write]]:
         for file in columns.values():
             with contextlib.suppress(OSError):
                 file.close()
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_column(path: Path, count: int, in_memory: bool = False) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""Text states of all captions, computed once and kept on disk as float16."""
+"""Text embeddings of all captions, computed once and kept on disk as float16."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from hart_jax.data.kept_table import fitting, new_table, opened, read_column
+from hart_jax.data.disk_cache import fitting, new_cache, open_cache, read_column
+from hart_jax.io.fingerprint import sha256
 from hart_jax.text.encoder import TextEncoder
 
 BATCH = 256
@@ -21,7 +21,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class CaptionTokens:
-    """caption -> {"input_ids": (N,), "mask": (N,)} int32, what text states are computed from; picklable."""
+    """caption -> {"input_ids": (N,), "mask": (N,)} int32, what text embeddings are computed from; picklable."""
 
     encoder: TextEncoder
     length: int
@@ -31,25 +31,25 @@ class CaptionTokens:
         return {"input_ids": input_ids[0], "mask": mask[0]}
 
 
-def text_states(encoder: TextEncoder, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
+def embed_captions(encoder: TextEncoder, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, int]:
     """States (n, T, D) float16 and mask (n, T) int32 of n <= BATCH captions, and how many were cut to T = `length`."""
     # A full batch each time, so that one compilation serves all.
     encoded = encoder([*captions, *[captions[0]] * (BATCH - len(captions))], length)
     count = len(captions)
-    states = fitting(np.asarray(encoded.states_BTD)[:count], np.float16, "text states")
+    states = fitting(np.asarray(encoded.states_BTD)[:count], np.float16, "text embeddings")
     return states, encoded.mask_BT[:count], sum(encoded.truncated[:count])
 
 
 def caption_keys(captions: Sequence[str]) -> np.ndarray:
     """128 bits of each caption's digest, (n, 2) uint64: two captions never share them."""
-    digests = b"".join(hashlib.sha256(caption.encode("utf-8", "surrogatepass")).digest()[:16] for caption in captions)
-    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+    digests = "".join(sha256(caption.encode("utf-8", "surrogatepass"))[:32] for caption in captions)
+    return np.frombuffer(bytes.fromhex(digests), "<u8").reshape(-1, 2)
 
 
-class TextTable:
-    """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from the files that `precompute` wrote.
+class TextCache:
+    """caption -> {"text": (T, D) float16, "mask": (T,) int32}, from the files that `cache_texts` wrote.
 
-    All files stay on disk until a row is asked for: many workers read one table.
+    All files stay on disk until a row is asked for: many workers read one cache.
 
     Raises:
       FileNotFoundError: the folder has none.
@@ -71,7 +71,7 @@ class TextTable:
 
     def __reduce__(self) -> tuple:
         # A worker opens the files; pickling a mapped one would read it all.
-        return TextTable, (self._folder,)
+        return TextCache, (self._folder,)
 
     def _row(self, caption: str) -> int:
         [(first, second)] = caption_keys([caption])
@@ -83,41 +83,39 @@ class TextTable:
         raise KeyError(caption)
 
 
-def precompute(
+def cache_texts(
     encoder: TextEncoder, about: Mapping[str, Any], captions: Sequence[str], length: int, folder: Path
-) -> TextTable:
-    """The table of these captions at `length` positions in `folder`, computed there unless it is complete already.
+) -> TextCache:
+    """The cache of these captions at `length` positions in `folder`, computed there unless it is complete already.
 
-    Interrupted work is done again, and a damaged table, with a warning. A table of other captions or of another encoder
+    Interrupted work is done again, and a damaged cache, with a warning. A cache of other captions or of another encoder
     has another name. Every process calls this with the same captions, and all of them encode where one has work to do:
-    first the first process, which writes the table, then those that do not see its files.
+    first the first process, which writes the cache, then those that do not see its files.
 
     Args:
-      about: what tells the encoder and its options from others: `hart_jax.data.stored.texts_from`.
+      about: what tells the encoder and its options from others: `hart_jax.data.precomputed.describe_texts`.
 
     Raises:
       UserError: the disk is full; nothing is left then. Or a state does not fit float16.
     """
-    digest = hashlib.sha256(json.dumps([about, length], sort_keys=True).encode())
-    digest.update(caption_keys(captions).tobytes())
-    folder = folder / digest.hexdigest()[:16]
-    table = opened(folder, TextTable, "text states")
+    folder = folder / sha256(json.dumps([about, length], sort_keys=True), caption_keys(captions))[:16]
+    cache = open_cache(folder, TextCache, "text embeddings")
     for first in (True, False):
-        writes = table is None and (jax.process_index() == 0) == first
+        writes = cache is None and (jax.process_index() == 0) == first
         if np.any(multihost_utils.process_allgather(writes)):
             _encode_all(encoder, captions, length, folder if writes else None)
-            multihost_utils.sync_global_devices("text states")
-        table = table or opened(folder, TextTable, "text states")
-    return TextTable(folder)
+            multihost_utils.sync_global_devices("text embeddings")
+        cache = cache or open_cache(folder, TextCache, "text embeddings")
+    return TextCache(folder)
 
 
 def _encode_all(encoder: TextEncoder, captions: Sequence[str], length: int, folder: Path | None) -> None:
-    """Encodes the captions, and writes their table where this process has a folder for it."""
+    """Encodes the captions, and writes their cache where this process has a folder for it."""
     cut, starts = 0, range(0, len(captions), BATCH)
     with contextlib.ExitStack() as stack:
-        new, write = stack.enter_context(new_table(folder, len(captions))) if folder else (None, None)
-        for start in tqdm(starts, desc="text states", unit_scale=BATCH, mininterval=5, disable=write is None):
-            states, masks, cut_here = text_states(encoder, captions[start : start + BATCH], length)
+        new, write = stack.enter_context(new_cache(folder, len(captions))) if folder else (None, None)
+        for start in tqdm(starts, desc="text embeddings", unit_scale=BATCH, mininterval=5, disable=write is None):
+            states, masks, cut_here = embed_captions(encoder, captions[start : start + BATCH], length)
             if write is not None:
                 write(states=states, masks=masks)
             cut += cut_here
@@ -126,4 +124,4 @@ def _encode_all(encoder: TextEncoder, captions: Sequence[str], length: int, fold
             order = np.argsort(keys[:, 0], kind="stable")
             np.save(new / "keys.npy", np.column_stack([keys[order], order.astype(np.uint64)]))
     if folder is not None:
-        print(f"text states: {len(captions)} captions, {cut} cut to {length} positions", flush=True)
+        print(f"text embeddings: {len(captions)} captions, {cut} cut to {length} positions", flush=True)

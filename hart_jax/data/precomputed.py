@@ -1,6 +1,5 @@
-"""Tokens and text states inside the records of shards, where `hart_jax.data.precompute` has put them."""
+"""Tokens and text embeddings inside the records of shards, where `hart_jax.data.precompute` has put them."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +9,10 @@ import jax
 import numpy as np
 
 from hart_jax.config import TokenizerConfig
-from hart_jax.data.shards import Folders, RecordSource, as_paths, sha256
+from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
+from hart_jax.io.fingerprint import differences, sha256, sha256sum
 from hart_jax.text.system_prompt import read_system_prompt
 
 TOKENS, TEXTS = "tokens", "texts"
@@ -23,32 +23,30 @@ def index_type(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.uint32
 
 
-def index_about(vocab_size: int) -> dict[str, str]:
+def describe_indices(vocab_size: int) -> dict[str, str]:
     """What is said of tokens beside their tokenizer: the type of their indices, where it is not 16 bits."""
     kind = index_type(vocab_size)
     return {} if kind is np.uint16 else {"indices": np.dtype(kind).name}
 
 
-def tokens_from(config: TokenizerConfig, params: Any) -> dict[str, Any]:
+def describe_tokens(config: TokenizerConfig, params: Any) -> dict[str, Any]:
     """What shards say of tokens by this tokenizer."""
-    digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return {"tokenizer": digest.hexdigest(), **index_about(config.vocab_size)}
+    weights = map(np.asarray, jax.tree.leaves(params))
+    return {"tokenizer": sha256(json.dumps(config.to_dict()), *weights), **describe_indices(config.vocab_size)}
 
 
-def texts_from(encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What shards say of text states by the encoder in this folder, of so many positions; `options`: `text_options`."""
-    listing = "".join(f"{path.name} {sha256(path)}\n" for path in _encoder_files(local_copy(encoder_folder)))
-    digest = hashlib.sha256(listing.encode())
-    about = {"text_encoder": digest.hexdigest(), "positions": positions}
+def describe_texts(
+    encoder_folder: str | Path, positions: int, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What shards say of text embeddings by the encoder in this folder, of so many positions; `options`: its own."""
+    listing = "".join(f"{path.name} {sha256sum(path)}\n" for path in _encoder_files(local_copy(encoder_folder)))
+    about = {"text_encoder": sha256(listing), "positions": positions}
     options = options or {}
     # Encoders that have neither say nothing of them.
     if "dtype" in options:
         about["dtype"] = options["dtype"]
     if options.get("system_prompt"):
-        text = read_system_prompt(options["system_prompt"])
-        about["system_prompt"] = hashlib.sha256(text.encode()).hexdigest()
+        about["system_prompt"] = sha256(read_system_prompt(options["system_prompt"]))
     return about
 
 
@@ -63,12 +61,12 @@ def _encoder_files(folder: Path) -> list[Path]:
     return [path for path in files if path.suffix in kinds or path.name in merges]
 
 
-def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]]) -> bool:
+def is_precomputed(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]]) -> bool:
     """Whether all records have this field.
 
     Args:
       field: `TOKENS` or `TEXTS`.
-      wanted: gives `tokens_from` or `texts_from` of the models in use; called only where it is needed.
+      wanted: gives `describe_tokens` or `describe_texts` of the models in use; called only where it is needed.
 
     Raises:
       UserError: they have it, but from other models.
@@ -78,12 +76,10 @@ def is_stored(shards: Folders, field: str, wanted: Callable[[], dict[str, Any]])
         return False
     expected = wanted()
     for folder, about in zip(as_paths(shards), found, strict=True):
-        if about != expected:
-            names = dict.fromkeys([*expected, *about])
-            differing = ", ".join(name for name in names if about.get(name) != expected.get(name))
+        if changed := differences(expected, about):
             raise UserError(
-                f"{folder}: the {field} in its records were computed with another {differing}; compute them anew "
-                "(python -m hart_jax.data.precompute) or train on the shards without them"
+                f"{folder}: the {field} in its records were computed with another {', '.join(changed)}; compute them "
+                "anew (python -m hart_jax.data.precompute) or train on the shards without them"
             )
     return True
 
@@ -111,7 +107,7 @@ def unpack(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise UserError(f"what was computed ahead is damaged ({error}); compute it anew") from error
 
 
-class StoredTokens:
+class PrecomputedTokens:
     """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}, from its record.
 
     Raises:
@@ -129,7 +125,7 @@ class StoredTokens:
         return {**row, "indices": row["indices"].astype(np.int32)}
 
 
-class StoredTexts:
+class PrecomputedTexts:
     """(record, number of its caption) -> {"text": (T, D) float16, "mask": (T,) int32}, from the record."""
 
     def __init__(self, shards: Folders):
