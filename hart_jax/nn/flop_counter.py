@@ -50,42 +50,67 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def flops_of(jaxpr: Jaxpr) -> float:
-    """FLOPs of a traced function's matrix products and convolutions, of all devices together.
+    """FLOPs of a traced function's `products_of`."""
+    return sum(product.flops for product in products_of(jaxpr))
 
-    A product is counted as traced, not as compiled: one in a scan counts as often as it runs, one that
-    rematerialisation repeats counts again, one in a `while_loop` counts once.
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product, a convolution, or a kernel that says how many FLOPs it has.
+
+    `flops` are those of all times that it runs, on all devices together; `size` is how many numbers its result has, 0
+    of a kernel; `window` are the sides of a convolution's kernel, () for all others.
     """
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+    flops: float
+    size: int = 0
+    window: tuple[int, ...] = ()
 
 
-def _of_equation(equation: Any) -> float:
+def products_of(jaxpr: Jaxpr) -> list[Product]:
+    """All products of a traced function, in order.
+
+    They are counted as traced, not as compiled: one in a scan counts as often as it runs, one that rematerialisation
+    repeats counts again, one in a `while_loop` counts once.
+    """
+    return [product for equation in jaxpr.eqns for product in _of_equation(equation)]
+
+
+def _of_equation(equation: Any) -> list[Product]:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        shape, size = equation.invars[0].aval.shape, equation.outvars[0].aval.size
+        return [Product(2.0 * size * math.prod(shape[axis] for axis in contracted), size)]
     if name == "conv_general_dilated":
+        (out, _, *sides), size = params["dimension_numbers"].rhs_spec, equation.outvars[0].aval.size
         kernel = equation.invars[1].aval
-        per_output = kernel.size / kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        per_output = kernel.size / kernel.shape[out]
         # Zeros between the inputs (gradients of strided convolutions) need no product.
-        return 2.0 * equation.outvars[0].aval.size * per_output / math.prod(params["lhs_dilation"])
+        flops = 2.0 * size * per_output / math.prod(params["lhs_dilation"])
+        return [Product(flops, size, tuple(kernel.shape[side] for side in sides))]
     if name in ("jit", "pjit") and (stated := flops_in(params["name"])) is not None:
-        return float(stated)
-    inner = [flops_of(jaxpr) for jaxpr in _inner(params)]
+        return [Product(float(stated))]
+    inner = [products_of(jaxpr) for jaxpr in _inner(params)]
     if name == "cond":
-        return max(inner)
+        return max(inner, key=lambda branch: sum(product.flops for product in branch))
+    flat = [product for products in inner for product in products]
     if name == "scan":
-        return params["length"] * sum(inner)
+        return _repeated(flat, params["length"])
     if name == "pallas_call":
         estimate = params.get("cost_estimate")
         # A kernel that skips part of its grid says what is left.
-        return float(estimate.flops) if estimate else math.prod(params["grid_mapping"].grid) * sum(inner)
+        return [Product(float(estimate.flops))] if estimate else _repeated(flat, math.prod(params["grid_mapping"].grid))
     if name == "shard_map":
         # Devices along axes that split nothing repeat each other's work, which counts once.
         specs = jax.tree.leaves((params["in_specs"], params["out_specs"]), is_leaf=lambda x: x is None)
         axes = {name for spec in specs for entry in spec or () for name in _names(entry)}
-        return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
-    return sum(inner)
+        return _repeated(flat, math.prod(params["mesh"].shape[axis] for axis in axes))
+    return flat
+
+
+def _repeated(products: list[Product], times: int) -> list[Product]:
+    return [dataclasses.replace(product, flops=times * product.flops) for product in products]
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -3,8 +3,8 @@
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
 
-Nothing is compiled: `hart_jax.planning.cost_model` counts. --config.text_encoder names the folder whose config.json
-says how large the text encoder is. docs/performance.md says how the published MACs come about.
+Nothing is compiled: `hart_jax.planning.cost_model` counts what is traced. --config.text_encoder names the folder whose
+config.json says how large the text encoder is. docs/performance.md says how the published MACs come about.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from hart_jax.planning.cost_model import (
     PARTS,
     QKV,
     OpCost,
-    TextSize,
     full_cache_bytes,
     params,
-    read_text_size,
+    read_text_config,
     sampling_costs,
     savings,
 )
+from hart_jax.text.program import EncoderConfig
 
 PART_COLUMNS = (
     "part",
@@ -129,7 +129,7 @@ def _sum(costs: Iterable[OpCost], field: str) -> int:
     return sum(getattr(cost, field) for cost in costs)
 
 
-def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -> str:
+def work_report(experiment: HartExperiment, batch: int, text: EncoderConfig | None) -> str:
     """Tables by part and by step, what memory holds, what can be saved."""
     count = params(experiment, text)
     conditional, both = (sampling_costs(experiment, batch, guided=guided, text=text) for guided in (False, True))
@@ -172,7 +172,7 @@ def work_report(experiment: HartExperiment, batch: int, text: TextSize | None) -
     return "\n".join(lines)
 
 
-def roofline_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> str:
+def roofline_report(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: EncoderConfig | None) -> str:
     """The least milliseconds on each chip by step and by part, "c" where FLOPs and "m" where memory takes longest."""
     costs = sampling_costs(experiment, batch, text=text)
     count = params(experiment, text)
@@ -202,7 +202,9 @@ def roofline_report(experiment: HartExperiment, batch: int, chips: dict[str, Chi
     return "\n".join([*lines, *_table(("part, ms", *chips), rows)])
 
 
-def as_dict(experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: TextSize | None) -> dict[str, object]:
+def as_dict(
+    experiment: HartExperiment, batch: int, chips: dict[str, Chip], text: EncoderConfig | None
+) -> dict[str, object]:
     """Everything for a program: MACs, bytes and seconds."""
     both = sampling_costs(experiment, batch, text=text)
     return {
@@ -244,7 +246,7 @@ def main() -> None:
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
     batches, chips = _batch_sizes(batch_size.value), _chips(chip_names.value)
-    text = None if experiment.transformer.num_classes else read_text_size(experiment.text_encoder)
+    text = None if experiment.transformer.num_classes else read_text_config(experiment.text_encoder)
     if as_json.value:
         print(json.dumps({"batches": [as_dict(experiment, batch, chips, text) for batch in batches]}))
         return

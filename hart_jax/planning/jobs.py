@@ -13,17 +13,16 @@ from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transfor
 from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
-from hart_jax.io.files import read_json
 from hart_jax.nn.dtypes import cast_weights
 from hart_jax.nn.flop_counter import StepFlops, flops_of
 from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import Placement, make_mesh, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
-from hart_jax.planning.cost_model import SYSTEM_PROMPT_TOKENS
+from hart_jax.planning.traced_parts import SYSTEM_PROMPT_TOKENS
 from hart_jax.sampling.pipeline import MOST_PICTURES
 from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.minilm_model import MiniLMConfig
-from hart_jax.text.program import EncoderConfig, encode_program
+from hart_jax.text.program import EncoderConfig, encode_program, read_encoder_config
 from hart_jax.text.qwen2 import QWEN2_1P5B, Qwen2Config
 from hart_jax.text.qwen2_encoder import ROWS_PER_DEVICE
 from hart_jax.training.hart_program import HartProgram, hart_program
@@ -121,11 +120,7 @@ def read_text_config(experiment: HartExperiment, file: str | None = None) -> Enc
     path = local_copy(file or f"{experiment.text_encoder}/config.json")
     if not file and not (experiment.text_encoder and path.is_file()):
         return QWEN2_1P5B if experiment.transformer.context_dim == QWEN2_1P5B.hidden_size else None
-    values = read_json(path)
-    kinds: dict[Any, Any] = {"qwen2": Qwen2Config, "qwen2_vl": Qwen2Config, "bert": MiniLMConfig}
-    if values.get("model_type") not in kinds:
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; known are {', '.join(kinds)}")
-    return kinds[values["model_type"]].from_json(values, str(path))
+    return read_encoder_config(path)
 
 
 def _placement(experiment: HartExperiment, batch_size: int, devices: list[Any]) -> Placement:

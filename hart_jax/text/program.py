@@ -5,12 +5,15 @@ Letters as in `hart_jax.text.encoder`, and P tokens of a system prompt.
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from hart_jax.errors import UserError
+from hart_jax.io.files import read_json
 from hart_jax.nn.rounds import in_rounds
 from hart_jax.parallel.mesh import Placement, on_mesh
 from hart_jax.parallel.program import Program
@@ -24,6 +27,15 @@ EncoderConfig = MiniLMConfig | Qwen2Config
 
 # A device encodes so many prompts at a time that their logits take no more: 41 of 12 heads, 300 tokens and 450 keys.
 LOGITS_BYTES = 2**28
+
+
+def read_encoder_config(path: Path) -> EncoderConfig:
+    """The config in an encoder's config.json; `UserError` if it is missing or of no encoder that is known."""
+    values = read_json(path)
+    kinds: dict[Any, Any] = {"qwen2": Qwen2Config, "qwen2_vl": Qwen2Config, "bert": MiniLMConfig}
+    if values.get("model_type") not in kinds:
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}; known are {', '.join(kinds)}")
+    return kinds[values["model_type"]].from_json(values, str(path))
 
 
 @dataclasses.dataclass(frozen=True)
