@@ -10,6 +10,7 @@ import numpy as np
 
 from hart_jax.data.shards import RecordSource
 from hart_jax.errors import UserError, run_cli
+from hart_jax.io.files import write_text
 from hart_jax.io.paths import as_path
 
 
@@ -35,7 +36,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if as_path(arguments.out, "--out").exists():
         raise UserError(f"{arguments.out}: already exists; remove it or give another --out")
-    as_path(arguments.out).write_text("\n".join(pick_prompts(arguments.shards, arguments.count, arguments.seed)) + "\n")
+    prompts = pick_prompts(arguments.shards, arguments.count, arguments.seed)
+    write_text(as_path(arguments.out), "\n".join(prompts) + "\n")
 
 
 if __name__ == "__main__":
