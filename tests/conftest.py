@@ -2,13 +2,12 @@
 
 import os
 
-from tests.quickly import CACHE, xla_flags
+from tests.quickly import QUICKLY, xla_flags
 
 # JAX reads both when it is imported.
-os.environ |= CACHE | {"XLA_FLAGS": xla_flags()}
+os.environ |= QUICKLY | {"XLA_FLAGS": xla_flags()}
 
 import hypothesis
-import jax
 import pytest
 
 # Tests assert no times: the first example of a property pays for compilation.
@@ -27,11 +26,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="golden cases for tests/parity: a folder of them, or one (default: the two there)",
     )
-
-
-@pytest.fixture(scope="module")
-def few_optimizations():
-    """For modules that compile much and compute little: XLA compiles quickly rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

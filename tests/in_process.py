@@ -23,7 +23,7 @@ from hart_jax.errors import run_cli
 from tests.quickly import ROOT
 
 # What programs change in JAX.
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_disable_most_optimizations")
+SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -87,7 +87,6 @@ def run_here(
         patch.setattr(sys, "argv", [path, *arguments])
         # This process is no job's: JAX has started, and whether there are others is asked before.
         patch.setattr("hart_jax.parallel.launch._initialize", lambda: None)
-        jax.config.update("jax_disable_most_optimizations", True)
         os.chdir(folder)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

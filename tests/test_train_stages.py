@@ -84,6 +84,7 @@ def scales(sides: tuple[int, ...]) -> list[str]:
 STILL = "--config.optimizer.learning_rate=1e-12"
 
 
+@pytest.mark.slow
 def test_the_whole_curriculum(folder, config):
     """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px, on real pictures."""
     tokenizer_config = write_tokenizer_config(folder / "tokenizer_inputs")

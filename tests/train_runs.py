@@ -21,14 +21,13 @@ from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import shards
 from hart_jax.text.minilm import import_minilm
 from tests.in_process import run_here
-from tests.quickly import CACHE, xla_flags
+from tests.quickly import QUICKLY, xla_flags
 from tests.tiny import tiny_model
 from tests.tiny_bert import write_published
 
 ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
 CATEGORIES = ("animals", "things")
-QUICKLY = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **CACHE}
 # Of one run, on a machine that does much else.
 LIMIT_SECONDS = 3600
 
@@ -162,7 +161,8 @@ def start_job(*arguments: str, processes: int = 1, devices: int = 1) -> list[sub
 
 def quick_environment(devices: int = 1) -> dict[str, str]:
     """The environment of a process on that many fake devices."""
-    return {**os.environ, **QUICKLY, "XLA_FLAGS": xla_flags(f"--xla_force_host_platform_device_count={devices}")}
+    flags = xla_flags(f"--xla_force_host_platform_device_count={devices}")
+    return {**os.environ, **QUICKLY, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def loopback_job(processes: int) -> list[dict[str, str]]:

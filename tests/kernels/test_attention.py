@@ -19,8 +19,6 @@ from hart_jax.nn.flop_counter import flops_of
 from pallas_kernels.attention import IMPLEMENTATIONS, Blocks, attention, tokamax
 from pallas_kernels.attention.conformance import BOUNDS, CASES, Case, ends, errors, gradients
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:

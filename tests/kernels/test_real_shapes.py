@@ -10,7 +10,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.attention.shapes import SHAPES
 from tests.kernels.test_attention import BOUNDS, GPU, SPLASH, TESTED, TPU, XLA, Case, assert_near, gradients
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_optimizations")]
+pytestmark = pytest.mark.slow
 
 # Interpreted, the largest take minutes: each of them once. `test_tiles.py` has the tiles of all shapes.
 SMALLER = ("256", "256 half", "512", "512 half")

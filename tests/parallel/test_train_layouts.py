@@ -95,8 +95,8 @@ def assert_same_history(workdir: Path, expected: Path) -> None:
     ("kind", "processes", "sizes", "more"),
     [
         ("hart", 1, (2, 2, 2), [ACCUMULATE]),
-        ("hart", 2, (2, 2, 2), []),
-        ("tokenizer", 2, (2, 2, 2), []),
+        pytest.param("hart", 2, (2, 2, 2), [], marks=pytest.mark.slow),
+        pytest.param("tokenizer", 2, (2, 2, 2), [], marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_train_as_one_does(request, tmp_path, kind, processes, sizes, more):
@@ -112,6 +112,7 @@ def test_eight_devices_train_as_one_does(request, tmp_path, kind, processes, siz
 STARTS = [(2, 4, (2, 4, 1)), (1, 4, (-1, 2, 2)), (2, 1, (1, 1, 2))]
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_over_other_meshes_and_processes(tmp_path, hart):
     saved = 0
     for number, (processes, devices, sizes) in enumerate(STARTS, 1):

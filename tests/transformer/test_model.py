@@ -14,8 +14,6 @@ from hart_jax.diffusion.head import DiffusionHead
 from hart_jax.transformer.block import KVCache
 from hart_jax.transformer.model import Hart
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 B, V, C, T, D = 2, 12, 4, 5, 6
 SIDES = (1, 2, 3)
 # Where the logits of a scale end; the first scale's is predicted by the last context position.
