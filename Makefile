@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and make, nothing else:
 #   make sample PROMPT="a flat icon of a dog"      makes an image with the bundled model
-#   make test                                      runs the tests
+#   make test                                      runs the tests of every change, minutes
+#   make test-all                                  runs all tests
 #   make lint                                      ruff, mypy and the order of imports
 # PYTHON=python3.12 picks the interpreter, VENV=folder the environment, ARGS="..." passes more flags on.
 
@@ -18,17 +19,22 @@ unexport PROMPT
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 REQUIREMENTS := requirements.txt pyproject.toml
 
-.PHONY: help sample test lint format clean
+.PHONY: help sample test test-all lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 sample: $(VENV)/.installed
 	@$(VENV)/bin/python sample.py --checkpoint=assets/emoji --prompt="$$HART_PROMPT" $(ARGS)
 
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
+	$(PYTEST) -m 'not slow' tests $(ARGS)
+
+test-all: $(VENV)/.installed-dev
+	$(PYTEST) tests $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

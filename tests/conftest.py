@@ -1,7 +1,13 @@
 """Options of the whole suite; pytest reads them from here however the tests are named on the command line."""
 
+import os
+
+from tests.quickly import QUICKLY, xla_flags
+
+# JAX reads both when it is imported.
+os.environ |= QUICKLY | {"XLA_FLAGS": xla_flags()}
+
 import hypothesis
-import jax
 import pytest
 
 # Tests assert no times: the first example of a property pays for compilation.
@@ -9,27 +15,9 @@ hypothesis.settings.register_profile("hart", deadline=None)
 hypothesis.settings.load_profile("hart")
 
 
-# Whole trainings in processes of their own, executed notebooks and kernels at real sizes: marked `slow`.
-SLOW = frozenset(
-    {
-        "test_train_bucket.py",
-        "test_train_killed.py",
-        "test_train_layouts.py",
-        "test_train_resume.py",
-        "test_train_stages.py",
-        "test_notebooks.py",
-        "test_real_shapes.py",
-        "test_gpu_check.py",
-    }
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, those of whole trainings, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
-    for item in items:
-        if item.path.name in SLOW:
-            item.add_marker("slow")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,11 +26,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="golden cases for tests/parity: a folder of them, or one (default: the two there)",
     )
-
-
-@pytest.fixture(scope="module")
-def few_optimizations():
-    """For modules that compile much and compute little: XLA compiles quickly rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

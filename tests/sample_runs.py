@@ -1,4 +1,4 @@
-"""Runs of `sample.py` in processes of their own, on tiny models; shared by tests."""
+"""Runs of `sample.py` on tiny models; shared by tests."""
 
 import json
 import subprocess
@@ -11,6 +11,7 @@ from hart_jax.checkpoints.model_folder import write_model
 from hart_jax.config import TransformerConfig
 from hart_jax.text.minilm import import_minilm
 from tests import tiny_qwen2
+from tests.in_process import run_here
 from tests.parity.materialize import read_manifest, write_release
 from tests.tiny import TOKENIZER, tiny_model
 from tests.tiny_bert import write_published
@@ -70,23 +71,22 @@ def environment(folder: Path, devices: int = 1) -> dict[str, str]:
     return {**quick_environment(devices), "HART_CACHE_DIR": str(folder / "cache")}
 
 
-def start(folder: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    """Starts `sample.py` in a process of its own."""
     command = [sys.executable, str(ROOT / "sample.py"), *flags]
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(folder, devices),
+        env=environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def sample(folder: Path, *flags: str, devices: int = 1) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a whole run."""
-    with start(folder, *flags, devices=devices) as process:
-        out, err = process.communicate()
-    return process.returncode, out, err
+def sample(folder: Path, *flags: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a whole run, in this process."""
+    return run_here("sample.py", *flags, folder=folder, environment={"HART_CACHE_DIR": str(folder / "cache")})
 
 
 def write_prompts(path: Path, count: int) -> Path:

@@ -27,6 +27,7 @@ def check(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_parts_at_tiny_sizes(tmp_path):
     done = check(str(tmp_path / "out"), "--tiny")
     out = tmp_path / "out"

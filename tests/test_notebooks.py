@@ -11,7 +11,6 @@ from hart_jax.text.minilm import import_minilm
 from notebooks.execute import FOLDER, code_cells, code_digest, executed, names, read
 from tests.tiny import tiny_model
 from tests.tiny_bert import write_published
-from tests.train_runs import QUICKLY
 
 SIZES = {
     "HART_NOTEBOOK_STEPS": "2",
@@ -30,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     folder: Path = tmp_path_factory.mktemp("model")
     import_minilm(write_published(folder / "published"), folder / "text_encoder")
     write_model(folder / "model", tiny_model(folder / "text_encoder", context_tokens=6, context_dim=24))
-    return {**QUICKLY, **SIZES, "HART_NOTEBOOK_MODEL": str(folder / "model")}
+    return {"JAX_PLATFORMS": "cpu", **SIZES, "HART_NOTEBOOK_MODEL": str(folder / "model")}
 
 
 def shown(cell: nbformat.NotebookNode) -> set[str]:
@@ -41,6 +40,7 @@ def shown(cell: nbformat.NotebookNode) -> set[str]:
     return kinds
 
 
+@pytest.mark.slow
 @every_notebook
 def test_runs_and_shows_what_the_committed_one_does(name, environment):
     committed = read(name)

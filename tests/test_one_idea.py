@@ -29,8 +29,6 @@ from hart_jax.transformer.mask import DenseMask, Mask, ScaleCausal
 from hart_jax.transformer.model import Hart
 from tests.tiny import PATCH_NUMS, TOKENIZER, experiment_values, tiny_model
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 MODEL = tiny_model()
 NETWORK = Tokenizer(TOKENIZER)
 PARAMS = {"transformer": MODEL.transformer, "tokenizer": MODEL.tokenizer}

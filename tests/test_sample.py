@@ -13,6 +13,7 @@ from PIL import Image
 
 from hart_jax.io.files import read_json
 from hart_jax.io.images import read_png_metadata
+from tests.in_process import run_here
 from tests.sample_runs import sample, write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -168,14 +169,12 @@ def test_filtering_many_prompts_looks_each_up_a_few_times():
 def test_wrong_inputs_end_with_one_clear_error_and_nothing_written(folder, tmp_path):
     cases = wrong_inputs(folder, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for case, (flags, named) in cases.items():
         out = [] if any(flag.startswith("--out") for flag in flags) else [f"--out={tmp_path / 'out'}"]
-        command = [sys.executable, str(ROOT / "sample.py"), *flags, *out]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        lines = [line for line in run.stderr.splitlines() if line.strip()]
-        assert run.returncode == 2, f"{case}: {run.returncode} {run.stderr}"
-        assert len(lines) == 1 and lines[0].startswith("error: "), f"{case}: {run.stderr}"
+        code, _, err = run_here("sample.py", *flags, *out, folder=tmp_path)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert code == 2, f"{case}: {code} {err}"
+        assert len(lines) == 1 and lines[0].startswith("error: "), f"{case}: {err}"
         assert named in lines[0], f"{case}: {lines[0]}"
         assert sorted(tmp_path.rglob("*")) == before, f"{case}: wrote something"
     assert (tmp_path / "taken.png").read_text() == "mine"

@@ -28,6 +28,7 @@ def emulator() -> Iterator[Emulator]:
         yield running
 
 
+@pytest.mark.slow
 def test_a_run_in_the_bucket_is_killed_and_ends_with_the_bits_of_a_local_one(emulator, tmp_path, monkeypatch):
     config = write_tokenizer_config(tmp_path / "inputs")
     whole, workdir = tmp_path / "whole", as_path(f"{BUCKET}/runs/tiny")

@@ -56,7 +56,7 @@ def hart(tmp_path_factory) -> Run:
     return whole_run(tmp_path_factory.mktemp("hart"), "hart")
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", ["tokenizer", pytest.param("hart", marks=pytest.mark.slow)])
 def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_path, experiment):
     _, fields = EXPERIMENTS[experiment]
     whole, settings = request.getfixturevalue(experiment)

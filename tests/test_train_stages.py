@@ -1,8 +1,5 @@
 """Training by class label, and a curriculum whose stages start from the one before, from the command lines alone."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +12,8 @@ from hart_jax.checkpoints.orbax import load_params
 from hart_jax.data.shards import write_shards
 from hart_jax.io.images import read_png_metadata
 from hart_jax.training.metrics import read_metrics
-from tests.train_runs import QUICKLY, ROOT, run_to_end, write_hart_config, write_tokenizer_config
+from tests.in_process import run_here
+from tests.train_runs import ROOT, run_to_end, write_hart_config, write_tokenizer_config
 
 # 24 pictures of the bundled model's set, at 32 px.
 EMOJI = ROOT / "tests" / "emoji"
@@ -38,31 +36,26 @@ def config(folder) -> Path:
     return write_hart_config(folder / "inputs")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **QUICKLY}, capture_output=True, text=True)
-
-
 def test_class_conditional_training_export_and_sampling(folder, config):
     run, model, out = folder / "classes", folder / "classes_model", folder / "classes_out"
     code, _, err = run_to_end(f"--config={config}", f"--workdir={run}", *LENGTH, *CLASSES)
     assert code == 0, err
     assert [line["step"] for line in read_metrics(run)] == [2, 4]
     assert load_params(run)["class_embed"].shape == (3, 16)
-    exported = command("-m", "hart_jax.checkpoints.export", "--workdir", str(run), "--out", str(model))
-    assert exported.returncode == 0, exported.stderr
+    code, _, err = run_here("hart_jax.checkpoints.export", "--workdir", str(run), "--out", str(model))
+    assert code == 0, err
     assert sorted(path.name for path in model.iterdir()) == ["sampling.json", "tokenizer", "transformer"]
     assert read_model(model).classes == read_classes(run) == ("animals", "things")
     sample = ["sample.py", f"--config={config}", *CLASSES, f"--checkpoint={model}", f"--out={out}"]
-    drawn = command(*sample, "--labels=1,0")
-    assert drawn.returncode == 0, drawn.stderr
+    code, _, err = run_here(*sample, "--labels=1,0")
+    assert code == 0, err
     expected = ["00000-1.png", "00000-grid.png", "00000-pictures.jsonl", "00001-0.png"]
     assert sorted(path.name for path in out.iterdir()) == expected
     about = read_png_metadata(out / "00001-0.png")
     assert about["label"] == "0" and "prompt" not in about
     for wrong in (["--labels=2"], ["--labels=cat"], ["--prompt=a dog"], []):
-        refused = command(*sample, *wrong)
-        assert refused.returncode == 2 and "--labels" in refused.stderr, refused.stderr
+        code, _, err = run_here(*sample, *wrong)
+        assert code == 2 and "--labels" in err, err
 
 
 def test_labels_beyond_the_classes_are_refused(folder, config):
@@ -91,6 +84,7 @@ def scales(sides: tuple[int, ...]) -> list[str]:
 STILL = "--config.optimizer.learning_rate=1e-12"
 
 
+@pytest.mark.slow
 def test_the_whole_curriculum(folder, config):
     """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px, on real pictures."""
     tokenizer_config = write_tokenizer_config(folder / "tokenizer_inputs")

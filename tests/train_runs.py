@@ -20,21 +20,14 @@ from PIL import Image
 from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import shards
 from hart_jax.text.minilm import import_minilm
+from tests.in_process import run_here
+from tests.quickly import QUICKLY, xla_flags
 from tests.tiny import tiny_model
 from tests.tiny_bert import write_published
 
 ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
-COMPILED = ROOT / ".pytest_cache" / "compiled"
 CATEGORIES = ("animals", "things")
-# Programs are compiled quickly rather than well, once for all runs that need them.
-QUICKLY = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(COMPILED),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 # Of one run, on a machine that does much else.
 LIMIT_SECONDS = 3600
 
@@ -168,7 +161,8 @@ def start_job(*arguments: str, processes: int = 1, devices: int = 1) -> list[sub
 
 def quick_environment(devices: int = 1) -> dict[str, str]:
     """The environment of a process on that many fake devices."""
-    return {**os.environ, **QUICKLY, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = xla_flags(f"--xla_force_host_platform_device_count={devices}")
+    return {**os.environ, **QUICKLY, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def loopback_job(processes: int) -> list[dict[str, str]]:
@@ -190,7 +184,9 @@ def outcome(job: list[subprocess.Popen]) -> tuple[int, str, str]:
 
 
 def run_to_end(*arguments: str, processes: int = 1, devices: int = 1) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a whole run."""
+    """Exit code, standard output and standard error of a whole run; one process with one device is this one."""
+    if processes == devices == 1:
+        return run_here("train.py", *arguments)
     return outcome(start_job(*arguments, processes=processes, devices=devices))
 
 

@@ -111,6 +111,7 @@ class SampleConfig(Settings):
         checks = {
             f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
             f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
+            f"late_scale={self.late_scale}: must be 0 or more": self.late_scale >= 0,
             f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
             f"temperature={self.temperature}: must be above 0 and finite": 0 < self.temperature < math.inf,
             f"cfg={self.cfg}: must be 0 or more and finite": 0 <= self.cfg < math.inf,

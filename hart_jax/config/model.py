@@ -113,6 +113,8 @@ class TransformerConfig(Settings):
         _check_patch_nums(self.patch_nums)
         for name in ("vocab_size", "latent_channels", "context_tokens", "context_dim", "depth", "width", "heads"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("num_classes", "mlp_ratio", "norm_eps"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: must be 0 or more")
         require(self.width % self.heads == 0, f"width={self.width}: must be a multiple of heads={self.heads}")
         require(self.head_dim % 4 == 0, f"width/heads={self.head_dim}: the head width must be a multiple of 4 (rotary)")
         pooling = self.sep_aln_pooling_mode

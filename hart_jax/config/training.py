@@ -154,7 +154,8 @@ class HartLossConfig(Settings):
     mistakes: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.mistakes >= 0, f"loss.mistakes={self.mistakes}: must be 0 or more")
+        for name in ("token", "diffusion", "mistakes"):
+            require(getattr(self, name) >= 0, f"loss.{name}={getattr(self, name)}: must be 0 or more")
         require(0 <= self.drop_text <= 1, f"loss.drop_text={self.drop_text}: a probability")
         require(0 <= self.drop_min <= 1, f"loss.drop_min={self.drop_min}: a fraction of the last scale")
         require(0 < self.condition_top_p <= 1, f"loss.condition_top_p={self.condition_top_p}: must be in (0, 1]")

@@ -100,12 +100,9 @@ def test_tokenizer_too_small_for_its_losses():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_k_late": -2}, "top_k_late=-2"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"cfg": -1.0}, "cfg=-1.0"),
         ({"masked_iterations": 0}, "masked_iterations=0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs of `evaluate.py` in processes of their own, judged by a small network; as a program this file is such a run."""
+"""Runs of `evaluate.py` judged by a small network; as a program this file is such a run."""
 
 import dataclasses
 import os
@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hart_jax.evaluation.features import Evaluators, FeatureExtractor
 from hart_jax.evaluation.networks.base import FeatureNetwork, Features
+from tests.in_process import run_here
 from tests.sample_runs import environment
 from tests.train_runs import loopback_job
 
@@ -69,7 +71,15 @@ def start(folder: Path, *flags: str, **more: str) -> subprocess.Popen:
 
 
 def run(folder: Path, *flags: str, processes: int = 1) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a whole run; of several processes, the first that failed."""
+    """Exit code, standard output and standard error of a whole run; one process is this one.
+
+    Of several processes, those of the first that failed.
+    """
+    if processes == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hart_jax.evaluation.run.load_evaluators", small_evaluators)
+            cache = {"HART_CACHE_DIR": str(folder / "cache")}
+            return run_here("evaluate.py", *flags, folder=folder, environment=cache)
     running = [start(folder, *flags, **meeting) for meeting in loopback_job(processes)]
     ends = [(*process.communicate(timeout=LIMIT_SECONDS), process.returncode) for process in running]
     out, err, code = next((end for end in ends if end[2]), ends[0])

@@ -8,10 +8,13 @@ import pytest
 
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.shapes import SHAPES
-from tests.kernels.test_attention import BOUNDS, GPU, SPLASH, TESTED, Case, assert_near, gradients
+from tests.kernels.test_attention import BOUNDS, GPU, SPLASH, TESTED, TPU, XLA, Case, assert_near, gradients
 
-# What takes minutes otherwise, or is a library's own.
-ONLY = {GPU: ("256", "256 half"), SPLASH: ("512", "1024 half")}
+pytestmark = pytest.mark.slow
+
+# Interpreted, the largest take minutes: each of them once. `test_tiles.py` has the tiles of all shapes.
+SMALLER = ("256", "256 half", "512", "512 half")
+ONLY = {XLA: (*SMALLER, "1024"), TPU: (*SMALLER, "1024 decode"), SPLASH: ("512", "1024 half"), GPU: SMALLER[:2]}
 
 
 def case_of(name: str) -> Case:
@@ -26,12 +29,7 @@ def expected(name: str, dtype: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "run"),
-    [
-        pytest.param(name, run, id=f"{run.name}-{name}")
-        for name in SHAPES
-        for run in TESTED
-        if name in ONLY.get(run, tuple(SHAPES))
-    ],
+    [pytest.param(name, run, id=f"{run.name}-{name}") for name in SHAPES for run in TESTED if name in ONLY[run]],
 )
 def test_real_shapes(name, run):
     tiles = 128 if run is GPU else 1024 if SHAPES[name].keys > 4000 else 256

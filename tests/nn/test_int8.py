@@ -30,8 +30,6 @@ from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model, transformer_config
 from tests.tiny_qwen2 import CASES, LENGTH, PROMPTS, write_folder
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 ROOT = Path(__file__).parents[2]
 MODEL = tiny_model()
 INT8 = quantize(MODEL.transformer)

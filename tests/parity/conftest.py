@@ -1,13 +1,23 @@
 """One test item for every group of arrays of every golden case."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from tests.parity.golden import find_cases
 
 PUBLISHED = Path(__file__).parent / "cases"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_well() -> Iterator[None]:
+    """As users' programs are compiled."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,8 +19,6 @@ from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 SETTINGS = SampleConfig(top_k=8, top_k_late=8)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 LABELS = tiny_model(num_classes=3, context_tokens=1)

@@ -19,8 +19,6 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 ALL = SampleConfig(top_k=0, top_k_late=0, cfg=2.0)
 MODEL = tiny_model()
 

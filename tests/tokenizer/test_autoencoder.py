@@ -12,8 +12,6 @@ from hart_jax.config import TokenizerConfig
 from hart_jax.tokenizer.autoencoder import AttnBlock, Encoder, Upsample, conv
 from hart_jax.tokenizer.model import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 CONFIG = TokenizerConfig(
     image_size=8,
     patch_nums=(1, 2, 3, 4),

@@ -14,8 +14,6 @@ from hart_jax.tokenizer.losses import straight_through, vq_loss
 from hart_jax.tokenizer.quantizer import Mistakes, Quantizer, phi_index
 from hart_jax.tokenizer.resize import area, bicubic
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 CONFIG = TokenizerConfig(
     image_size=16,
     patch_nums=(1, 2, 3, 5, 8),

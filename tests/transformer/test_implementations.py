@@ -16,8 +16,6 @@ from hart_jax.transformer.model import Hart
 from pallas_kernels.attention import Blocks
 from tests.tiny import TOKENIZER, tiny_model
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 # Heads as wide as the real ones, so that kernels have them.
 MODEL = tiny_model(width=128, heads=2)
 TILES = Blocks((128, 128), (128, 128), (128, 128))

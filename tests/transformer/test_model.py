@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hart_jax.config import DiffusionConfig, TransformerConfig
+from hart_jax.diffusion.head import DiffusionHead
 from hart_jax.transformer.block import KVCache
 from hart_jax.transformer.model import Hart
 
@@ -198,8 +199,9 @@ def test_how_blocks_are_compiled_changes_no_gradient(how):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), plain, saved)
 
 
-def test_residual_head():
-    built = build("release")
+def test_the_residual_head_sees_hidden_state_and_code_normed():
+    built, rng = build("release"), np.random.default_rng(1)
+    hidden, code = (rng.standard_normal((B, 7, width)).astype(np.float32) for width in (16, C))
 
     @jax.jit
     def denoise(params, hidden, code, t):
@@ -207,6 +209,13 @@ def test_residual_head():
         z = call(hidden, code, method="residual_condition")
         return z, call(code[:, 0], t, z[:, 0], method="denoise")
 
-    z, out = denoise(built.params, np.ones((B, 7, 16)), np.zeros((B, 7, C)), np.arange(B))
-    assert z.shape == (B, 7, 16)
+    z, out = denoise(built.params, hidden, code, np.arange(B))
+    embed, norm = built.params["word_embed"], built.params["decoder_norm"]
+    summed = hidden + code @ embed["kernel"] + embed["bias"]
+    expected = summed / np.sqrt(np.mean(summed**2, axis=-1, keepdims=True) + 1e-6) * norm["scale"]
+    np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
+    head = DiffusionHead(built.module.config.diffusion, C)
+    embedded = head.apply({"params": built.params["diffusion_head"]}, expected[:, 0], method="embed")
+    alone = head.apply({"params": built.params["diffusion_head"]}, code[:, 0], np.arange(B), embedded)
     assert out.shape == (B, 2 * C) and out.dtype == jnp.float32
+    np.testing.assert_allclose(out, alone, rtol=1e-3, atol=1e-4)

