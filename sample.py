@@ -2,9 +2,9 @@
 
 A model brings its sampling settings along; those of --config come before them, and flags before both.
 
-Writes one PNG per picture into --out (and a grid of several); prompt, seed, settings and model are in each PNG. While a
+Writes one PNG per image into --out (and a grid of several); prompt, seed, settings and model are in each PNG. While a
 run writes into a folder, another one is refused. Exits with 3 where --prompt_filter refused a prompt; the others are
-drawn.
+sampled.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from hart_jax.io.paths import as_path
 if TYPE_CHECKING:
     from hart_jax.sampling.pipeline import SampleRequest
 
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "What to sample; may be given several times.")
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     None,
     'A prompt or SEED<tab>prompt per line, # is no comment; of a .jsonl, {"prompt": "x", "seed": 3}.',
 )
-_LABELS = flags.DEFINE_list("labels", [], "Classes to draw, for a class-conditional model: --labels=3,17.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures of each prompt or label.")
-_SEED = flags.DEFINE_integer("seed", 0, "Another seed, another picture.")
+_LABELS = flags.DEFINE_list("labels", [], "Classes to sample, for a class-conditional model: --labels=3,17.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images of each prompt or label.")
+_SEED = flags.DEFINE_integer("seed", 0, "Another seed, another image.")
 _CFG = flags.DEFINE_float("cfg", None, "Classifier-free guidance; 0 is none.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept at every scale; 0 keeps all.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Probability mass of the codes kept, in (0, 1].")
@@ -48,9 +48,9 @@ _TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Folder of the text en
 _SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "File of the text encoder's system prompt.")
 _FILTER = flags.DEFINE_string("prompt_filter", "off", "Folder of a classifier that refuses prompts, or off.")
 _ALLOWS = flags.DEFINE_list("prompt_filter_allows", [], "The classifier's labels that let a prompt through.")
-_OUT = flags.DEFINE_string("out", "outputs", "Folder for the pictures, or the name of a new .png for a single one.")
+_OUT = flags.DEFINE_string("out", "outputs", "Folder for the images, or the name of a new .png for a single one.")
 _RESUME = flags.DEFINE_bool("resume", False, "Goes on with an interrupted run of this command in --out.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Pictures drawn at a time, halved where they do not fit; 0: eight.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images sampled at a time, halved where they do not fit; 0: eight.")
 
 
 def described() -> Experiment:
@@ -92,14 +92,14 @@ def requested(experiment: HartExperiment) -> list[tuple[str | int, int]]:
             raise UserError(f"--labels={','.join(_LABELS.value)}: needs numbers from 0 to {classes - 1}")
         return [(int(label), _SEED.value) for label in _LABELS.value]
     if _LABELS.value:
-        raise UserError("--labels: this config's model draws prompts, not classes; give --prompt")
+        raise UserError("--labels: this config's model takes prompts, not classes; give --prompt")
     from hart_jax.text.prompts import check_prompts, read_seeded_prompts
 
     found: list[tuple[str, int | None]] = [(prompt, None) for prompt in _PROMPT.value]
     if _PROMPTS_FILE.value is not None:
         found += read_seeded_prompts(_PROMPTS_FILE.value)
     if not found:
-        raise UserError('nothing to draw: give --prompt="a flat icon of a dog" or --prompts_file=FILE')
+        raise UserError('nothing to sample: give --prompt="a flat icon of a dog" or --prompts_file=FILE')
     check_prompts([prompt for prompt, _ in found])
     return [(prompt, _SEED.value if seed is None else seed) for prompt, seed in found]
 
@@ -110,12 +110,12 @@ def allowed(requests: list[tuple[str | int, int]]) -> list[tuple[str | int, int]
         return requests
     from hart_jax.text.prompt_filter import load_prompt_filter
 
-    may_be_drawn = load_prompt_filter(_FILTER.value, _ALLOWS.value)
-    kept = [(prompt, seed) for prompt, seed in requests if may_be_drawn(str(prompt))]
+    is_allowed = load_prompt_filter(_FILTER.value, _ALLOWS.value)
+    kept = [(prompt, seed) for prompt, seed in requests if is_allowed(str(prompt))]
     through = {prompt for prompt, _ in kept}
     for prompt, _ in requests:
         if prompt not in through:
-            print(f"refused by --prompt_filter, not drawn: {prompt!r}", file=sys.stderr)
+            print(f"refused by --prompt_filter, not sampled: {prompt!r}", file=sys.stderr)
     return kept
 
 
@@ -144,12 +144,12 @@ def main() -> None:
         check_devices()
         use_compilation_cache()
         with output.owned_out(out):
-            print(draw(experiment, chosen, requests, out))
+            print(sample_images(experiment, chosen, requests, out))
     sys.exit(3 if len(kept) < len(given) else 0)
 
 
-def draw(experiment: HartExperiment, chosen: SampleConfig, requests: "list[SampleRequest]", out: Path) -> Path:
-    """Draws the images; gives the path of their grid, of the only one, or of their folder."""
+def sample_images(experiment: HartExperiment, chosen: SampleConfig, requests: "list[SampleRequest]", out: Path) -> Path:
+    """Samples the images; gives the path of their grid, of the only one, or of their folder."""
     from hart_jax.checkpoints.load import check_model, load_model
     from hart_jax.sampling import output
     from hart_jax.sampling.pipeline import Pipeline, text_source

@@ -10,14 +10,14 @@ from hart_jax.config import HartExperiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path, check_no_pattern, is_remote
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, pictures.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, logs, images.")
 
 
 def main() -> None:
     hart_flags.parse()
     experiment = hart_flags.experiment()
     if not _WORKDIR.value:
-        raise UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
+        raise UserError("--workdir is missing: give a folder for checkpoints, logs and images")
     workdir = as_path(_WORKDIR.value, "--workdir")
     check_no_pattern(workdir, "--workdir")
     if not is_remote(workdir) and workdir.exists() and not workdir.is_dir():
@@ -33,7 +33,7 @@ def main() -> None:
     from hart_jax.io.local_side import scratch_folder
     from hart_jax.io.ownership import owned
     from hart_jax.parallel.launch import join_processes
-    from hart_jax.parallel.mesh import Placement
+    from hart_jax.parallel.mesh import MeshLayout
     from hart_jax.training.hart_task import HartTask
     from hart_jax.training.loop import Task, run
     from hart_jax.training.tokenizer_task import TokenizerTask
@@ -44,13 +44,13 @@ def main() -> None:
         check_bucket(folder, name)
     stage_at_most(experiment.data.stage_gib)
     with owned(workdir, "a training run"):
-        placement = Placement.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
+        layout = MeshLayout.of(experiment.mesh, experiment.train.batch_size, experiment.train.accumulate)
         task: Task
         if isinstance(experiment, HartExperiment):
-            task = HartTask(experiment, scratch_folder(workdir), placement)
+            task = HartTask(experiment, scratch_folder(workdir), layout)
         else:
-            task = TokenizerTask(experiment, placement)
-        run(task, placement, experiment.train, experiment.to_dict(), workdir)
+            task = TokenizerTask(experiment, layout)
+        run(task, layout, experiment.train, experiment.to_dict(), workdir)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/block_compiled.py --topology v5e:1x1 --config configs/hart_0p7b_512.py
 
 Compiles forward and gradient of a block for a chip that need not be here (`pip install -e ".[gpu]"` or `".[tpu]"`). The
-floor of a kernel is what it moves over the memory's rate; that of products and attention, their FLOPs over the chip's.
-Pieces that could be fused would show as kernels that read what the one before wrote.
+roofline of a kernel is what it moves over the memory's rate; that of products and attention, their FLOPs over the
+chip's. Pieces that could be fused would show as kernels that read what the one before wrote.
 """
 
 import argparse
@@ -94,21 +94,21 @@ def main() -> None:
     texts, chip, flops = block_programs(experiment.transformer, arguments.topology, arguments.batch)
     for name, text in texts.items():
         factor = {"products": 1.0, "attention": 1.0} if name == "forward" else {"products": 3.0, "attention": 3.5}
-        floors = {part: 1e3 * factor[part] * flops[part] / chip.flops for part in flops}
+        rooflines = {part: 1e3 * factor[part] * flops[part] / chip.flops for part in flops}
         kernels = [(kind_of(kernel), kernel) for kernel in kernels_of(text)]
         print(
             f"\n{arguments.topology}, batch {arguments.batch}, {name}: floors of "
-            + ", ".join(f"{part} {floor:.3f} ms" for part, floor in floors.items())
+            + ", ".join(f"{part} {roofline:.3f} ms" for part, roofline in rooflines.items())
         )
-        print("| kernel | MB moved | floor, ms | of all | does |\n|---|---|---|---|---|")
+        print("| kernel | MB moved | roofline, ms | of all | does |\n|---|---|---|---|---|")
         rest = [(kind, kernel, 1e3 * kernel.runs * kernel.bytes / chip.bandwidth) for kind, kernel in kernels]
         rest = [entry for entry in rest if entry[0] not in ("product", "attention")]
-        all_of_it = sum(floors.values()) + sum(floor for *_, floor in rest)
-        for kind, kernel, floor in rest:
+        all_of_it = sum(rooflines.values()) + sum(roofline for *_, roofline in rest)
+        for kind, kernel, roofline in rest:
             moved = kernel.runs * kernel.bytes / 1e6
-            print(f"| {kernel.name} | {moved:.1f} | {floor:.3f} | {floor / all_of_it:.1%} | {kind} |")
-        share = sum(floor for *_, floor in rest) / all_of_it
-        print(f"beside products and attention: {len(rest)} kernels, {share:.1%} of the floor")
+            print(f"| {kernel.name} | {moved:.1f} | {roofline:.3f} | {roofline / all_of_it:.1%} | {kind} |")
+        share = sum(roofline for *_, roofline in rest) / all_of_it
+        print(f"beside products and attention: {len(rest)} kernels, {share:.1%} of the roofline")
 
 
 if __name__ == "__main__":

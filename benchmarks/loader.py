@@ -27,8 +27,8 @@ from hart_jax.errors import UserError, run_cli
 SOURCE_SIZE, SIZE = 1024, 256
 
 
-def write_pictures(folder: Path, suffix: str, count: int) -> Path:
-    """A folder of pictures with detail at all sizes and a little noise, which cost a decoder what photographs do."""
+def write_images(folder: Path, suffix: str, count: int) -> Path:
+    """A folder of images with detail at all sizes and a little noise, which cost a decoder what photographs do."""
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir(parents=True)
     entries = {}
@@ -90,7 +90,7 @@ def images_per_core_second(shards: Path, size: int, batch_size: int, count: int)
 
 
 def print_cores(folder: Path, suffix: str, arguments: argparse.Namespace) -> None:
-    source = write_pictures(folder / "source", suffix, arguments.images)
+    source = write_images(folder / "source", suffix, arguments.images)
     files = [path.stat().st_size for path in (source / "pictures").iterdir()]
     write_shards(source, folder / "shards")
     for size in (256, 512, 1024):
@@ -132,7 +132,7 @@ def main() -> None:
     print("|---|---|---|---|")
     for suffix in (".jpg", ".png"):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = write_pictures(Path(temporary) / "source", suffix, arguments.images)
+            folder = write_images(Path(temporary) / "source", suffix, arguments.images)
             shards = Path(temporary) / "shards"
             write_shards(folder, shards)
             ours, theirs = [], []

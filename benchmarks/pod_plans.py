@@ -5,7 +5,7 @@ can keep included, for ever smaller batches until one fits. A compilation takes 
 whose temporaries, in proportion to those of a batch that is known, do not fit by far. Nothing runs, and no device is
 needed; libtpu or JAX's CUDA plug-in is. Each compilation is appended to the results file, and the same command goes on
 where it ended. Captions are encoded on the fly, as the configs have it. `--topologies "v5e:16x16" "4*v5e:16x16"
-"16*v5e:16x16" --sizes 1024 --each 4` gives rows for several slices, at so many pictures a chip.
+"16*v5e:16x16" --sizes 1024 --each 4` gives rows for several slices, at so many images a chip.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hart_jax.planning.plans import Plan
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:8x8x4", "h200:8")
 SIZES = (1024, 512, 256)
 MOST_FSDP = 16
-# Pictures of a chip to try, from more than fits anywhere.
+# Images of a chip to try, from more than fits anywhere.
 EACH = tuple(2**power for power in range(9, -1, -1))
 # So far above a chip's memory a batch is left out that was not compiled.
 CLEARLY = 1.25
@@ -75,13 +75,13 @@ def row(size: int, plan: Plan) -> str:
     mesh = "x".join(str(side) for side in plan.mesh.values())
     memory = f"{plan.peak / GiB:.1f} of {plan.memory / GiB:.0f}"
     encoder = f"{(plan.text_encoder + plan.text_states) / GiB:.2f}"
-    floor, rate = f"{plan.step_seconds:.2f}", f"{plan.batch_size / plan.step_seconds:.0f}"
+    roofline, rate = f"{plan.step_seconds:.2f}", f"{plan.batch_size / plan.step_seconds:.0f}"
     shares = f"{plan.flops / plan.chips / 1e12:.0f} + {plan.text_flops / plan.chips / 1e12:.0f}"
-    slow = f"{plan.sent_slowly / 1e6:.0f}" if plan.sent_slowly else ""
+    slow = f"{plan.slow_collective_bytes / 1e6:.0f}" if plan.slow_collective_bytes else ""
     hosts = f"{plan.host_images:.0f} | {plan.host_bytes / 1e6:.0f} | {plan.host_cores:.1f}"
     return (
         f"| {size} | {plan.topology} | {mesh} | {plan.batch_size} | {memory} | {encoder} | {shares} | {slow} | "
-        f"{floor} | {rate} | {plan.mfu:.0%} | {plan.hfu:.0%} | {hosts} |"
+        f"{roofline} | {rate} | {plan.mfu:.0%} | {plan.hfu:.0%} | {hosts} |"
     )
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--results", type=Path, default=Path("pod_plans.jsonl"))
-    parser.add_argument("--each", type=int, nargs="+", default=EACH, help="pictures of a chip to try, from the most")
+    parser.add_argument("--each", type=int, nargs="+", default=EACH, help="images of a chip to try, from the most")
     parser.add_argument("--known", action="store_true", help="Only the rows of what the results file holds.")
     arguments = parser.parse_args()
     lines = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
@@ -147,14 +147,14 @@ def main() -> None:
                 best = max((p for p in known.values() if p.fits), key=lambda plan: plan.batch_size, default=None)
             else:
                 # Refusals say less of memory than programs.
-                alike = [p for p in plans if p.chips == chips(topology) and p.executed and p.batch_size > p.chips]
+                alike = [p for p in plans if p.chips == chips(topology) and p.device_flops and p.batch_size > p.chips]
                 memory = CHIPS[kind(topology)].memory
                 compile_batch = functools.partial(compile_and_keep, size, topology)
                 best = search(known, alike, memory, batches, compile_batch)
             if best is not None:
                 print(row(size, best), flush=True)
             elif known:
-                print(f"| {size} | {topology} | | one picture a chip does not fit |", flush=True)
+                print(f"| {size} | {topology} | | one image a chip does not fit |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What int8 weights cost in quality and save in memory: `python benchmarks/quantized.py --model assets/emoji`.
 
-Pictures are drawn with float and with int8 weights from the same prompts and the same noise. The float ones, encoded
+Images are sampled with float and with int8 weights from the same prompts and the same noise. The float ones, encoded
 by the tokenizer, are then what both read in teacher forcing. Without trained weights of full width here, a shallow
 transformer and a shallow Qwen2 of the released widths stand for them, with random weights; they say what a layer of
 that width adds, not what a deep model does with it. Times are medians of the device that this runs on.
@@ -90,7 +90,7 @@ def teacher_forced(config: TransformerConfig, params: Any, small: Any, inputs: A
 
 
 def psnr(one: jax.Array, other: jax.Array) -> np.ndarray:
-    """Of pictures in [-1, 1], in dB; equal ones count as 60."""
+    """Of images in [-1, 1], in dB; equal ones count as 60."""
     error = np.mean(np.square(np.asarray(one - other)), axis=(1, 2, 3))
     return 10 * np.log10(4 / np.maximum(error, 4e-6))
 
@@ -103,23 +103,23 @@ def of_model(model: Model, repeats: int, sampling: dict[str, Any]) -> Iterator[t
     condition = conditioner_of(config, model.text_encoder)(PROMPTS)
     numbers = jnp.arange(len(PROMPTS))
 
-    def drawn(make: Callable, lay: Callable, transformer: Any) -> tuple[float, Any]:
+    def timed(make: Callable, lay: Callable, transformer: Any) -> tuple[float, Any]:
         params = jax.device_put(lay({"transformer": transformer, "tokenizer": model.tokenizer}))
-        draw = make(hart, tokenizer, SampleConfig(**sampling))
-        pictures = draw(params, condition, 0, numbers)
-        return median_seconds(lambda: draw(params, condition, 0, numbers), repeats), pictures
+        sample = make(hart, tokenizer, SampleConfig(**sampling))
+        found = sample(params, condition, 0, numbers)
+        return median_seconds(lambda: sample(params, condition, 0, numbers), repeats), found
 
     for name, make, lay in (
         ("by layers", make_layered_sampler, split_layers),
         ("one program", make_sampler, lambda params: params),
     ):
-        (exact_seconds, exact), (seconds, rounded) = (drawn(make, lay, each) for each in (model.transformer, small))
-        what = f"{name}: seconds for {len(PROMPTS)} pictures, float -> int8"
+        (exact_seconds, exact), (seconds, rounded) = (timed(make, lay, each) for each in (model.transformer, small))
+        what = f"{name}: seconds for {len(PROMPTS)} images, float -> int8"
         yield what, f"{exact_seconds:.2f} -> {seconds:.2f}"
     images = exact[0]
     equal = np.concatenate([np.ravel(a == b) for a, b in zip(exact[1], rounded[1], strict=True)]).mean()
     low, middle, high = np.quantile(psnr(images, rounded[0]), [0.1, 0.5, 0.9])
-    yield f"equal tokens of {len(PROMPTS)} pictures, same seed", f"{equal:.1%}"
+    yield f"equal tokens of {len(PROMPTS)} images, same seed", f"{equal:.1%}"
     yield "their PSNR, dB (10 %, median, 90 %)", f"{low:.1f}, {middle:.1f}, {high:.1f}"
     encode = jax.jit(functools.partial(Tokenizer(model.tokenizer_config).apply, method="tokens"))
     tokens = encode({"params": jax.device_put(model.tokenizer)}, images)

@@ -6,7 +6,7 @@
 With --config the weights are random, for times do not depend on them; prompts' states are random and already there.
 The limit is the rate of a large matrix product, measured in the same run, alternating with the sampler (with --torch,
 PyTorch's as well). FLOPs are those of `hart_jax.planning.cost_model` less what the sampler saves of them. --parts runs
-layer by layer, as a CPU draws from large models, and waits after every stage.
+layer by layer, as a CPU samples from large models, and waits after every stage.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hart_jax.errors import UserError, run_cli
 from hart_jax.nn.dtypes import cast_weights, compute_dtype
 from hart_jax.planning import cost_model
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
-from hart_jax.sampling.pipeline import draws_by_layers
+from hart_jax.sampling.pipeline import samples_by_layers
 from hart_jax.sampling.sampler import make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.model import Hart
@@ -105,11 +105,11 @@ def step_of(name: str, static: dict[str, Any], experiment: HartExperiment) -> st
 
 
 def report_parts(
-    experiment: HartExperiment, batch: int, draw: Callable[[], object], spent: dict[str, float], limit: float
+    experiment: HartExperiment, batch: int, sample: Callable[[], object], spent: dict[str, float], limit: float
 ) -> None:
-    seconds(draw)
+    seconds(sample)
     spent.clear()
-    total = seconds(draw)
+    total = seconds(sample)
     print(f"batch {batch}\n| step | s | GFLOP | GFLOP/s | of the matrix product |\n|---|---|---|---|---|")
     for step, flops in flops_by_step(experiment, batch).items():
         rate = flops / spent[step] / 1e9
@@ -120,7 +120,7 @@ def report_parts(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="A model folder, a workdir, or the released layout.")
-    parser.add_argument("--config", help="Draws with random weights of this experiment's sizes.")
+    parser.add_argument("--config", help="Samples with random weights of this experiment's sizes.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="Time by part and scale.")
@@ -145,7 +145,7 @@ def main() -> None:
 
     parts = Hart(config, dtype), Tokenizer(model.tokenizer_config, dtype), experiment.sample
     params = {"transformer": cast_weights(model.transformer, dtype), "tokenizer": model.tokenizer}
-    layered = arguments.parts or draws_by_layers(model)
+    layered = arguments.parts or samples_by_layers(model)
     if layered:
         sampler = make_layered_sampler(*parts, watch if arguments.parts else None)
     else:
@@ -155,7 +155,7 @@ def main() -> None:
     rates = product_rates(dtype, arguments.torch)
     print(f"{jax.devices()[0].device_kind}, {experiment.tokenizer.image_size} px, {np.dtype(dtype)}")
 
-    def drawing(batch: int) -> Callable[[], object]:
+    def sampling_of(batch: int) -> Callable[[], object]:
         text = jax.random.normal(jax.random.key(0), (batch, config.context_tokens, config.context_dim))
         mask = jnp.ones((batch, config.context_tokens), jnp.int32)
         condition = jnp.zeros(batch, jnp.int32) if config.num_classes else (text, mask)
@@ -163,15 +163,15 @@ def main() -> None:
 
     if arguments.parts:
         for batch in arguments.batch_sizes:
-            report_parts(experiment, batch, drawing(batch), spent, rates["JAX's"]())
+            report_parts(experiment, batch, sampling_of(batch), spent, rates["JAX's"]())
     else:
         columns = ["batch", "s/batch", "images/s", "GFLOP/image", "GFLOP/s"]
         columns += [f"{name} matrix product, GFLOP/s | of it" for name in rates]
         print(f"| {' | '.join(columns)} |\n{'|---' * (5 + 2 * len(rates))}|")
         for batch in arguments.batch_sizes:
-            draw, flops = drawing(batch), sum(flops_by_step(experiment, batch).values()) / 1e9
-            seconds(draw)
-            runs = [(seconds(draw), *(rate() for rate in rates.values())) for _ in range(arguments.repeats)]
+            sample, flops = sampling_of(batch), sum(flops_by_step(experiment, batch).values()) / 1e9
+            seconds(sample)
+            runs = [(seconds(sample), *(rate() for rate in rates.values())) for _ in range(arguments.repeats)]
             taken, *limits = np.median(runs, axis=0)
             row = f"{batch} | {taken:.3f} | {batch / taken:.2f} | {flops / batch:.4g} | {flops / taken:.0f}"
             shares = " | ".join(f"{limit:.0f} | {flops / taken / limit:.0%}" for limit in limits)

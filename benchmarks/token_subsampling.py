@@ -2,8 +2,8 @@
 
 A step keeps some of the last scale's tokens, one of a few counts drawn from the truncated normal. Compared are a step
 that keeps all of them and the mean over the counts, each weighted by how often it is drawn; memory is the largest
-count's. With --topology the real 0.7B step is compiled for a pod and its time is the planner's floor. With --cpu a
-shallow model runs here with the real numbers of tokens, all counts alternating, and times are medians.
+count's. With --topology the real 0.7B step is compiled for a pod and its time is the planner's lower bound. With --cpu
+a shallow model runs here with the real numbers of tokens, all counts alternating, and times are medians.
 The paper: steps 1.4 times as fast at 512 px and 1.9 times at 1024 px, 1.1 times less memory.
 """
 
@@ -59,7 +59,7 @@ def planned(size: int, counts: list[int], topology: str, batch_size: int) -> dic
     train = dataclasses.replace(experiment.train, batch_size=batch_size)
     costs = {}
     for count in counts:
-        found = plan(dataclasses.replace(experiment, train=train), topology, kept=count)
+        found = plan(dataclasses.replace(experiment, train=train), topology, num_kept=count)
         costs[count] = Cost(found.flops / found.chips / 1e12, found.step_seconds, found.peak)
     return costs
 
@@ -72,7 +72,7 @@ def shallow(config: TransformerConfig, depth: int, width: int) -> TransformerCon
 
 
 def measured(size: int, counts: list[int], depth: int, width: int, repeats: int) -> dict[int, Cost]:
-    """Costs of a shallow model's step on one picture here; its tokens are given, so that no tokenizer runs."""
+    """Costs of a shallow model's step on one image here; its tokens are given, so that no tokenizer runs."""
     experiment = experiment_of(size)
     config, loss = shallow(experiment.transformer, depth, width), experiment.loss
     hart, tokenizer = Hart(config, remat="full"), Tokenizer(experiment.tokenizer)

@@ -21,23 +21,23 @@ from hart_jax.checkpoints.model_folder import abstract_tokenizer
 from hart_jax.config import DTYPES, HartExperiment, MeshConfig, read_experiment
 from hart_jax.errors import UserError, run_cli
 from hart_jax.nn.flop_counter import peak_flops
-from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.mesh import MeshLayout, make_mesh
 from hart_jax.parallel.rules import with_changes
-from hart_jax.training.hart_program import hart_program
-from hart_jax.training.token_subsampling import keep_buckets
+from hart_jax.training.hart_functions import hart_functions
+from hart_jax.training.token_subsampling import kept_counts
 
 
-def one_device(experiment: HartExperiment, batch: int) -> Placement:
+def one_device(experiment: HartExperiment, batch: int) -> MeshLayout:
     """The whole model on the first device; `UserError` where the batch cannot be split as the config says."""
     mesh = make_mesh(MeshConfig(), batch, jax.devices()[:1], experiment.train.accumulate)
-    return Placement(mesh, with_changes(()))
+    return MeshLayout(mesh, with_changes(()))
 
 
 def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     """Compiles and runs `steps` steps after a first one, and prints their median time."""
     began = time.perf_counter()
-    placement, config = one_device(experiment, batch), experiment.transformer
-    program = hart_program(experiment, placement)
+    layout, config = one_device(experiment, batch), experiment.transformer
+    program = hart_functions(experiment, layout)
     state = program.init()
     generator = np.random.default_rng(0)
     # Of a size that keeps activations finite.
@@ -49,12 +49,12 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     image = jnp.asarray(generator.integers(0, 256, (batch, side, side, 3), np.uint8))
     text = jnp.asarray(generator.standard_normal((batch, length, config.context_dim), np.float32))
     condition = jnp.zeros(batch, jnp.int32) if config.num_classes else (text, jnp.ones((batch, length), jnp.int32))
-    kept = keep_buckets(config.patch_nums[-1] ** 2, experiment.loss)[-1]
-    data = jax.device_put((tokenizer, image, condition), placement.whole)
+    num_kept = kept_counts(config.patch_nums[-1] ** 2, experiment.loss)[-1]
+    data = jax.device_put((tokenizer, image, condition), layout.replicated)
     arguments, key = (state, *data), jax.random.key(0)
-    with placement.tracing():
-        traced = program.step.trace(*arguments, key, kept)
-        flops = program.flops(traced, (*arguments, key), kept)
+    with layout.activate():
+        traced = program.step.trace(*arguments, key, num_kept)
+        flops = program.flops(traced, (*arguments, key), num_kept)
         run = traced.lower().compile()
     compiled, spent = time.perf_counter() - began, []
     for _ in range(steps + 1):
@@ -69,7 +69,7 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     for amount in (flops.model, flops.hardware):
         shares.append(f"{amount / 1e12:.4g} | " + (f"{amount / seconds / peak:.1%}" if peak else "peak not known"))
     most = memory.get("peak_bytes_in_use")
-    cells = [str(side), str(batch), str(kept), f"{compiled:.1f}", f"{seconds:.4f}", f"{batch / seconds:.2f}"]
+    cells = [str(side), str(batch), str(num_kept), f"{compiled:.1f}", f"{seconds:.4f}", f"{batch / seconds:.2f}"]
     cells += [*shares, "not reported" if most is None else f"{most / 2**30:.1f}", f"{metrics['loss']:.3f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
 

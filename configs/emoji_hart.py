@@ -1,4 +1,4 @@
-"""The bundled model: 64 px pictures from prompts, small enough to train on two CPU cores.
+"""The bundled model: 64 px images from prompts, small enough to train on two CPU cores.
 
 python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart
 python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"

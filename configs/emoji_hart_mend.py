@@ -1,4 +1,5 @@
-"""The bundled model's second stage: from where `emoji_hart` ends, on tokens with mistakes that it learns to mend.
+"""The bundled model's second stage: from where `emoji_hart` ends, on tokens of which some are wrong, and which it
+learns to correct.
 
 python train.py --config=configs/emoji_hart_mend.py --workdir=runs/emoji_hart_mend
 """

@@ -1,4 +1,4 @@
-"""The bundled model's tokenizer: 64 px pictures in 8x8 latents, small enough for two CPU cores.
+"""The bundled model's tokenizer: 64 px images in 8x8 latents, small enough for two CPU cores.
 
 python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer
 """

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "text_encoder": "data/qwen2-vl-1.5b-instruct",
             # A text file, or a clone of the public code, which has the release's.
             "system_prompt": "data/hart",
-            # 300 states of 1536 floats for each caption would outgrow the pictures.
+            # 300 states of 1536 floats for each caption would outgrow the images.
             "precompute_text": False,
             "loss": {
                 "token": 1.0,

@@ -3,7 +3,7 @@
 python train.py --config=configs/hart_tokenizer.py --workdir=runs/hart_tokenizer
 
 It starts from `configs/var_tokenizer.py`, or from VAR's released file (--config.init_from=data/vae_ch160v4096z32.pth).
-Encoder and codes are frozen, so that the tokens stay the same; every picture is decoded from its discrete or its full
+Encoder and codes are frozen, so that the tokens stay the same; every image is decoded from its discrete or its full
 latent with equal probability. One tokenizer serves all sizes. The weights of the losses, learning rate and steps are
 not published.
 """

@@ -1,4 +1,4 @@
-"""VAR's tokenizer from scratch: 256 px pictures in 16x16 latents, discrete tokens alone. `hart_tokenizer` starts there.
+"""VAR's tokenizer from scratch: 256 px images in 16x16 latents, discrete tokens alone. `hart_tokenizer` starts there.
 
 python train.py --config=configs/var_tokenizer.py --workdir=runs/var_tokenizer
 

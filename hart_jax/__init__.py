@@ -34,7 +34,7 @@ _PUBLIC = {
         "hart_jax.training.hart_task": "HartTask",
         "hart_jax.training.loop": "run",
         "hart_jax.training.metrics": "read_metrics",
-        "hart_jax.parallel.mesh": "Placement",
+        "hart_jax.parallel.mesh": "MeshLayout",
         "hart_jax.evaluation.reconstruction": "psnr",
         "hart_jax.io.images": "from_uint8 grid to_uint8",
         "hart_jax.errors": "UserError",

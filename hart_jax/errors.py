@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one sentence that names the thing, its value and the fix."""
+"""Errors that are the user's to fix: one sentence that names the thing, its value and the fix."""
 
 import _thread
 import errno
@@ -21,7 +21,7 @@ _FIXES = {
     errno.EISDIR: "give the name of a file",
     errno.EEXIST: "remove it, or give another path",
     errno.ENOENT: "check the path",
-    errno.ELOOP: "its links point at each other; mend them",
+    errno.ELOOP: "its links point at each other; fix them",
     errno.ENAMETOOLONG: "give a shorter name; most file systems take 255 bytes",
     errno.EMFILE: "raise the limit with `ulimit -n`",
     errno.ENFILE: "close other programs",
@@ -43,14 +43,14 @@ class UserError(ValueError):
 class TryLater(UserError):
     """Something that the same command may find in order a little later: a folder in use, a server that is away."""
 
-    # EX_TEMPFAIL of sysexits.h, by which a scheduler can tell it from what no restart mends.
+    # EX_TEMPFAIL of sysexits.h, by which a scheduler can tell it from what no restart fixes.
     exit_code = 75
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a command's main function.
 
-    What the user can mend is one line on stderr and exit code 2: a `UserError`, an error of the operating system that
+    What the user can fix is one line on stderr and exit code 2: a `UserError`, an error of the operating system that
     names its file, and a device that JAX was asked for and does not find. What may pass (`TryLater`) is exit code 75,
     Ctrl-C is 130. All else is a fault of the program and keeps its traceback.
     """

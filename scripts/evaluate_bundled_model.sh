@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the bundled model: reconstructions of held-out and of trained pictures, and drawing from held-out and from trained captions,
+# Measures the bundled model: reconstructions of held-out and of trained images, and sampling from held-out and from trained captions,
 # each with and without the residual head. Needs what scripts/make_bundled_model.sh leaves in data/. Arguments are passed
 # to every evaluation, for a short rehearsal:
 #   scripts/evaluate_bundled_model.sh --count=50

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the bundled model from nothing: picture set, text encoder, tokenizer, transformer. Needs npm, apt-get and an
+# Makes the bundled model from nothing: image set, text encoder, tokenizer, transformer. Needs npm, apt-get and an
 # environment with hart_jax[data]. Arguments are passed to both trainings, for a short rehearsal:
 #   scripts/make_bundled_model.sh --config.train.steps=50
 set -euo pipefail

@@ -2,7 +2,7 @@
 
     python -m tests.kill_and_resume --experiment hart --processes 2 --kills 20 --seed 0
 
-prints every kill and what it fell on, and fails unless log, records, pictures, parameters and averages of both runs
+prints every kill and what it fell on, and fails unless log, records, images, parameters and averages of both runs
 are equal to the last bit.
 """
 
@@ -100,9 +100,9 @@ def assert_same_run(killed: Path, whole: Path, fields: tuple[str, ...]) -> None:
         assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
     for field in fields:
         jax.tree.map(np.testing.assert_array_equal, load_params(killed, field), load_params(whole, field))
-    pictures = sorted(path.name for path in (whole / SAMPLES_DIR).iterdir())
-    assert pictures and pictures == sorted(path.name for path in (killed / SAMPLES_DIR).iterdir())
-    for name in pictures:
+    images = sorted(path.name for path in (whole / SAMPLES_DIR).iterdir())
+    assert images and images == sorted(path.name for path in (killed / SAMPLES_DIR).iterdir())
+    for name in images:
         assert (whole / SAMPLES_DIR / name).read_bytes() == (killed / SAMPLES_DIR / name).read_bytes(), name
 
 
@@ -140,7 +140,7 @@ def kill_and_resume(
     assert [line["step"] for line in read_metrics(whole)] == list(range(1, steps + 1))
     assert_same_run(killed, whole, fields)
     phases = collections.Counter(kill.phase for kill in done)
-    print(f"{len(done)} kills {dict(phases)}: log, records, pictures and parameters are equal", flush=True)
+    print(f"{len(done)} kills {dict(phases)}: log, records, images and parameters are equal", flush=True)
     return done
 
 

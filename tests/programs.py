@@ -24,7 +24,7 @@ from hart_jax.evaluation.networks.base import FeatureNetwork
 from hart_jax.evaluation.reconstruction import columns_of, make_rebuild
 from hart_jax.nn.dtypes import cast_weights
 from hart_jax.nn.int8 import quantize
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import AXES, RULES, parameter_axes
 from hart_jax.sampling.sampler import make_sampler
@@ -33,9 +33,9 @@ from hart_jax.text.program import encode_program, make_key_values
 from hart_jax.text.qwen2 import Qwen2Config, no_prefix
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import STAGE_WIDTHS
-from hart_jax.training.hart_program import hart_program
-from hart_jax.training.token_subsampling import keep_buckets
-from hart_jax.training.tokenizer_program import tokenizer_program
+from hart_jax.training.hart_functions import hart_functions
+from hart_jax.training.token_subsampling import kept_counts
+from hart_jax.training.tokenizer_functions import tokenizer_functions
 from hart_jax.transformer.model import Hart
 
 DEVICES = {"tpu": AbstractDevice("TPU v5 lite", None, "tpu"), "cuda": AbstractDevice("NVIDIA H200", None, "gpu")}
@@ -59,19 +59,19 @@ TRANSFORMER = TransformerConfig.from_dict(
     }
 )
 SAMPLE = {"top_k": 8, "top_k_late": 8}
-KEPT = keep_buckets(256, HartExperiment.from_dict({}).loss)
+KEPT = kept_counts(256, HartExperiment.from_dict({}).loss)
 
 
-def placement_on(platform: str, sizes: tuple[int, int, int]) -> Placement:
+def layout_on(platform: str, sizes: tuple[int, int, int]) -> MeshLayout:
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=DEVICES[platform])
-    return Placement(mesh, RULES)
+    return MeshLayout(mesh, RULES)
 
 
-def at(tree: Any, places: Any) -> Any:
+def at(tree: Any, shardings: Any) -> Any:
     """The shapes of a tree, each at its place; one place for all, or a tree of them."""
-    if isinstance(places, jax.sharding.NamedSharding):
-        places = jax.tree.map(lambda _: places, tree)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+    if isinstance(shardings, jax.sharding.NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 class Call(NamedTuple):
@@ -108,21 +108,21 @@ def images(rows: int = BATCH, side: int = TOKENIZER.image_size) -> jax.ShapeDtyp
     return jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
 
 
-def transformer_init(placement: Placement, dtype: str) -> Call:
-    return Call(hart_program(experiment(dtype=dtype), placement).init, ())
+def transformer_init(layout: MeshLayout, dtype: str) -> Call:
+    return Call(hart_functions(experiment(dtype=dtype), layout).init, ())
 
 
-def transformer_continued(placement: Placement, dtype: str) -> Call:
-    program = hart_program(experiment(dtype=dtype), placement)
-    return Call(program.continued, (at(program.init.shapes().params, program.places.params),))
+def transformer_from_params(layout: MeshLayout, dtype: str) -> Call:
+    program = hart_functions(experiment(dtype=dtype), layout)
+    return Call(program.from_params, (at(program.init.shapes().params, program.shardings.params),))
 
 
 def transformer_step(
-    placement: Placement, dtype: str, kept: int, accumulate: int, remat: str, tokens: bool = False
+    layout: MeshLayout, dtype: str, num_kept: int, accumulate: int, remat: str, tokens: bool = False
 ) -> Call:
     """`tokens`: computed ahead, of a class-conditional model."""
     config = dataclasses.replace(TRANSFORMER, num_classes=3, context_tokens=1) if tokens else TRANSFORMER
-    program = hart_program(experiment(config, dtype=dtype, accumulate=accumulate, remat=remat), placement)
+    program = hart_functions(experiment(config, dtype=dtype, accumulate=accumulate, remat=remat), layout)
     source: Any = images()
     if tokens:
         params = abstract_tokenizer(TOKENIZER)
@@ -130,40 +130,40 @@ def transformer_step(
         source = jax.eval_shape(encode, {"params": params}, jnp.zeros(source.shape))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
-        at(program.init.shapes(), program.places),
-        at(abstract_tokenizer(TOKENIZER), placement.whole),
-        at(source, placement.batch),
-        at(condition(config, BATCH), placement.batch),
-        at(key, placement.whole),
-        kept,
+        at(program.init.shapes(), program.shardings),
+        at(abstract_tokenizer(TOKENIZER), layout.replicated),
+        at(source, layout.batch),
+        at(condition(config, BATCH), layout.batch),
+        at(key, layout.replicated),
+        num_kept,
     )
     return Call(program.step, arguments)
 
 
-def sample_grid(placement: Placement, dtype: str) -> Call:
-    program = hart_program(experiment(dtype=dtype), placement)
+def sample_grid(layout: MeshLayout, dtype: str) -> Call:
+    program = hart_functions(experiment(dtype=dtype), layout)
     params = {
-        "transformer": at(program.init.shapes().ema, program.places.ema),
-        "tokenizer": at(abstract_tokenizer(TOKENIZER), placement.whole),
+        "transformer": at(program.init.shapes().ema, program.shardings.ema),
+        "tokenizer": at(abstract_tokenizer(TOKENIZER), layout.replicated),
     }
     # One prompt, of which there are as many as parts of a batch.
-    rows = placement.batch_parts
-    indices = at(jax.ShapeDtypeStruct((rows,), jnp.int32), placement.batch)
-    return Call(program.grid, (params, at(condition(TRANSFORMER, rows), placement.batch), 0, indices, 1))
+    rows = layout.batch_shards
+    indices = at(jax.ShapeDtypeStruct((rows,), jnp.int32), layout.batch)
+    return Call(program.grid, (params, at(condition(TRANSFORMER, rows), layout.batch), 0, indices, 1))
 
 
-def sampler(placement: Placement, dtype: str, weights: str = "float", **settings: Any) -> Call:
+def sampler(layout: MeshLayout, dtype: str, weights: str = "float", **settings: Any) -> Call:
     compute, boxed = jnp.dtype(dtype), boxed_transformer(TRANSFORMER)
     narrow = quantize if weights == "int8" else functools.partial(cast_weights, dtype=compute)
     transformer = jax.eval_shape(narrow, nn.unbox(boxed))
     params = {
-        "transformer": at(transformer, placement.state(transformer, parameter_axes(boxed))),
-        "tokenizer": at(abstract_tokenizer(TOKENIZER), placement.whole),
+        "transformer": at(transformer, layout.state_shardings(transformer, parameter_axes(boxed))),
+        "tokenizer": at(abstract_tokenizer(TOKENIZER), layout.replicated),
     }
     networks = Hart(TRANSFORMER, compute), Tokenizer(TOKENIZER, compute)
-    program = make_sampler(*networks, SampleConfig.from_dict({**SAMPLE, **settings}), placement)
+    program = make_sampler(*networks, SampleConfig.from_dict({**SAMPLE, **settings}), layout)
     rows = (jax.ShapeDtypeStruct((BATCH,), kind) for kind in (jnp.uint32, jnp.int32))
-    return Call(program, (params, *at((condition(TRANSFORMER, BATCH), *rows), placement.batch)))
+    return Call(program, (params, *at((condition(TRANSFORMER, BATCH), *rows), layout.batch)))
 
 
 def tokenizer_experiment(**changes: Any) -> TokenizerExperiment:
@@ -173,34 +173,32 @@ def tokenizer_experiment(**changes: Any) -> TokenizerExperiment:
     return TokenizerExperiment.from_dict({"tokenizer": dataclasses.asdict(TOKENIZER), "loss": loss, "train": train})
 
 
-def tokenizer_init(placement: Placement, dtype: str) -> Call:
-    return Call(
-        tokenizer_program(tokenizer_experiment(dtype=dtype), placement).init, (at(images(), placement.batch), 9)
-    )
+def tokenizer_init(layout: MeshLayout, dtype: str) -> Call:
+    return Call(tokenizer_functions(tokenizer_experiment(dtype=dtype), layout).init, (at(images(), layout.batch), 9))
 
 
-def tokenizer_continued(placement: Placement, dtype: str) -> Call:
-    program = tokenizer_program(tokenizer_experiment(dtype=dtype), placement)
-    return Call(program.continued, (at(abstract_tokenizer(TOKENIZER), placement.whole),))
+def tokenizer_from_params(layout: MeshLayout, dtype: str) -> Call:
+    program = tokenizer_functions(tokenizer_experiment(dtype=dtype), layout)
+    return Call(program.from_params, (at(abstract_tokenizer(TOKENIZER), layout.replicated),))
 
 
-def tokenizer_step(placement: Placement, dtype: str, accumulate: int) -> Call:
-    program = tokenizer_program(tokenizer_experiment(dtype=dtype, accumulate=accumulate), placement)
+def tokenizer_step(layout: MeshLayout, dtype: str, accumulate: int) -> Call:
+    program = tokenizer_functions(tokenizer_experiment(dtype=dtype, accumulate=accumulate), layout)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
-        at(program.shapes, program.places),
-        at(images(), placement.batch),
-        at(key, placement.whole),
-        at(abstract_lpips(), placement.whole),
+        at(program.abstract_state, program.shardings),
+        at(images(), layout.batch),
+        at(key, layout.replicated),
+        at(abstract_lpips(), layout.replicated),
         True,
     )
     return Call(program.step, arguments)
 
 
-def tokenizer_grid(placement: Placement, dtype: str) -> Call:
-    program = tokenizer_program(tokenizer_experiment(dtype=dtype), placement)
-    params = at(abstract_tokenizer(TOKENIZER), placement.whole)
-    return Call(program.reconstruct, (params, at(images(), placement.batch), 12))
+def tokenizer_grid(layout: MeshLayout, dtype: str) -> Call:
+    program = tokenizer_functions(tokenizer_experiment(dtype=dtype), layout)
+    params = at(abstract_tokenizer(TOKENIZER), layout.replicated)
+    return Call(program.reconstruct, (params, at(images(), layout.batch), 12))
 
 
 def abstract_lpips() -> Any:
@@ -231,19 +229,19 @@ TEXT = clip.TextConfig(128, 128, num_hidden_layers=1, num_attention_heads=2, voc
 MINILM = MiniLMConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
 
 
-def text_encoder(placement: Placement, dtype: str, config: Any = QWEN2, split: bool = True) -> Call:
-    encoding = encode_program(config, placement, BATCH, 32, dtype, prefix_tokens=8, split=split)
+def text_encoder(layout: MeshLayout, dtype: str, config: Any = QWEN2, split: bool = True) -> Call:
+    encoding = encode_program(config, layout, BATCH, 32, dtype, prefix_tokens=8, split=split)
     return Call(encoding.encode, encoding.arguments)
 
 
-def system_prompt(placement: Placement, dtype: str) -> Call:
-    weights, tokens, mask, _ = encode_program(QWEN2, placement, BATCH, 32, dtype).arguments
-    prefix = at(jax.eval_shape(functools.partial(no_prefix, QWEN2, jnp.dtype(dtype))), placement.whole)
-    return Call(make_key_values(QWEN2, dtype, placement), (weights, tokens, mask, prefix))
+def system_prompt(layout: MeshLayout, dtype: str) -> Call:
+    weights, tokens, mask, _ = encode_program(QWEN2, layout, BATCH, 32, dtype).arguments
+    prefix = at(jax.eval_shape(functools.partial(no_prefix, QWEN2, jnp.dtype(dtype))), layout.replicated)
+    return Call(make_key_values(QWEN2, dtype, layout), (weights, tokens, mask, prefix))
 
 
 def abstract_networks() -> dict[str, tuple[Callable[..., Any], Any]]:
-    """The functions and the shapes of the parameters of the networks that judge."""
+    """The functions and the shapes of the parameters of the feature networks."""
     key, shape = jax.random.key(0), jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
     see = functools.partial(clip.features, vision=VISION, preprocessing=clip.Preprocessing(32, 32))
     return {
@@ -264,45 +262,43 @@ def extractor_of(name: str) -> FeatureExtractor:
     return FeatureExtractor(FeatureNetwork(name, False, "", 0, params, apply), 0, BATCH)
 
 
-def features(placement: Placement, dtype: str, network: str, blurred: bool = False) -> Call:
+def features(layout: MeshLayout, dtype: str, network: str, blurred: bool = False) -> Call:
     extractor = extractor_of(network)
-    program = row_program(
-        "features, blurred" if blurred else "features", extractor.function(blurred=blurred), placement
-    )
-    return Call(program, (at(extractor.network.params, placement.whole), at(images(side=64), placement.batch)))
+    program = row_program("features, blurred" if blurred else "features", extractor.function(blurred=blurred), layout)
+    return Call(program, (at(extractor.network.params, layout.replicated), at(images(side=64), layout.batch)))
 
 
-def reconstructions(placement: Placement, dtype: str) -> Call:
+def reconstructions(layout: MeshLayout, dtype: str) -> Call:
     network = extractor_of("clip").network
     params = {"tokenizer": abstract_tokenizer(TOKENIZER), "lpips": abstract_lpips(), "networks": [network.params]}
-    program = row_program("reconstructions", functools.partial(columns_of, Tokenizer(TOKENIZER), [network]), placement)
-    return Call(program, (at(params, placement.whole), at(images(), placement.batch)))
+    program = row_program("reconstructions", functools.partial(columns_of, Tokenizer(TOKENIZER), [network]), layout)
+    return Call(program, (at(params, layout.replicated), at(images(), layout.batch)))
 
 
-def reconstructions_shown(placement: Placement, dtype: str) -> Call:
+def reconstructions_shown(layout: MeshLayout, dtype: str) -> Call:
     floats = jax.ShapeDtypeStruct(images().shape, jnp.float32)
     return Call(make_rebuild(TOKENIZER), (abstract_tokenizer(TOKENIZER), floats))
 
 
-def tokens_ahead(placement: Placement, dtype: str) -> Call:
+def tokens_ahead(layout: MeshLayout, dtype: str) -> Call:
     return Call(TokenMaker(TOKENIZER, None).encode, (abstract_tokenizer(TOKENIZER), images()))
 
 
-def clip_texts(placement: Placement, dtype: str) -> Call:
+def clip_texts(layout: MeshLayout, dtype: str) -> Call:
     ids, ends = jax.ShapeDtypeStruct((4, 8), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     params = jax.eval_shape(clip.TextTower(TEXT).init, jax.random.key(0), ids, ends)["params"]
     return Call(clip.embed_texts, (TEXT, params, ids, ends))
 
 
 # Every program by its name, and the ways to make and to call it: all that lead to other products, layouts or kernels.
-PROGRAMS: dict[str, list[Callable[[Placement, str], Call]]] = {
+PROGRAMS: dict[str, list[Callable[[MeshLayout, str], Call]]] = {
     "transformer init": [transformer_init],
-    "transformer continued": [transformer_continued],
+    "transformer from params": [transformer_from_params],
     "transformer step": [
-        functools.partial(transformer_step, kept=KEPT[0], accumulate=1, remat="none"),
-        functools.partial(transformer_step, kept=KEPT[1], accumulate=2, remat="dots"),
-        functools.partial(transformer_step, kept=KEPT[-1], accumulate=1, remat="full", tokens=True),
-        functools.partial(transformer_step, kept=KEPT[2], accumulate=2, remat="full"),
+        functools.partial(transformer_step, num_kept=KEPT[0], accumulate=1, remat="none"),
+        functools.partial(transformer_step, num_kept=KEPT[1], accumulate=2, remat="dots"),
+        functools.partial(transformer_step, num_kept=KEPT[-1], accumulate=1, remat="full", tokens=True),
+        functools.partial(transformer_step, num_kept=KEPT[2], accumulate=2, remat="full"),
     ],
     "sample grid": [sample_grid],
     "sampler": [
@@ -311,7 +307,7 @@ PROGRAMS: dict[str, list[Callable[[Placement, str], Call]]] = {
         functools.partial(sampler, masked_iterations=2, smooth=True),
     ],
     "tokenizer init": [tokenizer_init],
-    "tokenizer continued": [tokenizer_continued],
+    "tokenizer from params": [tokenizer_from_params],
     "tokenizer step": [functools.partial(tokenizer_step, accumulate=count) for count in (1, 2)],
     "tokenizer grid": [tokenizer_grid],
     "text encoder": [
@@ -322,7 +318,7 @@ PROGRAMS: dict[str, list[Callable[[Placement, str], Call]]] = {
     "system prompt": [system_prompt],
 }
 # Always float32, and without anything that a mesh or a platform changes: lowered once for each platform.
-PLAIN: dict[str, list[Callable[[Placement, str], Call]]] = {
+PLAIN: dict[str, list[Callable[[MeshLayout, str], Call]]] = {
     "features": [functools.partial(features, network=name) for name in ("inception", "efficientnet", "clip")],
     "features, blurred": [functools.partial(features, network="clip", blurred=True)],
     "reconstructions": [reconstructions],

@@ -4,7 +4,7 @@ The 0.7B recipe (`configs/hart_0p7b_256.py`) at tiny sizes, as the hosts of a po
 devices each, parameters split over `fsdp` and `tensor`, captions encoded on the fly by a Qwen2 with a system prompt,
 sample grids, a profile, checkpoints of which the best stays; shards, workdir, model and results in a bucket, which an
 emulator on loopback serves to the real clients. The run gets SIGTERM, then one host is lost (SIGKILL), and it ends on
-another mesh. Its model is exported, draws an image and is scored. After every stage what must hold is checked; a
+another mesh. Its model is exported, samples an image and is scored. After every stage what must hold is checked; a
 failure prints the end of the logs of the processes. `--local` keeps everything on the disk instead.
 """
 
@@ -40,7 +40,7 @@ from tests.train_runs import ROOT, loopback_job, make_shards, quick_environment
 
 STEPS, BATCH, IMAGES, SAVE_EVERY, SAMPLE_EVERY = 30, 8, 24, 5, 10
 PROFILED = (2, 3)
-JUDGED = 6
+SCORED = 6
 # Of one stage, on a machine that does much else; and what a process may take to notice that another is gone.
 LIMIT_SECONDS, GRACE_SECONDS = 600, 5
 # Lines of every log that a failure shows.
@@ -173,7 +173,7 @@ class Rehearsal:
     # Stages.
 
     def prepare(self) -> None:
-        """Inputs: shards with captions, a tokenizer, a text encoder with a system prompt, a network that judges."""
+        """Inputs: shards with captions, a tokenizer, a text encoder with a system prompt, a feature network."""
         model, inputs = tiny_model(context_tokens=6, context_dim=24), self.folder / "inputs"
         write_part(inputs / "tokenizer", model.tokenizer_config, model.tokenizer)
         tiny_qwen2.write_folder(inputs / "qwen2", QWEN2)
@@ -270,14 +270,14 @@ class Rehearsal:
             f"--config={self.config}",
             f"--checkpoint={model}",
             f"--clip={self.folder / 'inputs' / 'clip-vit'}",
-            f"--count={JUDGED}",
+            f"--count={SCORED}",
             f"--out={scores}",
         )
         found = json.loads((scores / "results.json").read_text())
         (clip,) = (values for name, values in found["scores"].items() if name.startswith("CLIP"))
         check(0 <= clip["clip_score"] <= 100, f"a CLIP score of {clip['clip_score']}")
         check("CLIP score" in (scores / "results.md").read_text(), "evaluate.py wrote no row")
-        self.say("used", f"exported, an image drawn, {JUDGED} images scored: CLIP score {clip['clip_score']:.2f}")
+        self.say("used", f"exported, an image sampled, {SCORED} images scored: CLIP score {clip['clip_score']:.2f}")
 
     # What must hold.
 

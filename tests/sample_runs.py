@@ -45,7 +45,7 @@ def write_released(folder: Path) -> Path:
     tiny_qwen2.write_folder(folder / "qwen2", QWEN2)
     (folder / "system_prompt.md").write_text(tiny_qwen2.SYSTEM_PROMPT)
     model = read_released(folder / "release")
-    # A pod's mesh, which drawing does not ask for.
+    # A pod's mesh, which sampling does not ask for.
     write_config(
         folder / "released.py",
         model.transformer_config,

@@ -1,4 +1,4 @@
-"""What the user can mend is one sentence and exit code 2; a fault of the program keeps its traceback."""
+"""What the user can fix is one sentence and exit code 2; a fault of the program keeps its traceback."""
 
 import errno
 import os

@@ -31,7 +31,7 @@ from tests.programs import (
     TOKENIZER,
     TRANSFORMER,
     Call,
-    placement_on,
+    layout_on,
     sample_grid,
 )
 
@@ -73,7 +73,7 @@ def cudnn_is_there(monkeypatch):
     monkeypatch.setattr("jax._src.dispatch.prim_requires_devices_during_lowering", set())
 
 
-# What "auto" takes in bfloat16 for the programs that draw or train, by the name of its call.
+# What "auto" takes in bfloat16 for the programs that sample or train, by the name of its call.
 KERNELS = {"tpu": "tpu_custom_call", "cuda": "__cudnn$fmha"}
 
 
@@ -83,19 +83,19 @@ def test_a_program_is_lowered(name, way, platform, mesh, dtype, monkeypatch):
         # cuDNN's call asks which devices it is split over, of an abstract one too.
         here = types.SimpleNamespace(SPMDAxisContext=sharding_impls.SPMDAxisContext, ShardingContext=())
         monkeypatch.setattr("jax._src.custom_partitioning.sharding_impls", here)
-    call = way(placement_on(platform, MESHES[mesh]), dtype)
+    call = way(layout_on(platform, MESHES[mesh]), dtype)
     assert call.program.name == name
     text = call.lowered(platform)
     with_kernel = dtype == "bfloat16" and name in ("transformer step", "sample grid", "sampler")
     assert (KERNELS[platform] in text) == with_kernel
     if dtype == "float32":
         # The first parameters are drawn or given, not multiplied.
-        without = name in ("transformer init", "transformer continued", "tokenizer continued")
+        without = name in ("transformer init", "transformer from params", "tokenizer from params")
         assert set(products_of(text)) == (set() if without else {"HIGHEST"})
     if name == "sample grid":
         # The cache of keys and values lies over batch and heads.
         place = r'<@mesh, \[\{\}, \{"data", "fsdp"\}, \{\}, \{"tensor"\}\]>'
-        rows = 2 * placement_on(platform, MESHES[mesh]).batch_parts
+        rows = 2 * layout_on(platform, MESHES[mesh]).batch_shards
         assert re.search(rf"sharding_constraint %\S+ {place} : tensor<2x{rows}x", text)
 
 
@@ -153,7 +153,7 @@ def test_nothing_is_compiled_but_by_a_program():
 
 def test_outside_the_mesh_a_kernel_is_refused():
     """So that the lowerings above would see it."""
-    params, text, _, indices, _ = sample_grid(placement_on("tpu", MESHES["8 devices"]), "bfloat16").arguments
+    params, text, _, indices, _ = sample_grid(layout_on("tpu", MESHES["8 devices"]), "bfloat16").arguments
     networks = Hart(TRANSFORMER, jnp.bfloat16), Tokenizer(TOKENIZER, jnp.bfloat16)
     alone = make_sampler(*networks, SampleConfig.from_dict({**SAMPLE, "attention": "splash"}))
     with pytest.raises(NotImplementedError, match="Mosaic kernels cannot be automatically partitioned"):

@@ -15,7 +15,7 @@ from tests.tiny_bert import write_published
 SIZES = {
     "HART_NOTEBOOK_STEPS": "2",
     "HART_NOTEBOOK_BATCH_SIZE": "4",
-    "HART_NOTEBOOK_PICTURES": "6",
+    "HART_NOTEBOOK_IMAGES": "6",
     "HART_NOTEBOOK_PROMPTS": "2",
     "HART_NOTEBOOK_VALUES": "1",
 }
@@ -25,7 +25,7 @@ every_notebook = pytest.mark.parametrize("name", names())
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """Small settings, and a model of 8 px to draw with."""
+    """Small settings, and a model of 8 px to sample with."""
     folder: Path = tmp_path_factory.mktemp("model")
     import_minilm(write_published(folder / "published"), folder / "text_encoder")
     write_model(folder / "model", tiny_model(folder / "text_encoder", context_tokens=6, context_dim=24))

@@ -12,7 +12,7 @@ import pytest
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig
 from hart_jax.diffusion.schedule import RESIDUAL_SCALE, TRAIN_STEPS, Diffusion, DiffusionLoss
 from hart_jax.errors import UserError
-from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.mesh import MeshLayout, make_mesh
 from hart_jax.parallel.rules import RULES
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.noise import GivenNoise
@@ -21,7 +21,7 @@ from hart_jax.sampling.rules import HART_RULES, Rules, growing_guidance, iterati
 from hart_jax.sampling.sampler import generate, make_sampler
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
-from hart_jax.training.hart_program import hart_program
+from hart_jax.training.hart_functions import hart_functions
 from hart_jax.training.hart_step import token_losses
 from hart_jax.transformer.attention import attention
 from hart_jax.transformer.attention_weights import attention_weights
@@ -116,12 +116,12 @@ def experiment() -> HartExperiment:
 
 @pytest.mark.parametrize("name", IDEAS)
 def test_it_trains_and_samples(name):
-    where = Placement(make_mesh(MeshConfig(), 0, jax.devices()[:1]), RULES)
-    program = hart_program(experiment(), where, **IDEAS[name])
+    where = MeshLayout(make_mesh(MeshConfig(), 0, jax.devices()[:1]), RULES)
+    program = hart_functions(experiment(), where, **IDEAS[name])
     images = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3)).astype(np.uint8)
     batch = images, (np.tile(TEXT, (4, 1, 1)), np.tile(CONDITION[1], (4, 1)))
     tokenizer = jax.device_put(MODEL.tokenizer, where.whole)
-    state, losses = program.continued(jax.device_put(MODEL.transformer, where.whole)), []
+    state, losses = program.from_params(jax.device_put(MODEL.transformer, where.whole)), []
     for _ in range(12):
         state, metrics = program.step(state, tokenizer, *batch, jax.random.key(0), 8)
         losses.append(float(metrics["loss"]))

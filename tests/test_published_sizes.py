@@ -8,7 +8,7 @@ import pytest
 
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, abstract_transformer
 from hart_jax.config import HartExperiment, TokenizerExperiment, read_experiment
-from hart_jax.training.token_subsampling import keep_buckets
+from hart_jax.training.token_subsampling import kept_counts
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Of SPEC.md section 1, and L.
@@ -52,7 +52,7 @@ def test_kept_tokens_and_learning_rate_follow_their_rules(name):
     """SPEC.md section 5: 32 tokens of the last scale to half of it, and a rate in proportion to the batch."""
     config = experiment(name)
     positions = config.transformer.patch_nums[-1] ** 2
-    counts = keep_buckets(positions, config.loss)
+    counts = kept_counts(positions, config.loss)
     assert len(counts) == 4 and (counts[0], counts[-1]) == (32, positions // 2)
     base = 1e-4 if config.transformer.depth < 24 else 8e-5
     assert config.optimizer.learning_rate == pytest.approx(base * config.train.batch_size / 256)

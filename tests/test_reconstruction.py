@@ -1,4 +1,4 @@
-"""Scores of reconstructions, on pictures whose distance is known."""
+"""Scores of reconstructions, on images whose distance is known."""
 
 import jax.numpy as jnp
 import numpy as np

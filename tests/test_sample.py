@@ -28,7 +28,7 @@ def run_sample(folder: Path, *flags: str) -> tuple[int, str, str]:
     return sample(folder, f"--config={folder / 'tiny.py'}", *flags)
 
 
-def test_pictures_a_grid_and_what_they_are(folder, tmp_path):
+def test_images_a_grid_and_what_they_are(folder, tmp_path):
     out = tmp_path / "out"
     asked = ["--prompt=a red apple", "--prompt=a blue dog", "--num_images=2", "--seed=3"]
     code, _, err = run_sample(folder, *asked, f"--out={out}")
@@ -128,7 +128,7 @@ def wrong_inputs(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str
         "negative batch size": ([config, prompt, "--batch_size=-1"], "batch_size"),
         "seed": ([config, prompt, "--seed=-1"], "seed -1"),
         "prompts that are not JSON": ([config, f"--prompts_file={tmp_path / 'bad.jsonl'}"], "bad.jsonl"),
-        "a picture to resume": ([config, prompt, "--resume", f"--out={tmp_path / 'new.png'}"], "--resume"),
+        "an image to resume": ([config, prompt, "--resume", f"--out={tmp_path / 'new.png'}"], "--resume"),
         "missing text encoder": ([config, prompt, f"--text_encoder={tmp_path / 'none'}"], "none/config.json"),
         "missing system prompt": ([config, prompt, f"--system_prompt={tmp_path / 'none.md'}"], "none.md"),
         "system prompt for a BERT": ([config, prompt, f"--system_prompt={tmp_path / 'bad.jsonl'}"], "system_prompt"),

@@ -1,4 +1,4 @@
-"""An interrupted run of `sample.py` goes on: every picture once, to the last bit the one of an undisturbed run."""
+"""An interrupted run of `sample.py` goes on: every image once, to the last bit the one of an undisturbed run."""
 
 import re
 import signal
@@ -38,12 +38,12 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def pictures(out: Path) -> list[Path]:
+def images(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("[0-9]*.png") if not path.name.endswith("-grid.png"))
 
 
-def test_every_picture_has_its_prompt_and_seed(folder, whole):
-    paths = pictures(folder / "whole")
+def test_every_image_has_its_prompt_and_seed(folder, whole):
+    paths = images(folder / "whole")
     assert len(paths) == 2 * COUNT and len(whole) == len(paths) + 2
     about = read_png_metadata(paths[-1])
     assert (about["prompt"], about["seed"], about["index"]) == ("3d apples", "104", "1")
@@ -55,13 +55,13 @@ def test_every_picture_has_its_prompt_and_seed(folder, whole):
 def test_an_interrupted_run_goes_on(folder, whole, tmp_path, number):
     out = tmp_path / "out"
     process = start(folder, *flags(folder, out))
-    code, _, err = signal_when(process, lambda: len(pictures(out)) >= 4, number)
-    before = {path: path.stat().st_mtime_ns for path in pictures(out)}
+    code, _, err = signal_when(process, lambda: len(images(out)) >= 4, number)
+    before = {path: path.stat().st_mtime_ns for path in images(out)}
     assert 4 <= len(before) < 2 * COUNT
     if number == signal.SIGTERM:
         assert code == 128 + number and len(before) % 3 == 0
-        assert f"SIGTERM: stopped with {len(before)} of 40 pictures" in err
-    # What a killed process leaves of a picture that it was writing.
+        assert f"SIGTERM: stopped with {len(before)} of 40 images" in err
+    # What a killed process leaves of an image that it was writing.
     (out / f".{sorted(whole)[-2]}.123").write_bytes(b"half")
     code, _, err = sample(folder, *flags(folder, out, "--resume", "--batch_size=0"))
     assert code == 0, err
@@ -77,5 +77,5 @@ def test_a_complete_run_stays_and_others_are_told_apart(folder, whole, tmp_path)
     code, _, err = sample(folder, *flags(folder, out, "--resume", "--cfg=1", "--seed=3"))
     assert code == 2 and "settings.cfg is 4.5 there, 1.0 here" in err
     code, _, err = sample(folder, *flags(folder, out, "--resume", "--num_images=1"))
-    assert code == 2 and "other prompts, seeds or numbers of pictures" in err
+    assert code == 2 and "other prompts, seeds or numbers of images" in err
     assert contents(out) == whole

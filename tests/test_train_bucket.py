@@ -59,7 +59,7 @@ def test_a_run_in_the_bucket_is_killed_and_ends_with_the_bits_of_a_local_one(emu
     assert first == 0 and second in (8, 16, 24)
     for field in ("model.params", "model.ema", "code_usage_V"):
         jax.tree.map(np.testing.assert_array_equal, load_params(workdir, field), load_params(whole, field))
-    pictures = sorted(path.name for path in (whole / "samples").iterdir())
-    assert pictures == sorted(path.name for path in (workdir / "samples").iterdir())
-    assert all((whole / "samples" / n).read_bytes() == (workdir / "samples" / n).read_bytes() for n in pictures)
+    images = sorted(path.name for path in (whole / "samples").iterdir())
+    assert images == sorted(path.name for path in (workdir / "samples").iterdir())
+    assert all((whole / "samples" / n).read_bytes() == (workdir / "samples" / n).read_bytes() for n in images)
     assert not (workdir / bucket_lock.OWNER_FILE).exists()

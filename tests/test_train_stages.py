@@ -15,7 +15,7 @@ from hart_jax.training.metrics import read_metrics
 from tests.in_process import run_here
 from tests.train_runs import ROOT, run_to_end, write_hart_config, write_tokenizer_config
 
-# 24 pictures of the bundled model's set, at 32 px.
+# 24 images of the bundled model's set, at 32 px.
 EMOJI = ROOT / "tests" / "emoji"
 LENGTH = ["--config.train.steps=4", "--config.train.save_every=4", "--config.train.sample_every=0"]
 CLASSES = [
@@ -86,11 +86,11 @@ STILL = "--config.optimizer.learning_rate=1e-12"
 
 @pytest.mark.slow
 def test_the_whole_curriculum(folder, config):
-    """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px, on real pictures."""
+    """Stand-ins for VAR's tokenizer, the hybrid one, and the transformer at 256, 512 and 1024 px, on real images."""
     tokenizer_config = write_tokenizer_config(folder / "tokenizer_inputs")
     write_shards(EMOJI, folder / "emoji", records_per_shard=8)
-    pictures = f"--config.data.train={folder / 'emoji'}"
-    same = [pictures, "--config.tokenizer.vocab_size=16", "--config.tokenizer.share_quant_resi=2"]
+    images = f"--config.data.train={folder / 'emoji'}"
+    same = [images, "--config.tokenizer.vocab_size=16", "--config.tokenizer.share_quant_resi=2"]
     discrete = stage(folder, tokenizer_config, "discrete", *same, "--config.loss.continuous_fraction=0.0")
     freeze = "--config.freeze=('encoder', 'quant_conv', 'quantizer')"
     hybrid_settings = [*same, freeze, f"--config.init_from={discrete}", "--config.loss.restart_below=0.0"]
@@ -102,7 +102,7 @@ def test_the_whole_curriculum(folder, config):
     assert sorted(decoder) == ["decoder", "post_quant_conv"]
     assert np.any(decoder["decoder"]["conv_out"]["kernel"] != before["decoder"]["conv_out"]["kernel"])
 
-    on_top = [pictures, f"--config.tokenizer_from={hybrid}"]
+    on_top = [images, f"--config.tokenizer_from={hybrid}"]
     first = stage(folder, config, "first", *on_top)
     second = stage(folder, config, "second", *on_top, f"--config.init_from={first}", STILL, *scales((1, 2, 4, 8)))
     third = stage(folder, config, "third", *on_top, f"--config.init_from={second}", STILL, *scales((1, 2, 4, 6, 8, 16)))

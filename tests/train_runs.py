@@ -1,4 +1,4 @@
-"""Runs of `train.py` in processes of their own, on a few synthetic pictures; shared by tests."""
+"""Runs of `train.py` in processes of their own, on a few synthetic images; shared by tests."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def get_config():
 
 
 def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) -> Path:
-    """Shards of random pictures of 16 px with captions; of the numbers in `bad`, half the file is missing."""
+    """Shards of random images of 16 px with captions; of the numbers in `bad`, half the file is missing."""
     rng = np.random.default_rng(seed)
     entries = {}
     for category in CATEGORIES:
@@ -91,10 +91,10 @@ def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) 
     for number in range(count):
         name, category = f"thing{number:03d}", CATEGORIES[number % 2]
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        picture = folder / "source" / category / f"{name}.png"
-        Image.fromarray(coarse).resize((16, 16)).save(picture)
+        path = folder / "source" / category / f"{name}.png"
+        Image.fromarray(coarse).resize((16, 16)).save(path)
         if number in bad:
-            os.truncate(picture, picture.stat().st_size // 2)
+            os.truncate(path, path.stat().st_size // 2)
         captions = [f"thing {number}", f"a picture of thing {number}"]
         entries[name] = {"category": category, "prompt": captions[0], "captions": captions}
     (folder / "source" / "meta_data.json").write_text(json.dumps(entries))

@@ -2,7 +2,7 @@
 
 from hart_jax.config.experiment import (
     CONFIG_FILE_HELP,
-    SMALLEST_JUDGED,
+    MIN_DISCRIMINATOR_PX,
     TOKENIZER_MODULES,
     WEIGHTS,
     Experiment,
@@ -30,7 +30,7 @@ __all__ = [
     "ATTENTION",
     "CONFIG_FILE_HELP",
     "DTYPES",
-    "SMALLEST_JUDGED",
+    "MIN_DISCRIMINATOR_PX",
     "TOKENIZER_MODULES",
     "WEIGHTS",
     "DataConfig",

@@ -28,7 +28,7 @@ from hart_jax.errors import UserError
 from hart_jax.io.paths import check_path
 
 # Below this the discriminator's last layer has no patch left.
-SMALLEST_JUDGED = 24
+MIN_DISCRIMINATOR_PX = 24
 WEIGHTS = ("float", "int8")
 TOKENIZER_MODULES = ("encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder")
 
@@ -60,9 +60,9 @@ class TokenizerExperiment(Settings):
         if "quantizer" in self.freeze and self.loss.restart_below > 0:
             raise UserError("loss.restart_below: a frozen quantizer's codes do not restart; set it to 0")
         size, loss = self.tokenizer.image_size, self.loss
-        if loss.adversarial > 0 and size < SMALLEST_JUDGED:
+        if loss.adversarial > 0 and size < MIN_DISCRIMINATOR_PX:
             raise UserError(
-                f"image_size={size}: the discriminator needs {SMALLEST_JUDGED} px or more; set loss.adversarial=0"
+                f"image_size={size}: the discriminator needs {MIN_DISCRIMINATOR_PX} px or more; set loss.adversarial=0"
             )
         if loss.perceptual > 0 and size < 2 ** (loss.perceptual_layers - 1):
             raise UserError(
@@ -76,11 +76,11 @@ _COMPUTED = ("attention", "weights", "dtype", "decode_at_once")
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(Settings):
-    """How pictures are drawn (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
+    """How images are sampled (SPEC.md section 3). `top_k` 0 keeps all; `masked_iterations` are the last scale's;
     `attention` and `dtype` are how it is computed (see `TrainConfig`); `weights` "int8" quantizes the transformer's
     matrices.
 
-    `decode_at_once` pictures of each device are decoded at a time, which changes memory, not pictures; 0: as many as
+    `decode_at_once` images of each device are decoded at a time, which changes memory, not images; 0: as many as
     have 2**20 pixels.
     """
 
@@ -147,7 +147,7 @@ class HartExperiment(Settings):
     folder, or none);
     `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
     `precompute_text` and `precompute_tokens` keep text embeddings and image tokens on disk, computed once;
-    `model` the folder that `sample.py` draws from if no checkpoint is given.
+    `model` the folder that `sample.py` samples from if no checkpoint is given.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()

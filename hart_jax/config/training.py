@@ -135,7 +135,7 @@ class HartLossConfig(Settings):
     """The transformer's losses and the draws of its training (SPEC.md section 5).
 
     `mistakes` is not the paper's: each sample's scales build on codes that are wrong by up to that much of their size,
-    and learn to mend it, as drawing needs (after the self-correction of Infinity, arXiv 2412.04431).
+    and learn to correct it, as sampling needs (after the self-correction of Infinity, arXiv 2412.04431).
 
     In every step a share of the last scale's tokens is dropped, drawn from the normal of `drop_mean` and `drop_std`
     between `drop_min` and 1; `drop_std=0` drops `drop_mean` always. Both 0: all tokens are trained on, always.
@@ -190,7 +190,7 @@ class TrainConfig(Settings):
     `accumulate` splits every batch of `batch_size` into so many parts that are computed one after the other.
 
     The latest `keep_checkpoints` stay on disk, and besides them those of multiples of `keep_every` (0: none) and the
-    one with the lowest logged value of the metric `keep_best` (empty: none). Pictures are drawn every `sample_every`
+    one with the lowest logged value of the metric `keep_best` (empty: none). Images are sampled every `sample_every`
     steps and at the end; 0: never. A step whose loss or gradients are not finite changes nothing; after `max_skipped`
     of them in a row training stops. `profile_steps` (first, last) are traced into the workdir's `profile`.
     `log_records` writes which images every step took into records.jsonl.
@@ -218,7 +218,7 @@ class TrainConfig(Settings):
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_checkpoints", "max_skipped")
         for name in counts:
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be 1 or more")
-        require(self.sample_every >= 0, f"train.sample_every={self.sample_every}: must be 0 (no pictures) or more")
+        require(self.sample_every >= 0, f"train.sample_every={self.sample_every}: must be 0 (no images) or more")
         require(
             self.batch_size % self.accumulate == 0,
             f"train.accumulate={self.accumulate}: must divide train.batch_size={self.batch_size}",

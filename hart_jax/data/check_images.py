@@ -69,4 +69,4 @@ def _of_example(function: Callable[[bytes], Any], example: Example, data: bytes)
         return function(data)
     except UserError as error:
         problem = str(error).removeprefix("image ")
-        raise UserError(f"image {example.path} {problem}; mend it or remove its entry") from error
+        raise UserError(f"image {example.path} {problem}; fix it or remove its entry") from error

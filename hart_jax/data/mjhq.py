@@ -204,7 +204,7 @@ def _checked_entry(folder: Path, name: str, entry: object) -> tuple[str, tuple[s
         raise UserError(f"{where}: captions must be a list of non-empty texts")
     for text in _texts([name, entry]):
         if not _is_unicode(text):
-            raise UserError(f"{where}: {text!r} is not Unicode text (half of a surrogate pair); mend it")
+            raise UserError(f"{where}: {text!r} is not Unicode text (half of a surrogate pair); fix it")
     return entry["category"], tuple(dict.fromkeys([entry["prompt"], *captions]))
 
 

@@ -1,4 +1,4 @@
-"""Prompts of pictures drawn at random from shards, for grids that nobody picked by hand.
+"""Prompts of images drawn at random from shards, for grids that nobody picked by hand.
 
 python -m hart_jax.data.pick_prompts --shards data/shards/test --count 32 --out held_out.txt
 """

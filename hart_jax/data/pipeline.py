@@ -33,7 +33,7 @@ _SIDED_WORDS = re.compile(r"\b(left|right|leftwards|rightwards|left-facing|right
 _CHANNELS = 3
 
 
-class PictureSource:
+class ImageSource:
     """Random access to {image: uint8 (S, S, 3), captions, index, label} of shard folders.
 
     With `cache`, each resized image is kept in memory (count x S x S x 3 bytes in all) and decoded only once.
@@ -115,7 +115,7 @@ class ReplacingSource:
     A place is so filled with the same image in every run and process.
     """
 
-    def __init__(self, source: PictureSource | TokenSource, attempts: int):
+    def __init__(self, source: ImageSource | TokenSource, attempts: int):
         self._source, self._attempts = source, attempts
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ def make_loader(
     _check_arguments(image_size, batch_size, workers, cache, epochs)
     if flip and tokens is not None:
         raise UserError("flip=True needs images; tokens computed ahead are of images as they are (set data.flip=False)")
-    source: Any = TokenSource(shards, tokens) if tokens else PictureSource(shards, image_size, cache=cache)
+    source: Any = TokenSource(shards, tokens) if tokens else ImageSource(shards, image_size, cache=cache)
     records = source.records
     if train and len(source) < batch_size:
         folders = ", ".join(map(str, as_paths(shards)))
@@ -194,17 +194,17 @@ def make_loader(
         raise UserError(f"weights {tuple(weights)} must be above 0, one for each of the {len(ranges)} folders")
     if train and max_bad_records:
         source = ReplacingSource(source, max_bad_records)
-    pictures = grain.MapDataset.source(source)
+    items = grain.MapDataset.source(source)
     if train and weights:
-        parts = [pictures[start:stop].seed(seed + number).shuffle() for number, (start, stop) in enumerate(ranges)]
-        pictures = grain.MapDataset.mix(parts, weights)
+        parts = [items[start:stop].seed(seed + number).shuffle() for number, (start, stop) in enumerate(ranges)]
+        items = grain.MapDataset.mix(parts, weights)
     elif train:
-        pictures = pictures.seed(seed).shuffle()
+        items = items.seed(seed).shuffle()
     # This takes all; Grain derives a step's seed from the number of steps before it, which must stay.
-    pictures = pictures[:]
+    items = items[:]
     if train or epochs is not None:
-        pictures = pictures.repeat(epochs)
-    views = pictures.random_map(_RandomView(flip)) if train else pictures.map(_plain_view)
+        items = items.repeat(epochs)
+    views = items.random_map(_RandomView(flip)) if train else items.map(_plain_view)
     examples = views.map(_AddText(text))
     if train:
         rows = range(batch_size) if rows is None else rows
@@ -236,19 +236,19 @@ class _RandomView:
     def __init__(self, flip: bool):
         self._flip = flip
 
-    def __call__(self, picture: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        captions = picture.pop("captions")
+    def __call__(self, item: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        captions = item.pop("captions")
         number = rng.integers(len(captions))
         caption = captions[number]
         # Drawn in any case, so that captions do not depend on the setting.
         if rng.random() < 0.5 and self._flip and not _SIDED_WORDS.search(caption):
-            picture["image"] = picture["image"][:, ::-1]
-        return {**picture, "caption": caption, "number": int(number)}
+            item["image"] = item["image"][:, ::-1]
+        return {**item, "caption": caption, "number": int(number)}
 
 
-def _plain_view(picture: dict[str, Any]) -> dict[str, Any]:
-    captions = picture.pop("captions")
-    return {**picture, "caption": captions[0], "number": 0}
+def _plain_view(item: dict[str, Any]) -> dict[str, Any]:
+    captions = item.pop("captions")
+    return {**item, "caption": captions[0], "number": 0}
 
 
 class _AddText:

@@ -43,7 +43,7 @@ from hart_jax.errors import UserError, run_cli
 from hart_jax.io.fingerprint import sha256
 from hart_jax.io.ownership import owned
 from hart_jax.io.paths import as_path
-from hart_jax.parallel.mesh import copies
+from hart_jax.parallel.mesh import data_parallel_layout
 from hart_jax.text.encoder import load_text_encoder, text_options
 
 # No msgpack value begins so: what stands for a record that could not be read.
@@ -82,7 +82,7 @@ class AddTexts:
         self, encoder_folder: str | Path, positions: int, system_prompt: str | Path | None = None, dtype: str = "auto"
     ):
         options = text_options(encoder_folder, system_prompt, dtype)
-        encoder = load_text_encoder(encoder_folder, **options, placement=copies())
+        encoder = load_text_encoder(encoder_folder, **options, layout=data_parallel_layout())
         self._encoder, self._positions = encoder, positions
         self.about = describe_texts(encoder_folder, positions, options)
 

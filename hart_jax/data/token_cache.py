@@ -11,7 +11,7 @@ from tqdm import tqdm
 from hart_jax.config import TokenizerConfig
 from hart_jax.data.bad_records import BadRecords
 from hart_jax.data.disk_cache import fitting, new_cache, open_cache, read_column
-from hart_jax.data.pipeline import PictureSource
+from hart_jax.data.pipeline import ImageSource
 from hart_jax.data.precomputed import describe_indices, index_type
 from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.errors import UserError
@@ -96,7 +96,7 @@ def cache_tokens(
       UserError: naming some, if more than `max_bad_records` images do not decode; fewer are left out with a warning. Or
         the disk is full; nothing is left then.
     """
-    source = PictureSource(shards, config.image_size)
+    source = ImageSource(shards, config.image_size)
     known = [checksums(path).decode() for path in as_paths(shards)]
     about = json.dumps([config.to_dict(), *known, *describe_indices(config.vocab_size).values()])
     folder = folder / sha256(about, *map(np.asarray, jax.tree.leaves(params)))[:16]

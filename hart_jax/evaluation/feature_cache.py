@@ -20,7 +20,7 @@ from hart_jax.errors import UserError
 from hart_jax.evaluation.images import ImageSet, decode
 from hart_jax.io.files import atomic_file
 from hart_jax.io.paths import make_folder
-from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.mesh import MeshLayout, make_mesh
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import RULES
 
@@ -39,18 +39,18 @@ class DataParallel:
     """A function of parameters and images (uint8 BHWC), on all devices of this process; gives columns (B, ...)."""
 
     def __init__(self, name: str, function: Callable[[Any, jax.Array], Mapping[str, jax.Array]], params: Any):
-        placement = Placement(make_mesh(MeshConfig(), 0, jax.local_devices()), RULES)
-        self.shards, self._split = placement.batch_parts, placement.batch
-        self._function = row_program(name, function, placement)
-        self._params = jax.device_put(params, placement.whole)
+        layout = MeshLayout(make_mesh(MeshConfig(), 0, jax.local_devices()), RULES)
+        self.shards, self._split = layout.batch_shards, layout.batch
+        self._function = row_program(name, function, layout)
+        self._params = jax.device_put(params, layout.replicated)
 
     def __call__(self, images_BHWC: np.ndarray) -> Columns:
         return jax.device_get(self._function(self._params, jax.device_put(images_BHWC, self._split)))
 
 
-def row_program(name: str, function: Callable[[Any, jax.Array], Any], placement: Placement) -> Program:
+def row_program(name: str, function: Callable[[Any, jax.Array], Any], layout: MeshLayout) -> Program:
     """What a `DataParallel` calls."""
-    return Program(name, function, placement, out_shardings=placement.batch)
+    return Program(name, function, layout, out_shardings=layout.batch)
 
 
 def compute_features(

@@ -92,7 +92,7 @@ def load_evaluators(
       UserError: no network at all, or a file that is not of its network.
     """
     if not (inception or efficientnet or clip):
-        raise UserError("no network to judge with: give --inception=FILE, --efficientnet=FILE or --clip=FOLDER")
+        raise UserError("no network to score with: give --inception=FILE, --efficientnet=FILE or --clip=FOLDER")
     networks = [load_inception(inception, resize=resize)] if inception else []
     networks += [load_efficientnet(efficientnet)] if efficientnet else []
     found = load_clip(clip) if clip else None

@@ -25,14 +25,14 @@ from hart_jax.sampling.pipeline import Pipeline, SampleRequest
 
 
 def check_prompts(infos: Sequence[ImageInfo], categories: Sequence[str], experiment: HartExperiment) -> None:
-    """Raises `UserError` where an image has no prompt, or for a class-conditional model no category, to be drawn from;
+    """Raises `UserError` where an image has no prompt, or for a class-conditional model no category, to sample from;
     or where there are more categories than classes."""
     classes = experiment.transformer.num_classes
     for info in infos:
         if not (info.category if classes else info.prompt):
             what = "category" if classes else "prompt"
             raise UserError(
-                f"--reference: image {info.name!r} has no {what} to draw from; give shards or a folder "
+                f"--reference: image {info.name!r} has no {what} to sample from; give shards or a folder "
                 "with meta_data.json"
             )
     if classes and len(categories) > classes:
@@ -42,7 +42,7 @@ def check_prompts(infos: Sequence[ImageInfo], categories: Sequence[str], experim
 def requests_of(
     infos: Sequence[ImageInfo], experiment: HartExperiment, names: Sequence[str], seed: int
 ) -> list[SampleRequest]:
-    """What to draw for each: its prompt, or for a class-conditional model the label of its category.
+    """What to sample for each: its prompt, or for a class-conditional model the label of its category.
 
     `names` are those of the model's classes, in the order of their labels, among which every category is. A prompt that
     comes again is sampled again: as the next image of the same seed.
@@ -140,5 +140,5 @@ def score_images(
         "reference_pictures": len(real.infos),
         "reference_digest": real.digest,
         "scores": scores,
-        "warnings": warnings_of({"drawn": len(fake.infos), "real": len(real.infos)}) if evaluators.extractors else [],
+        "warnings": warnings_of({"sampled": len(fake.infos), "real": len(real.infos)}) if evaluators.extractors else [],
     }

@@ -53,8 +53,8 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def generation_rows(model: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
     """A row for the images, and one for the real images in their place."""
-    row = {"pictures of": model, "number": str(results["pictures"])}
-    reference_row = {"pictures of": "the reference itself", "number": ""}
+    row = {"images of": model, "number": str(results["pictures"])}
+    reference_row = {"images of": "the reference itself", "number": ""}
     for name, scores in results["scores"].items():
         if "clip_score" in scores:
             row[f"CLIP score, {name}"] = f"{scores['clip_score']:.2f}"

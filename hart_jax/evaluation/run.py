@@ -40,7 +40,7 @@ class Request:
     text_encoder: str | None
     system_prompt: str | None
     reference: str
-    pictures: str | None
+    images: str | None
     networks: tuple[str | None, str | None, str | None]
     resize: Resize
     lpips: str | None
@@ -61,11 +61,11 @@ def evaluate(request: Request) -> tuple[str, list[str]]:
     """Carries it out; returns the Markdown table and what to be careful with.
 
     Raises:
-      UserError: bad input, before anything is drawn or written; or `out` holds something else.
+      UserError: bad input, before anything is sampled or written; or `out` holds something else.
     """
     reference = open_images(request.reference)
     _check_by(request, reference)
-    kinds = {"reconstruction": _reconstruction, "generation": _generation, "pictures": _pictures}
+    kinds = {"reconstruction": _reconstruction, "generation": _generation, "pictures": _images}
     with owned(request.out, "an evaluation"):
         table, results = kinds[request.what](request, reference)
     return table, results["warnings"]
@@ -80,12 +80,12 @@ def _check_by(request: Request, reference: ImageSet) -> None:
 
 
 def _check_enough(extractors: Sequence[FeatureExtractor], **counts: int) -> None:
-    """Raises `UserError` where sets are too small for what is measured, before anything is drawn."""
+    """Raises `UserError` where sets are too small for what is measured, before anything is sampled."""
     for name, count in counts.items():
         if extractors and count <= NEIGHBOURS:
             raise UserError(
                 f"{count} {name} images: distances, precision and recall need {NEIGHBOURS + 1} or more; "
-                "give more, or judge by --clip or --lpips alone"
+                "give more, or score by --clip or --lpips alone"
             )
 
 
@@ -139,7 +139,7 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
     check_prompts(infos, categories, experiment)
     size = experiment.tokenizer.image_size if request.image_size is None else request.image_size
     evaluators = request.evaluators(size)
-    _check_enough(evaluators.extractors, real=len(reference.infos), drawn=len(places))
+    _check_enough(evaluators.extractors, real=len(reference.infos), sampled=len(places))
     model = load_model(request.checkpoint)
     check_model(model, experiment, request.checkpoint)
     classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
@@ -162,7 +162,7 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
     pipe = Pipeline(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
     # The pipeline has its own copy.
     del model
-    drawn = sample_images(
+    samples = sample_images(
         pipe,
         experiment,
         requests,
@@ -175,12 +175,12 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
     name = request.checkpoint
     name += ", smooth" if experiment.sample.smooth else ""
     name += ", discrete only" if experiment.sample.discrete_only else ""
-    return _scored(request, run, reference, drawn, places, evaluators, size, name)
+    return _scored(request, run, reference, samples, places, evaluators, size, name)
 
 
-def _pictures(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any]]:
-    assert request.pictures is not None
-    image_set = open_images(request.pictures)
+def _images(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any]]:
+    assert request.images is not None
+    image_set = open_images(request.images)
     size = request.image_size or 0
     evaluators = request.evaluators(size)
     places = _same_names(reference.infos, image_set.infos)
@@ -192,14 +192,14 @@ def _pictures(request: Request, reference: ImageSet) -> tuple[str, dict[str, Any
     _check_prompts_for_clip(evaluators, image_set)
     run = {
         "what": request.what,
-        "pictures": {"path": request.pictures, "digest": image_set.digest},
+        "pictures": {"path": request.images, "digest": image_set.digest},
         "seed": request.seed,
         "image_size": size,
         "by": request.by,
         **_of(request, reference, evaluators),
     }
     _begin(request, run)
-    return _scored(request, run, reference, image_set, places, evaluators, size, request.pictures)
+    return _scored(request, run, reference, image_set, places, evaluators, size, request.images)
 
 
 def _classes(model: Model, experiment: HartExperiment, categories: Sequence[str]) -> Sequence[str]:

@@ -121,7 +121,7 @@ def by_group(real: FeatureSet, fake: FeatureSet, attribute: str) -> dict[str, di
 def warnings_of(counts: Mapping[str, int]) -> list[str]:
     """What to be careful with, of numbers of images by what they are."""
     return [
-        f"only {count} {what} pictures: a Frechet distance needs about {STABLE} to be stable, is larger with fewer, "
+        f"only {count} {what} images: a Frechet distance needs about {STABLE} to be stable, is larger with fewer, "
         "and compares only with those of as many"
         for what, count in counts.items()
         if count < STABLE

@@ -219,7 +219,7 @@ def _version(about: dict[str, Any]) -> str:
 
 def _no_bucket(path: Path, name: str = "") -> UserError:
     bucket = os.fspath(path).removeprefix(GS).partition("/")[0]
-    return UserError(f"{name or path}: there is no bucket {bucket}; make it, or mend the name")
+    return UserError(f"{name or path}: there is no bucket {bucket}; make it, or fix the name")
 
 
 def _remove(path: str) -> None:
@@ -229,7 +229,7 @@ def _remove(path: str) -> None:
 
 
 def _refusal(error: BaseException) -> str:
-    """What to do about an error that only the user can mend; empty for others."""
+    """What to do about an error that only the user can fix; empty for others."""
     import google.auth.exceptions
 
     if isinstance(error, google.auth.exceptions.DefaultCredentialsError):

@@ -1,4 +1,4 @@
-"""Pictures in and out: value ranges, grids with captions, PNG files that remember how they were made."""
+"""Images in and out: value ranges, grids with captions, PNG files that remember how they were made."""
 
 import errno
 import os
@@ -29,12 +29,12 @@ def to_uint8(image) -> np.ndarray:
 
 
 def grid(images_BHWC: np.ndarray, columns: int, padding: int = 2, captions: Sequence[str] | None = None) -> np.ndarray:
-    """Arranges pictures row by row on white, each with its caption below, wrapped to the picture's width.
+    """Arranges images row by row on white, each with its caption below, wrapped to the image's width.
 
     Args:
       images_BHWC: uint8, [B, H, W, 3] with B at least 1.
-      columns: pictures per row; the last row may be shorter.
-      padding: white pixels around and between the pictures.
+      columns: images per row; the last row may be shorter.
+      padding: white pixels around and between the images.
       captions: B texts; one longer than five lines is cut with an ellipsis.
 
     Returns:

@@ -20,7 +20,7 @@ Axes = tuple[str | None, ...]
 def matmul(equation: str, x: jax.Array, kernel: jax.Array | Int8) -> jax.Array:
     """`jnp.einsum` of x and a kernel, in the type of x; rematerialisation knows its result as `MATMUL_OUTPUT`.
 
-    The kernel is float32 or, to draw with, int8. Its gradient is float32 from its first sum on, over samples and over
+    The kernel is float32 or, to sample with, int8. Its gradient is float32 from its first sum on, over samples and over
     devices, where the usual one is rounded to the type of x before devices add theirs.
     """
     y = int8.matmul(equation, x, kernel) if isinstance(kernel, Int8) else _matmul(equation, x, kernel)
@@ -89,7 +89,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """A linear layer: see `product` and `add_bias`. `dtype` is the compute type."""
+    """A linear layer: see `matmul` and `add_bias`. `dtype` is the compute type."""
 
     features: int
     kernel_init: nn.initializers.Initializer

@@ -89,12 +89,13 @@ def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[jax.Device
 
 
 def sampling_mesh(mesh: MeshConfig) -> MeshConfig:
-    """The mesh to draw on: copies of the model, each split as `mesh.tensor` says; `data` and `fsdp` are training's."""
+    """The mesh to sample on: copies of the model, each split as `mesh.tensor` says; `data` and `fsdp` are
+    training's."""
     return MeshConfig(data=1 if mesh.tensor == -1 else -1, tensor=mesh.tensor, rules=mesh.rules)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class MeshLayout:
     """Where a run's arrays lie: a mesh and the rules that split arrays over it.
 
     An abstract mesh has no devices, only their kind: programs are lowered for it.
@@ -104,12 +105,12 @@ class Placement:
     rules: Rules
 
     @classmethod
-    def of(cls, config: MeshConfig, batch_size: int, accumulate: int = 1) -> "Placement":
+    def of(cls, config: MeshConfig, batch_size: int, accumulate: int = 1) -> "MeshLayout":
         """All devices of all processes; raises `UserError` as `make_mesh` and `with_changes` do."""
         return cls(make_mesh(config, batch_size, accumulate=accumulate), with_changes(config.rules))
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """On every device in full."""
         return NamedSharding(self.mesh, PartitionSpec())
 
@@ -119,7 +120,7 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(self.rules["batch"]))
 
     @property
-    def batch_parts(self) -> int:
+    def batch_shards(self) -> int:
         """How many parts a batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules["batch"])
 
@@ -129,7 +130,7 @@ class Placement:
         device = self.mesh.abstract_device if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0]
         return device.platform if device else jax.default_backend()
 
-    def state(self, state: Any, parameters: ParameterAxes) -> Any:
+    def state_shardings(self, state: Any, parameters: ParameterAxes) -> Any:
         """Of every array of a state, or of parameters alone; see `shardings`."""
         return shardings(state, parameters, self.mesh, self.rules)
 
@@ -140,18 +141,18 @@ class Placement:
             if size % parts:
                 raise UserError(f"mesh: {axis} is {size}, which {'*'.join(self.rules[axis])}={parts} does not divide")
 
-    def filled(self, rows: Any) -> Any:
+    def put_padded(self, rows: Any) -> Any:
         """Host arrays (B, ...), the same in every process, split along B; the last row repeats until that is even."""
 
         def fill(array: Any) -> np.ndarray:
             array = np.asarray(array)
-            more = -len(array) % self.batch_parts
+            more = -len(array) % self.batch_shards
             return np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1), "edge")
 
-        return on_mesh(jax.tree.map(fill, rows), self.batch)
+        return put_global(jax.tree.map(fill, rows), self.batch)
 
     @contextlib.contextmanager
-    def tracing(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Within it, what is traced lays out its activations by the rules."""
         mesh = self.mesh
         within = jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh)
@@ -159,14 +160,14 @@ class Placement:
             yield
 
 
-def copies() -> Placement | None:
+def data_parallel_layout() -> MeshLayout | None:
     """A mesh on which every device has whole weights and shares batches with the others; None for a single device."""
-    return Placement(make_mesh(MeshConfig(), 0), with_changes(())) if len(jax.devices()) > 1 else None
+    return MeshLayout(make_mesh(MeshConfig(), 0), with_changes(())) if len(jax.devices()) > 1 else None
 
 
-def tracing(placement: Placement | None) -> contextlib.AbstractContextManager[None]:
-    """`placement.tracing()`, or nothing where there is no mesh."""
-    return placement.tracing() if placement else contextlib.nullcontext()
+def activate(layout: MeshLayout | None) -> contextlib.AbstractContextManager[None]:
+    """`layout.activate()`, or nothing where there is no mesh."""
+    return layout.activate() if layout else contextlib.nullcontext()
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
@@ -175,7 +176,7 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> list[int]:
     return sorted({row for rows in slices for row in range(batch_size)[rows]})
 
 
-def to_global(sharding: NamedSharding, batch: Any, batch_size: int) -> Any:
+def make_global_batch(sharding: NamedSharding, batch: Any, batch_size: int) -> Any:
     """A global batch (a tree of arrays) of which this process gives its `local_rows`; a global array stays as it is."""
 
     def join(rows: np.ndarray | jax.Array) -> jax.Array:
@@ -186,19 +187,19 @@ def to_global(sharding: NamedSharding, batch: Any, batch_size: int) -> Any:
     return jax.tree.map(join, batch)
 
 
-def on_mesh(tree: Any, places: Any) -> Any:
-    """Host arrays, the same in every process, as global arrays at `places` (a sharding, or a tree of them)."""
-    if isinstance(places, NamedSharding):
-        places = jax.tree.map(lambda _: places, tree)
+def put_global(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process, as global arrays laid out by `shardings` (one, or a tree of them)."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(array: Any, place: NamedSharding) -> jax.Array:
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(put, tree, places)
+    return jax.tree.map(put, tree, shardings)
 
 
-def on_host(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Global arrays as whole host arrays in every process; every process must call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

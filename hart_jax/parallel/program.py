@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 
 
 class Program:
@@ -25,20 +25,20 @@ class Program:
         self,
         name: str,
         function: Callable[..., Any],
-        placement: Placement | None = None,
+        layout: MeshLayout | None = None,
         dtype: Any = jnp.float32,
         **options: Any,
     ):
-        """Takes the type that is computed in (None: float32) and options of `jax.jit`. Without a placement the program
+        """Takes the type that is computed in (None: float32) and options of `jax.jit`. Without a layout the program
         is for one device, or traced within what its caller calls it in."""
-        self.name, self._placement, self._dtype = name, placement, jnp.dtype(dtype or jnp.float32)
+        self.name, self._layout, self._dtype = name, layout, jnp.dtype(dtype or jnp.float32)
         self._function = jax.jit(function, **options)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        bare = self._placement is None and jax.sharding.get_abstract_mesh().empty
+        bare = self._layout is None and jax.sharding.get_abstract_mesh().empty
         # However well that computes on CPUs, an accelerator's kernels are refused in it.
         if bare and any(map(_over_devices, jax.tree.leaves((arguments, keywords)))):
-            raise ValueError(f"program {self.name!r}: its arrays lie on several devices, but it has no placement")
+            raise ValueError(f"program {self.name!r}: its arrays lie on several devices, but it has no layout")
         with self._tracing():
             return self._function(*arguments, **keywords)
 
@@ -58,15 +58,15 @@ class Program:
         with self._tracing():
             return jax.eval_shape(self._function, *arguments, **keywords)
 
-    def giving(self, places: Any) -> "Program":
-        """This program, whose results lie at `places`; it is not traced again."""
-        return Program(self.name, self._function, self._placement, self._dtype, out_shardings=places)
+    def giving(self, shardings: Any) -> "Program":
+        """This program, whose results lie at `shardings`; it is not traced again."""
+        return Program(self.name, self._function, self._layout, self._dtype, out_shardings=shardings)
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
         exact = self._dtype == jnp.float32
         with (
-            self._placement.tracing() if self._placement else contextlib.nullcontext(),
+            self._layout.activate() if self._layout else contextlib.nullcontext(),
             jax.default_matmul_precision("highest") if exact else contextlib.nullcontext(),
         ):
             yield

@@ -37,11 +37,11 @@ _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_\-]+)")
 @dataclasses.dataclass(frozen=True)
 class Work:
     """Of one device: `flops` of matrix products and convolutions, `bytes` read and written in its main memory, and
-    `sent`, the bytes that each kind of collective must at least put on its links."""
+    `collective_bytes`, the bytes that each kind of collective must at least put on its links."""
 
     flops: float
     bytes: float
-    sent: dict[Collective, float]
+    collective_bytes: dict[Collective, float]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,21 +32,21 @@ from hart_jax.planning.jobs import (
     encoding_job,
     read_text_config,
     sampling_job,
-    sampling_placement,
+    sampling_layout,
     training_job,
 )
 from hart_jax.planning.plan_report import table
 from hart_jax.planning.plans import Plan
 from hart_jax.planning.topology import Topology, read_topology
-from hart_jax.sampling.pipeline import MOST_PICTURES
+from hart_jax.sampling.pipeline import MOST_IMAGES
 from hart_jax.text.program import EncoderConfig
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Kind and shape of the devices: v5e:16x16, 4*v5e:16x16 (four slices), v5p:8x8x4, h200:8."
 )
-_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or drawing a batch of pictures.")
+_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or sampling a batch of images.")
 _BATCH_SIZE = flags.DEFINE_string(
-    "batch_size", "0", "Pictures drawn at a time with --what=sample; 0: 8 for each copy of the model; fit: the most."
+    "batch_size", "0", "Images sampled at a time with --what=sample; 0: 8 for each copy of the model; fit: the most."
 )
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder_config", None, "config.json of the text encoder beside it; else the config's, or Qwen2 1.5B."
@@ -86,13 +86,14 @@ def plan(
     topology: str,
     what: str = "train",
     batch_size: int = 0,
-    kept: int | None = None,
+    num_kept: int | None = None,
     text: EncoderConfig | None = None,
 ) -> Plan:
     """Compiles for the topology and counts. "auto" precision is bfloat16, as it will be there.
 
-    `batch_size` is that of sampling (see `sampling_job`); `kept` is a training step's (see `training_job`). `text` is
-    the encoder (see `read_text_config`) of the sampler's prompts, or of the captions that training encodes on the fly.
+    `batch_size` is that of sampling (see `sampling_job`); `num_kept` is a training step's (see `training_job`). `text`
+    is the encoder (see `read_text_config`) of the sampler's prompts, or of the captions that training encodes on the
+    fly.
     """
     found = read_topology(topology)
     devices, chip = found.devices, found.chip
@@ -103,13 +104,13 @@ def plan(
     train = dataclasses.replace(experiment.train, dtype="bfloat16" if dtype == "auto" else dtype)
     experiment = dataclasses.replace(experiment, train=train)
     started = time.monotonic()
-    job = training_job(experiment, devices, kept) if training else sampling_job(experiment, devices, batch_size)
+    job = training_job(experiment, devices, num_kept) if training else sampling_job(experiment, devices, batch_size)
     common: dict[str, Any] = {
         "topology": topology,
         "what": what,
         "chips": len(devices),
         "hosts": len({device.process_index for device in devices}),
-        "mesh": dict(job.placement.mesh.shape),
+        "mesh": dict(job.layout.mesh.shape),
         "batch_size": job.batch_size,
         "image_size": experiment.tokenizer.image_size,
         "remat": experiment.train.remat,
@@ -119,7 +120,7 @@ def plan(
     }
     beside = 0
     if text is not None:
-        encoding = encoding_job(text, experiment, job.placement, job.batch_size, training=training)
+        encoding = encoding_job(text, experiment, job.layout, job.batch_size, training=training)
         common["text_encoder"] = sum(bytes_of(leaf) for leaf in jax.tree.leaves(encoding.arguments[0]))
         # Captions whose states were computed ahead leave it only the prompts of sample grids.
         if not (training and experiment.precompute_text):
@@ -140,7 +141,7 @@ def plan(
     peak = max(compiled.arguments + compiled.temporaries + compiled.outputs + resident, beside)
     seconds = _seconds(work, job.flops.hardware, found)
     sent: dict[str, float] = {}
-    for kind, size in work.sent.items():
+    for kind, size in work.collective_bytes.items():
         sent[str(kind)] = sent.get(str(kind), 0.0) + size
     return Plan(
         **common,
@@ -148,12 +149,12 @@ def plan(
         temporaries=compiled.temporaries,
         peak=peak,
         fits=peak <= chip.memory,
-        executed=work.flops,
-        moved=work.bytes,
-        sent=sent,
-        sent_slowly=sum(size for kind, size in work.sent.items() if kind.slow),
-        overlapped=sum(size for kind, size in work.sent.items() if kind.overlaps and not kind.slow),
-        overlapped_slowly=sum(size for kind, size in work.sent.items() if kind.overlaps and kind.slow),
+        device_flops=work.flops,
+        hbm_bytes=work.bytes,
+        collective_bytes=sent,
+        slow_collective_bytes=sum(size for kind, size in work.collective_bytes.items() if kind.slow),
+        overlapped=sum(size for kind, size in work.collective_bytes.items() if kind.overlaps and not kind.slow),
+        overlapped_slowly=sum(size for kind, size in work.collective_bytes.items() if kind.overlaps and kind.slow),
         compute_seconds=seconds.compute,
         memory_seconds=seconds.memory,
         link_seconds=seconds.links,
@@ -177,7 +178,7 @@ def _captions(encoding: Job, encoder: _Program, topology: Topology) -> dict[str,
 def _compile(job: Job, topology: Topology) -> _Program | str:
     """The compiled job, or the compiler's message that it does not fit."""
     gpu = topology.devices[0].platform == "gpu"
-    with job.placement.tracing():
+    with job.layout.activate():
         lowered = job.traced.lower()
     try:
         # Without a GPU to try them on, XLA finds no tiles for some products; the library's need none.
@@ -191,18 +192,18 @@ def _compile(job: Job, topology: Topology) -> _Program | str:
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        count_work(compiled.as_text(), dict(job.placement.mesh.shape), topology.devices_per_island),
+        count_work(compiled.as_text(), dict(job.layout.mesh.shape), topology.devices_per_island),
     )
 
 
 def _seconds(work: Work, flops: float, topology: Topology) -> _Seconds:
     """Of a program of which all devices together are asked for `flops`."""
     chip = topology.chip
-    slow = sum(size for kind, size in work.sent.items() if kind.slow)
+    slow = sum(size for kind, size in work.collective_bytes.items() if kind.slow)
     return _Seconds(
         max(work.flops, flops / len(topology.devices)) / chip.flops,
         work.bytes / chip.bandwidth,
-        (sum(work.sent.values()) - slow) / chip.link,
+        (sum(work.collective_bytes.values()) - slow) / chip.link,
         slow / chip.network,
     )
 
@@ -222,10 +223,10 @@ def _too_big(common: dict[str, Any], job: Job, chip: Chip, message: str, seconds
         temporaries=temporaries,
         peak=peak,
         fits=False,
-        executed=None,
-        moved=None,
-        sent=None,
-        sent_slowly=0.0,
+        device_flops=None,
+        hbm_bytes=None,
+        collective_bytes=None,
+        slow_collective_bytes=0.0,
         overlapped=0.0,
         overlapped_slowly=0.0,
         compute_seconds=common["flops"] / common["chips"] / chip.flops,
@@ -237,12 +238,12 @@ def _too_big(common: dict[str, Any], job: Job, chip: Chip, message: str, seconds
 
 
 def largest_batch(plan_of: Callable[[int], Plan], parts: int) -> Plan:
-    """The plan of the largest batch that fits, of at most MOST_EACH pictures in each of so many parts.
+    """The plan of the largest batch that fits, of at most MOST_EACH images in each of so many parts.
 
-    Compiles few: each plan's memory tells which to try next. Where not one picture fits, its plan is returned.
+    Compiles few: each plan's memory tells which to try next. Where not one image fits, its plan is returned.
     """
     known: dict[int, Plan] = {}
-    fitting, too_many, each = 0, MOST_EACH + 1, MOST_PICTURES
+    fitting, too_many, each = 0, MOST_EACH + 1, MOST_IMAGES
     while too_many - fitting > 1:
         tried = known[each] = plan_of(each * parts)
         fitting, too_many = (each, too_many) if tried.fits else (fitting, each)
@@ -265,18 +266,18 @@ def main() -> None:
     if wanted != "0" and not sampling:
         raise UserError(f"--batch_size={wanted}: is of --what=sample; training has --config.train.batch_size")
     if wanted != "fit" and not re.fullmatch("[0-9]{1,9}", wanted):
-        raise UserError(f"--batch_size={wanted}: give a number of pictures, 0, or fit")
+        raise UserError(f"--batch_size={wanted}: give a number of images, 0, or fit")
     text = read_text_config(experiment, _TEXT_ENCODER.value)
     if text is None and experiment.text_encoder and not experiment.transformer.num_classes:
         print(f"{experiment.text_encoder}: not here, so that no text encoder is counted", file=sys.stderr)
 
     def plan_of(batch_size: int) -> Plan:
         if wanted == "fit":
-            print(f"compiling for {batch_size} pictures ...", file=sys.stderr, flush=True)
+            print(f"compiling for {batch_size} images ...", file=sys.stderr, flush=True)
         return plan(experiment, topology, _WHAT.value, batch_size, text=text)
 
     if wanted == "fit":
-        parts = sampling_placement(experiment, read_topology(topology).devices).batch_parts
+        parts = sampling_layout(experiment, read_topology(topology).devices).batch_shards
         planned = largest_batch(plan_of, parts)
     else:
         planned = plan_of(int(wanted))

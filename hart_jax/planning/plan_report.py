@@ -17,14 +17,14 @@ def table(plan: Plan) -> str:
         + (f", text encoder {(plan.text_encoder + plan.text_states) / GiB:.2f})" if plan.text_encoder else ")")
     )
     even = plan.flops / plan.chips
-    counted = f"{plan.flops / 1e15:.2f} P in all, {(plan.executed or even) / 1e12:.2f} T per chip"
-    if plan.executed is not None and plan.executed > 1.1 * even:
-        counted += f", {plan.executed / even - 1:.0%} more than an even share: chips repeat each other's work"
+    counted = f"{plan.flops / 1e15:.2f} P in all, {(plan.device_flops or even) / 1e12:.2f} T per chip"
+    if plan.device_flops is not None and plan.device_flops > 1.1 * even:
+        counted += f", {plan.device_flops / even - 1:.0%} more than an even share: chips repeat each other's work"
     lines.append(f"FLOPs per {unit:<7} {counted}")
-    if plan.sent is not None and plan.moved is not None:
-        sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in plan.sent.items()) or "none"
-        lines += [f"memory traffic    {plan.moved / 1e9:.1f} GB per chip", f"sent per chip     {sent}"]
-        if plan.sent:
+    if plan.collective_bytes is not None and plan.hbm_bytes is not None:
+        sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in plan.collective_bytes.items()) or "none"
+        lines += [f"memory traffic    {plan.hbm_bytes / 1e9:.1f} GB per chip", f"sent per chip     {sent}"]
+        if plan.collective_bytes:
             lines.append(f"of these          {_links(plan)}")
         if plan.text_flops:
             lines.append(
@@ -56,12 +56,12 @@ def table(plan: Plan) -> str:
 
 def _links(plan: Plan) -> str:
     """What is sent over the fast and the slow links, and how much of it beside other work."""
-    fast = sum((plan.sent or {}).values()) - plan.sent_slowly
+    fast = sum((plan.collective_bytes or {}).values()) - plan.slow_collective_bytes
     parts = [
         f"{size / 1e9:.2f} GB over {links} links, {beside / size:.0%} beside other work"
         for links, size, beside in (
             ("fast", fast, plan.overlapped),
-            ("slow", plan.sent_slowly, plan.overlapped_slowly),
+            ("slow", plan.slow_collective_bytes, plan.overlapped_slowly),
         )
         if size
     ]
@@ -94,4 +94,4 @@ def advice(plan: Plan) -> str:
         fewer = max(1, min(each - 1, int(each * share)))
         name = "train.batch_size" if plan.what == "train" else "--batch_size"
         return f"most of it is activations; lower {name} to {fewer * parts} or less, or take more chips"
-    return f"a chip holds one picture already; split it with mesh.tensor={2 * tensor}"
+    return f"a chip holds one image already; split it with mesh.tensor={2 * tensor}"

@@ -9,19 +9,20 @@ DECODED_BY_CORE = {256: 235.0, 512: 133.0, 1024: 94.0}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one step (or drawing one batch) needs. Bytes are of one chip, FLOPs of all chips together.
+    """What one step (or sampling one batch) needs. Bytes are of one chip, FLOPs of all chips together.
 
     `flops` are those that the program asks for, rematerialisation and frozen networks included, `model_flops` those of
-    the model (see `hart_jax.nn.flop_counter.StepFlops`); `executed` are those of one chip as compiled.
-    `moved` are bytes read from and written to the chip's memory, `sent` those put on its links by kind of collective,
-    `sent_slowly` those of them that leave its slice or host; of the rest of `sent`, and of these, the compiler lets
-    `overlapped` and `overlapped_slowly` go on beside other work. A program that the compiler refuses has no
-    `executed`, `moved` and `sent`, and `peak` is 0 where it does not say by how much it is too big.
+    the model (see `hart_jax.nn.flop_counter.StepFlops`); `device_flops` are those of one chip as compiled.
+    `hbm_bytes` are bytes read from and written to the chip's memory, `collective_bytes` those put on its links by kind
+    of collective, `slow_collective_bytes` those of them that leave its slice or host; of the rest of
+    `collective_bytes`, and of these, the compiler lets `overlapped` and `overlapped_slowly` go on beside other work. A
+    program that the compiler refuses has no `device_flops`, `hbm_bytes` and `collective_bytes`, and `peak` is 0 where
+    it does not say by how much it is too big.
 
     `text_encoder` are the weights of the one that is kept beside it, which `peak` counts. For captions encoded on the
     fly, `text_states` are the next step's states, `text_temporaries` what encoding them needs, `text_flops` its FLOPs,
-    and `text_seconds` its floor; `arguments`, `temporaries`, `flops`, `executed`, `moved`, `sent` and the other
-    seconds are the step's, or the sampler's, alone.
+    and `text_seconds` its roofline; `arguments`, `temporaries`, `flops`, `device_flops`, `hbm_bytes`,
+    `collective_bytes` and the other seconds are the step's, or the sampler's, alone.
     """
 
     topology: str
@@ -36,15 +37,15 @@ class Plan:
     peak: int
     fits: bool
     flops: float
-    executed: float | None
-    moved: float | None
-    sent: dict[str, float] | None
+    device_flops: float | None
+    hbm_bytes: float | None
+    collective_bytes: dict[str, float] | None
     compute_seconds: float
     memory_seconds: float
     link_seconds: float
     compile_seconds: float
     slow_link_seconds: float = 0.0
-    sent_slowly: float = 0.0
+    slow_collective_bytes: float = 0.0
     overlapped: float = 0.0
     overlapped_slowly: float = 0.0
     model_flops: float = 0.0
@@ -59,23 +60,23 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """A floor: the longest part, as if all of them overlapped perfectly, and then the captions' encoding."""
+        """The roofline: the longest part, as if all of them overlapped perfectly, and then the captions' encoding."""
         parts = self.compute_seconds, self.memory_seconds, self.link_seconds, self.slow_link_seconds
         return max(parts) + self.text_seconds
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation, if a step took that floor."""
+        """Hardware FLOPs utilisation, if a step took that long."""
         return (self.compute_seconds + self.text_compute_seconds) / self.step_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, if a step took that floor."""
+        """Model FLOPs utilisation, if a step took that long."""
         return self.hfu * self.model_flops / (self.flops + self.text_flops)
 
     @property
     def host_images(self) -> float:
-        """Images a second that every host must give its chips, if a step took that floor."""
+        """Images a second that every host must give its chips, if a step took that long."""
         return self.batch_size / self.hosts / self.step_seconds
 
     @property

@@ -1,11 +1,11 @@
-"""Pictures into a folder, each written once: what a run of `sample.py` keeps so that an interrupted one goes on.
+"""Images into a folder, each written once: what a run of `sample.py` keeps so that an interrupted one goes on.
 
-    00000-pictures.jsonl    what makes the run (first line), then name, prompt, seed and index of each of its pictures
-    00000-a-red-apple.png   a picture, whole as soon as it has its name
-    00000-grid.png          of a run of 2 to 64 pictures, at its end
+    00000-pictures.jsonl    what makes the run (first line), then name, prompt, seed and index of each of its images
+    00000-a-red-apple.png   an image, whole as soon as it has its name
+    00000-grid.png          of a run of 2 to 64 images, at its end
 
-Numbers go on after those of other runs in the folder. A run that is resumed draws the batches that lack a picture, each
-as it was, and writes those that are missing: the same files, to the last bit, as without the interruption.
+Numbers go on after those of other runs in the folder. A run that is resumed samples the batches that lack an image,
+each as it was, and writes those that are missing: the same files, to the last bit, as without the interruption.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".a
 
 @dataclasses.dataclass(frozen=True)
 class OutputRun:
-    """Where the pictures of a run go, in the order of the requests, how many are drawn at a time, and their grid."""
+    """Where the images of a run go, in the order of the requests, how many are sampled at a time, and their grid."""
 
     paths: list[Path]
     batch_size: int
@@ -63,11 +63,11 @@ def is_one_file(out: Path) -> bool:
 
 def owned_out(out: Path) -> contextlib.AbstractContextManager[None]:
     """Within it, the folder or file belongs to this run alone: see `hart_jax.io.ownership.owned`."""
-    return owned(out.with_name(f".{out.name}.owner") if is_one_file(out) else out, "a run that draws images")
+    return owned(out.with_name(f".{out.name}.owner") if is_one_file(out) else out, "a run that samples images")
 
 
 def check_out(out: Path, count: int, resume: bool) -> None:
-    """Raises `UserError`, or `OSError` of the file system, where so many pictures cannot go; writes nothing."""
+    """Raises `UserError`, or `OSError` of the file system, where so many images cannot go; writes nothing."""
     if out.suffix.lower() in _OTHER_FORMATS and not out.is_dir():
         raise UserError(f"--out={out}: images are written as PNG; give a folder, or a name that ends in .png")
     check_can_write(out.parent if is_one_file(out) else out)
@@ -75,7 +75,7 @@ def check_out(out: Path, count: int, resume: bool) -> None:
         if resume:
             raise UserError(f"--out={out}: --resume goes on in a folder, not in one file")
         if count > 1:
-            raise UserError(f"--out={out}: {count} pictures need a folder, not one file")
+            raise UserError(f"--out={out}: {count} images need a folder, not one file")
         if out.exists():
             raise UserError(f"{out}: already exists; remove it or give another --out")
     elif out.exists() and not out.is_dir():
@@ -83,7 +83,7 @@ def check_out(out: Path, count: int, resume: bool) -> None:
 
 
 def identity(model: Model, settings: Any, text: tuple[str | Path | None, str | Path | None]) -> dict[str, Any]:
-    """What a picture depends on beside its prompt, seed and index, as JSON: digests of the models, and the settings."""
+    """What an image depends on beside its prompt, seed and index, as JSON: digests of the models, and the settings."""
     configs = [model.tokenizer_config.to_dict(), model.transformer_config.to_dict()]
     parameters = tree_digest(model.tokenizer, model.transformer)
     about = {"model": json_digest([configs, parameters])[:16], "settings": settings.to_dict()}
@@ -107,9 +107,9 @@ def open_run(
     """The output of a new run or, with `resume`, of the run of just this that the folder holds.
 
     Args:
-      out: a folder, or the name of a .png for one picture.
-      requests: the pictures; they and `about` tell runs apart.
-      batch_size: pictures at a time; 0: those of the run that is resumed, else as `size_of(0)` says.
+      out: a folder, or the name of a .png for one image.
+      requests: the images; they and `about` tell runs apart.
+      batch_size: images at a time; 0: those of the run that is resumed, else as `size_of(0)` says.
       size_of: of the wanted number, the possible one (`Pipeline.batch_size`).
       resume: goes on with the latest run of this; where the folder has no runs it begins one.
 
@@ -151,13 +151,13 @@ def _output_run(out: Path, names: list[str], batch_size: int) -> OutputRun:
 
 
 def _find(manifests: list[Path], requests: Sequence[SampleRequest], about: Mapping[str, Any]) -> OutputRun:
-    wanted, pictures = json.loads(json.dumps(about)), [_line(one) for one in requests]
+    wanted, own = json.loads(json.dumps(about)), [_line(one) for one in requests]
     for manifest in manifests:
         run, lines = _read(manifest)
-        if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in pictures]):
+        if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in own]):
             return _output_run(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
-    changed = told(differences(run["run"], wanted)) or "it has other prompts, seeds or numbers of pictures"
+    changed = told(differences(run["run"], wanted)) or "it has other prompts, seeds or numbers of images"
     raise UserError(
         f"--resume: {manifests[0].parent} holds no run of this command; of the latest, {manifests[0].name}: "
         f"{changed}. Leave --resume out to add a new run, or give another --out"
@@ -172,7 +172,7 @@ def sample_to_folder(
     about: Mapping[str, str],
     again: str = "the same command with --resume",
 ) -> None:
-    """Draws and writes the pictures that the run lacks, then its grid; shows its progress.
+    """Samples and writes the images that the run lacks, then its grid; shows its progress.
 
     A SIGINT or SIGTERM, to any process, lets the batch at work end, a second one does not. What is written is whole in
     any case.
@@ -191,19 +191,19 @@ def sample_to_folder(
     whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
     starts = [at for at in range(0, len(requests), size) if not all(whole[at : at + size])]
 
-    def save(number: int, picture: Sample) -> int:
+    def save(number: int, sample: Sample) -> int:
         if whole[number]:
             return 0
-        own = {kind: str(picture.prompt), "index": str(picture.index), "seed": str(picture.seed)}
-        # What a power cut tore is drawn again; what comes there meanwhile is not ours.
-        save_png(paths[number], picture.image, {**own, **about}, overwrite=there[number])
+        own = {kind: str(sample.prompt), "index": str(sample.index), "seed": str(sample.seed)}
+        # What a power cut tore is sampled again; what comes there meanwhile is not ours.
+        save_png(paths[number], sample.image, {**own, **about}, overwrite=there[number])
         return 1
 
     done, count = sum(whole), len(requests)
     with (
         StopAnyTime() as stop,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=count, initial=done, unit="image", desc="drawing", disable=count == 1) as bar,
+        tqdm(total=count, initial=done, unit="image", desc="sampling", disable=count == 1) as bar,
     ):
         batches = (requests[start : start + size] for start in starts)
         for start, batch in zip(starts, pipe.batches(batches, size), strict=True):
@@ -215,7 +215,7 @@ def sample_to_folder(
     if done < count:
         assert stop.received is not None
         name = signal.Signals(stop.received).name
-        print(f"{name}: stopped with {done} of {count} pictures; {again} goes on", file=sys.stderr)
+        print(f"{name}: stopped with {done} of {count} images; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if output_run.grid is not None and not is_whole_png(output_run.grid):
         images = np.stack([_decoded(path) for path in output_run.paths])
@@ -232,7 +232,7 @@ def _decoded(path: Path) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
     except (OSError, SyntaxError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: does not decode ({error}); remove it, and --resume draws it again") from None
+        raise UserError(f"{path}: does not decode ({error}); remove it, and --resume samples it again") from None
 
 
 def _read(manifest: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

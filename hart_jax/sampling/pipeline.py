@@ -1,4 +1,4 @@
-"""Pictures from prompts with a model from anywhere: what `sample.py` and a notebook call.
+"""Images from prompts with a model from anywhere: what `sample.py` and a notebook call.
 
 pipe = load("assets/emoji")
 images = pipe("a flat icon of a dog", seed=0)
@@ -26,7 +26,7 @@ from hart_jax.io.images import to_uint8
 from hart_jax.io.paths import as_path
 from hart_jax.nn.dtypes import cast_weights, compute_dtype
 from hart_jax.nn.int8 import quantize
-from hart_jax.parallel.mesh import Placement, make_mesh, on_mesh, sampling_mesh
+from hart_jax.parallel.mesh import MeshLayout, make_mesh, put_global, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.rules import HART_RULES, Rules
@@ -38,11 +38,11 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.transformer.mask import Mask, ScaleCausal
 from hart_jax.transformer.model import Hart
 
-# A CPU draws layer by layer from larger models, whose weights do not stay in its caches anyway.
+# A CPU samples layer by layer from larger models, whose weights do not stay in its caches anyway.
 LAYERED_BYTES = 2**28
-# Drawn at a time, of each part of a batch. More are not faster; layer by layer, a second image makes use of the weights
-# that are read, and more only wait for each other.
-MOST_PICTURES, MOST_LAYERED = 8, 2
+# Sampled at a time, of each part of a batch. More are not faster; layer by layer, a second image makes use of the
+# weights that are read, and more only wait for each other.
+MOST_IMAGES, MOST_LAYERED = 8, 2
 
 
 def use_compilation_cache() -> None:
@@ -63,7 +63,7 @@ def text_source(
     What is given comes before what a model brings along, and that before what the experiment names.
 
     Raises:
-      UserError: the folder is not there, of a model that draws prompts.
+      UserError: the folder is not there, of a model that takes prompts.
     """
     if not text_encoder and model.text_encoder:
         beside = model.text_encoder / SYSTEM_PROMPT_FILE
@@ -83,7 +83,7 @@ def check_text(text_encoder: str | None, system_prompt: str | None) -> None:
         read_system_prompt(system_prompt)
 
 
-def draws_by_layers(model: Model) -> bool:
+def samples_by_layers(model: Model) -> bool:
     """Whether `make_layered_sampler` is the faster one here."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.transformer["layers"]))
     return jax.default_backend() == "cpu" and jax.device_count() == 1 and size > LAYERED_BYTES
@@ -105,30 +105,30 @@ class Sample(SampleRequest):
     image: np.ndarray
 
 
-def sampling_placement(
+def sampling_layout(
     mesh: MeshConfig, config: TransformerConfig, devices: Sequence[jax.Device] | None = None
-) -> Placement:
-    """Where it is drawn: `sampling_mesh` over these devices, all of this process if not given.
+) -> MeshLayout:
+    """Where it is sampled: `sampling_mesh` over these devices, all of this process if not given.
 
     Raises:
-      UserError: `mesh.tensor` does not divide the devices or the model, or there are several processes, which draw
+      UserError: `mesh.tensor` does not divide the devices or the model, or there are several processes, which sample
         each for itself: they must name their devices.
     """
     if devices is None and jax.process_count() > 1:
-        raise UserError(f"drawing in {jax.process_count()} processes: one draws alone; start each by itself")
+        raise UserError(f"sampling in {jax.process_count()} processes: each samples on its own; start them one by one")
     devices = jax.local_devices() if devices is None else devices
     if mesh.tensor > 1 and len(devices) % mesh.tensor:
         raise UserError(f"mesh.tensor={mesh.tensor}: does not divide the {len(devices)} devices there are")
     sizes = sampling_mesh(mesh)
-    placement = Placement(make_mesh(sizes, 0, devices), with_changes(sizes.rules))
-    placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
-    return placement
+    layout = MeshLayout(make_mesh(sizes, 0, devices), with_changes(sizes.rules))
+    layout.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
+    return layout
 
 
 class Pipeline:
-    """Draws pictures; compiled once per batch size.
+    """Samples images; compiled once per batch size.
 
-    `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Pictures are
+    `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Images are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
     `rules` are the sampler's; `mask` and `objective` must be those that the model was trained with, None for HART's.
     """
@@ -147,12 +147,12 @@ class Pipeline:
         objective: Objective | None = None,
     ):
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
-        placement = sampling_placement(mesh or MeshConfig(), config, devices)
-        self._devices = list(placement.mesh.devices.flat)
+        layout = sampling_layout(mesh or MeshConfig(), config, devices)
+        self._devices = list(layout.mesh.devices.flat)
         # One device needs no layout, and may be any.
-        self._placement = placement if len(self._devices) > 1 else None
-        self._layered = self._placement is None and draws_by_layers(model)
-        self._parts = self._placement.batch_parts if self._placement else 1
+        self._layout = layout if len(self._devices) > 1 else None
+        self._layered = self._layout is None and samples_by_layers(model)
+        self._parts = self._layout.batch_shards if self._layout else 1
         # What was found to fit.
         self._at_once = sys.maxsize
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
@@ -162,31 +162,31 @@ class Pipeline:
         self._sample: Sampler = (
             make_layered_sampler(*networks, settings, rules=rules)
             if self._layered
-            else make_sampler(*networks, settings, self._placement, rules)
+            else make_sampler(*networks, settings, self._layout, rules)
         )
         with _weights_fit():
             with jax.default_device(self._devices[0]):
-                self._conditioner = conditioner_of(config, *text, self._placement, text_dtype)
+                self._conditioner = conditioner_of(config, *text, self._layout, text_dtype)
             self._params = self._put(model, settings)
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
         narrow = functools.partial(cast_weights, dtype=compute_dtype(settings.dtype))
         transformer = (quantize if settings.weights == "int8" else narrow)(model.transformer)
         params = {"transformer": transformer, "tokenizer": model.tokenizer}
-        if self._placement is None:
+        if self._layout is None:
             return jax.device_put(split_layers(params) if self._layered else params, self._devices[0])
         axes = parameter_axes(boxed_transformer(model.transformer_config))
         return {
-            "transformer": on_mesh(transformer, self._placement.state(transformer, axes)),
-            "tokenizer": on_mesh(model.tokenizer, self._placement.whole),
+            "transformer": put_global(transformer, self._layout.state_shardings(transformer, axes)),
+            "tokenizer": put_global(model.tokenizer, self._layout.replicated),
         }
 
     def batch_size(self, count: int, wanted: int = 0) -> int:
-        """Of so many pictures, how many to draw at a time: `wanted`, or with 0 as many as are of use, made a multiple
+        """Of so many images, how many to sample at a time: `wanted`, or with 0 as many as are of use, made a multiple
         of the parts that the devices share a batch in."""
         each = -(-(wanted or count) // self._parts)
         if not wanted:
-            each = min(each, MOST_LAYERED if self._layered else MOST_PICTURES)
+            each = min(each, MOST_LAYERED if self._layered else MOST_IMAGES)
         return self._parts * min(each, -(-count // self._parts))
 
     def check(self, prompts: Sequence[str | int]) -> None:
@@ -194,13 +194,13 @@ class Pipeline:
         self._conditioner.check(prompts)
 
     def batches(self, batches: Iterable[Sequence[SampleRequest]], size: int) -> Iterator[list[Sample]]:
-        """The pictures of each batch, of at most `size`; each depends on its request alone.
+        """The images of each batch, of at most `size`; each depends on its request alone.
 
-        Where the device's memory does not hold a batch, half of it is drawn at a time from then on. On an accelerator
+        Where the device's memory does not hold a batch, half of it is sampled at a time from then on. On an accelerator
         the next batch is on its way while one is looked at.
 
         Raises:
-          UserError: the device has not enough memory for one picture.
+          UserError: the device has not enough memory for one image.
         """
         before: tuple[Sequence[SampleRequest], list[jax.Array]] | None = None
         for batch in batches:
@@ -234,18 +234,18 @@ class Pipeline:
                 images = self._start(batch, size)
 
     def _fewer(self, size: int, error: Exception) -> None:
-        """After an error while so many were drawn at a time: half of them, where memory was short."""
+        """After an error while so many were sampled at a time: half of them, where memory was short."""
         if not _is_out_of_memory(error):
             raise error
         if size <= self._parts:
             raise UserError(
-                f"out of memory: {size} pictures at a time do not fit on a device; "
+                f"out of memory: {size} images at a time do not fit on a device; "
                 "set --config.mesh.tensor=2 or --weights=int8"
             ) from error
         fewer = self._parts * -(-size // (2 * self._parts))
         if fewer < self._at_once:
             self._at_once = fewer
-            print(f"{size} pictures at a time do not fit in the device's memory; drawing {fewer}", file=sys.stderr)
+            print(f"{size} images at a time do not fit in the device's memory; sampling {fewer}", file=sys.stderr)
 
     def _images(self, batch: Sequence[SampleRequest], size: int) -> jax.Array:
         # A shorter batch is filled up, so that one compilation serves all.
@@ -253,15 +253,15 @@ class Pipeline:
         seeds = np.array([request.seed for request in full], np.uint32)
         indices = np.array([request.index for request in full], np.int32)
         condition = self._conditioner([request.prompt for request in full])
-        where = self._devices[0] if self._placement is None else self._placement.batch
+        where = self._devices[0] if self._layout is None else self._layout.batch
         return self._sample(self._params, *jax.device_put((condition, seeds, indices), where))[0]
 
     def sample(
         self, prompts: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
     ) -> Iterator[list[Sample]]:
-        """Batches of pictures, `num_images` of each prompt, or label for a class-conditional model.
+        """Batches of images, `num_images` of each prompt, or label for a class-conditional model.
 
-        A picture depends on (prompt, seed, its index) alone.
+        An image depends on (prompt, seed, its index) alone.
 
         Raises:
           UserError: see `check`.
@@ -274,7 +274,7 @@ class Pipeline:
     def __call__(self, prompts: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
         """All images at once, uint8 (N, H, W, 3), prompt by prompt (or label by label)."""
         prompts = [prompts] if isinstance(prompts, str | int) else prompts
-        return np.stack([picture.image for batch in self.sample(prompts, num_images, seed) for picture in batch])
+        return np.stack([sample.image for batch in self.sample(prompts, num_images, seed) for sample in batch])
 
 
 @contextlib.contextmanager

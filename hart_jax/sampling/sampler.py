@@ -1,4 +1,4 @@
-"""From conditions to pictures: all scales, the residual, the decoder (SPEC.md section 3).
+"""From conditions to images: all scales, the residual, the decoder (SPEC.md section 3).
 
 Classifier-free guidance doubles the batch: rows 0..B-1 are conditional, rows B..2B-1 unconditional. `make_sampler` is
 one compiled program; `hart_jax.sampling.layerwise` computes the same layer by layer.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hart_jax.config import SampleConfig, TokenizerConfig
 from hart_jax.nn.rounds import in_rounds
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
 from hart_jax.sampling.rules import HART_RULES, Rules, iteration_sizes, keep_top, progress
@@ -24,7 +24,7 @@ from hart_jax.transformer.block import KVCache
 from hart_jax.transformer.mask import DenseMask
 from hart_jax.transformer.model import Context, Hart
 
-# Pictures of so many pixels are decoded at a time: one of 1024 px.
+# Images of so many pixels are decoded at a time: one of 1024 px.
 DECODED_PIXELS = 2**20
 
 Condition = Any  # (B,) labels, or text states (B, T, D) and mask (B, T)
@@ -51,7 +51,7 @@ def generate(
     settings: SampleConfig,
     rules: Rules = HART_RULES,
 ) -> Generated:
-    """Draws one picture per condition.
+    """Samples one image per condition.
 
     Args:
       params: {"transformer": ..., "tokenizer": ...}.
@@ -93,7 +93,7 @@ class Sampling:
             (index, code, guided), cache = self._scale(params, f_hat, context, cache, noise, scale)
             indices.append(index)
             logits += [guided] if keep_logits else []
-        # A picture's latent and colours are small beside these.
+        # An image's latent and colours are small beside these.
         del cache, hidden, guided
         f_hat, image = self.decode(params, f_hat, code)
         return Generated(tuple(indices), tuple(logits), f_hat, image)
@@ -201,11 +201,11 @@ class Sampling:
 
     def decode(self, params: Params, f_hat: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
         f_hat = f_hat + value.reshape(f_hat.shape)
-        return f_hat, jnp.clip(self._pictures(params, f_hat), -1.0, 1.0)
+        return f_hat, jnp.clip(self._decoded(params, f_hat), -1.0, 1.0)
 
-    def _pictures(self, params: Params, f_hat: jax.Array) -> jax.Array:
+    def _decoded(self, params: Params, f_hat: jax.Array) -> jax.Array:
         """Decoded latents, of each device a few at a time, as the widest activations are a decoder's."""
-        at_once = pictures_decoded_at_once(self._tokenizer.config, self._settings)
+        at_once = images_decoded_at_once(self._tokenizer.config, self._settings)
         return in_rounds(functools.partial(self._tokenize, params, "decode"), f_hat, at_once)
 
     def _scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, scale: int):
@@ -299,7 +299,7 @@ class Sampling:
         return self._rules.guidance(self._settings, scale, len(self._sides))
 
 
-def pictures_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
+def images_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
     """By one device, where there are so many."""
     return settings.decode_at_once or max(1, DECODED_PIXELS // config.image_size**2)
 
@@ -319,20 +319,20 @@ def make_sampler(
     hart: Hart,
     tokenizer: Tokenizer,
     settings: SampleConfig,
-    placement: Placement | None = None,
+    layout: MeshLayout | None = None,
     rules: Rules = HART_RULES,
 ) -> Program:
     """The program (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
 
-    The seed is one for all, or (B,) of their own. With a placement, everything lies on its mesh.
+    The seed is one for all, or (B,) of their own. With a layout, everything lies on its mesh.
 
-    A picture depends on its condition, the seed and its index, never on the others of its batch.
+    An image depends on its condition, the seed and its index, never on the others of its batch.
     """
-    return Program("sampler", _sampling(hart, tokenizer, settings, rules), placement, hart.dtype)
+    return Program("sampler", _sampling(hart, tokenizer, settings, rules), layout, hart.dtype)
 
 
 def make_grid_sampler(
-    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, placement: Placement, rules: Rules = HART_RULES
+    hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, layout: MeshLayout, rules: Rules = HART_RULES
 ) -> Program:
     """As `make_sampler`, of one more argument, a count: only the first so many images, whole on every device."""
     sample = _sampling(hart, tokenizer, settings, rules)
@@ -340,7 +340,7 @@ def make_grid_sampler(
     def some(params: Params, condition: Condition, seed: Any, indices_B: jax.Array, count: int) -> jax.Array:
         return sample(params, condition, seed, indices_B)[0][:count]
 
-    return Program("sample grid", some, placement, hart.dtype, static_argnums=4, out_shardings=placement.whole)
+    return Program("sample grid", some, layout, hart.dtype, static_argnums=4, out_shardings=layout.replicated)
 
 
 def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules) -> Sampler:

@@ -1,4 +1,4 @@
-"""What a picture is asked for by, prompts or class labels, as the transformer's condition."""
+"""What an image is asked for with, prompts or class labels, as the transformer's condition."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 from hart_jax.config import TransformerConfig
 from hart_jax.errors import UserError
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.text.encoder import load_text_encoder, text_options
 from hart_jax.text.prompts import check_prompts, report_truncation
 
@@ -29,7 +29,7 @@ class Conditioner(Protocol):
 class TextConditioner:
     """Prompts, by a frozen text encoder. One longer than the context is cut, which is reported on stderr, once.
 
-    `system_prompt` and `dtype` are those of `text_options`; `placement` lays out the encoder.
+    `system_prompt` and `dtype` are those of `text_options`; `layout` lays out the encoder.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class TextConditioner:
         text_encoder: str | Path | None,
         config: TransformerConfig,
         system_prompt: str | Path | None = None,
-        placement: Placement | None = None,
+        layout: MeshLayout | None = None,
         dtype: str = "auto",
     ):
         if not text_encoder:
             raise UserError("the model has no text encoder; give its folder (--text_encoder, or in the config)")
         options = text_options(text_encoder, system_prompt, dtype)
-        self.encoder = load_text_encoder(text_encoder, **options, placement=placement)
+        self.encoder = load_text_encoder(text_encoder, **options, layout=layout)
         if self.encoder.context_dim != config.context_dim:
             wide = f"its states are {self.encoder.context_dim} wide, the model's {config.context_dim}"
             raise UserError(f"{text_encoder}: {wide}")
@@ -83,10 +83,10 @@ def conditioner_of(
     config: TransformerConfig,
     text_encoder: str | Path | None,
     system_prompt: str | Path | None = None,
-    placement: Placement | None = None,
+    layout: MeshLayout | None = None,
     dtype: str = "auto",
 ) -> Conditioner:
     """Labels for a class-conditional model, prompts for any other; `UserError` if these lack a fitting encoder."""
     if config.num_classes:
         return ClassConditioner(config)
-    return TextConditioner(text_encoder, config, system_prompt, placement, dtype)
+    return TextConditioner(text_encoder, config, system_prompt, layout, dtype)

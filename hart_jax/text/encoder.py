@@ -20,7 +20,7 @@ import numpy as np
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 
 # The module of each `model_type` has `load(folder, ...) -> TextEncoder`; imported only when it is asked for.
 _MODULES = {
@@ -54,11 +54,11 @@ class TextEncoder(abc.ABC):
 
     Attributes:
       context_dim: D, the width of the states.
-      placement: how weights and batches lie on a mesh; None: all on the default device.
+      layout: how weights and batches lie on a mesh; None: all on the default device.
     """
 
     context_dim: int
-    placement: Placement | None
+    layout: MeshLayout | None
 
     @abc.abstractmethod
     def tokenize(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
@@ -82,7 +82,7 @@ class TextEncoder(abc.ABC):
     def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
         """States_BTD (float32) of tokens that are on the devices already; nothing goes through the host.
 
-        On a mesh tokens and states lie as `placement.batch` has them, and every process calls it in the same order.
+        On a mesh tokens and states lie as `layout.batch` has them, and every process calls it in the same order.
         """
 
     @abc.abstractmethod
@@ -118,7 +118,7 @@ def load_text_encoder(folder: str | os.PathLike[str], **options: Any) -> TextEnc
 def text_options(
     folder: str | os.PathLike[str], system_prompt: str | os.PathLike[str] | None, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What `load_text_encoder` takes for this folder, beside a placement.
+    """What `load_text_encoder` takes for this folder, beside a layout.
 
     Args:
       folder: of the encoder.

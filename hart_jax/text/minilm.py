@@ -30,7 +30,7 @@ from hart_jax.io.files import atomic_folder, read_json
 from hart_jax.io.paths import local_only
 from hart_jax.io.safetensors import DTYPES, check_tree, load_weights, read_tensors, save_weights
 from hart_jax.nn.flop_counter import flops_of
-from hart_jax.parallel.mesh import Placement, tracing
+from hart_jax.parallel.mesh import MeshLayout, activate
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.minilm_model import MiniLMConfig, abstract_params
 from hart_jax.text.program import make_encode, put_params
@@ -46,19 +46,19 @@ class MiniLMEncoder(TextEncoder):
         config: MiniLMConfig,
         params: Mapping[str, Any],
         tokenizer: Tokenizer,
-        placement: Placement | None = None,
+        layout: MeshLayout | None = None,
     ):
         """Takes float32 parameters of `MiniLM(config)` and a tokenizer with neither padding nor truncation set.
 
-        `placement` lays the parameters out over a mesh; without one they lie on the default device.
+        `layout` lays the parameters out over a mesh; without one they lie on the default device.
         """
         self.config = config
         self.context_dim = config.hidden_size
-        self.params = put_params(config, params, placement)
-        self.placement = placement
+        self.params = put_params(config, params, layout)
+        self.layout = layout
         self._tokenizer = tokenizer
-        self._encode = make_encode(config, "float32", placement)
-        self._encode_batch = make_encode(config, "float32", placement, split=True)
+        self._encode = make_encode(config, "float32", layout)
+        self._encode_batch = make_encode(config, "float32", layout, split=True)
 
     def tokenize(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, ...]]:
         check_prompts(prompts)
@@ -85,23 +85,23 @@ class MiniLMEncoder(TextEncoder):
         return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}
 
     def encode(self, input_ids_BN: jax.Array | np.ndarray, mask_BN: jax.Array | np.ndarray) -> jax.Array:
-        if self.placement is None:
+        if self.layout is None:
             return self._encode(self.params, input_ids_BN, mask_BN, None)
-        padded = self.placement.filled((input_ids_BN, mask_BN))
-        with self.placement.tracing():
+        padded = self.layout.put_padded((input_ids_BN, mask_BN))
+        with self.layout.activate():
             return self._encode(self.params, *padded, None)[: len(input_ids_BN)]
 
     def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
-        with tracing(self.placement):
+        with activate(self.layout):
             return self._encode_batch(self.params, input_ids_BN, mask_BN, None)
 
     def batch_flops(self, batch_size: int, length: int) -> float:
         tokens_BN = jax.ShapeDtypeStruct((batch_size, length), np.int32)
-        with tracing(self.placement):
+        with activate(self.layout):
             return flops_of(self._encode_batch.trace(self.params, tokens_BN, tokens_BN, None).jaxpr.jaxpr)
 
 
-def load(folder: Path, *, placement: Placement | None = None) -> MiniLMEncoder:
+def load(folder: Path, *, layout: MeshLayout | None = None) -> MiniLMEncoder:
     """The encoder in a folder written by this module's command; `UserError` for a missing, damaged or foreign file."""
     config = MiniLMConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
     params = load_weights(folder / "model.safetensors")
@@ -111,7 +111,7 @@ def load(folder: Path, *, placement: Placement | None = None) -> MiniLMEncoder:
         raise UserError(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens but the weights only {config.vocab_size}"
         )
-    return MiniLMEncoder(config, params, tokenizer, placement)
+    return MiniLMEncoder(config, params, tokenizer, layout)
 
 
 # The position ids are a constant range, and the pooler comes after the last hidden states.

@@ -15,7 +15,7 @@ from flax import linen as nn
 from hart_jax.errors import UserError
 from hart_jax.io.files import read_json
 from hart_jax.nn.rounds import in_rounds
-from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.mesh import MeshLayout, put_global
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text import minilm_model, qwen2
@@ -47,7 +47,7 @@ class EncodeProgram:
 
     encode: Program
     arguments: tuple[Any, ...]
-    placement: Placement
+    layout: MeshLayout
 
     def trace(self) -> Any:
         """The program, traced for its arguments: to be lowered, compiled or counted."""
@@ -56,7 +56,7 @@ class EncodeProgram:
 
 def encode_program(
     config: EncoderConfig,
-    placement: Placement,
+    layout: MeshLayout,
     batch_size: int,
     length: int,
     dtype: str = "float32",
@@ -67,28 +67,28 @@ def encode_program(
 
     Args:
       config: of the text encoder.
-      placement: of its weights and of the batch.
-      batch_size: B, a multiple of `placement.batch_parts`.
+      layout: of its weights and of the batch.
+      batch_size: B, a multiple of `layout.batch_shards`.
       length: T.
       dtype: as `hart_jax.text.qwen2_encoder.load` takes it; a MiniLM is always float32.
       prefix_tokens: P.
-      split: states lie as `placement.batch` (training); otherwise whole on every device (drawing).
+      split: states lie as `layout.batch` (training); otherwise whole on every device (sampling).
     """
-    weights = _at(_shapes(config, dtype), _places(config, dtype, placement))
-    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=placement.batch)
+    weights = _at(_shapes(config, dtype), _shardings(config, dtype, layout))
+    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=layout.batch)
     prefix = None
     if isinstance(config, Qwen2Config):
         heads = config.num_hidden_layers, 1, prefix_tokens, config.num_key_value_heads, config.head_dim
-        before: Any = jax.ShapeDtypeStruct(heads, _compute(dtype), sharding=placement.whole)
+        before: Any = jax.ShapeDtypeStruct(heads, _compute(dtype), sharding=layout.replicated)
         prefix = KeyValues(before, before)
-    encode = make_encode(config, _compute(dtype), placement, split=split)
-    return EncodeProgram(encode, (weights, tokens, tokens, prefix), placement)
+    encode = make_encode(config, _compute(dtype), layout, split=split)
+    return EncodeProgram(encode, (weights, tokens, tokens, prefix), layout)
 
 
-def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, *, split: bool = False) -> Program:
+def make_encode(config: EncoderConfig, dtype: Any, layout: MeshLayout | None, *, split: bool = False) -> Program:
     """The program (params, input_ids_BN, mask_BN, prefix) -> states_BTD (float32); `dtype` is the compute type.
 
-    A MiniLM's prefix is None. On a mesh the states are whole on every device, or, if `split`, lie as `placement.batch`,
+    A MiniLM's prefix is None. On a mesh the states are whole on every device, or, if `split`, lie as `layout.batch`,
     each device encoding some of its rows after the others where their logits are many.
     """
     states_of = _states_of(config, jnp.dtype(dtype))
@@ -101,26 +101,26 @@ def make_encode(config: EncoderConfig, dtype: Any, placement: Placement | None, 
         at_once = max(1, LOGITS_BYTES // (4 * config.num_attention_heads * length * keys))
         return in_rounds(lambda part: states_of(params, *part, prefix), (input_ids_BN, mask_BN), at_once)
 
-    place = None if placement is None else placement.batch if split else placement.whole
-    return Program("text encoder", encode, placement, dtype, out_shardings=place)
+    sharding = None if layout is None else layout.batch if split else layout.replicated
+    return Program("text encoder", encode, layout, dtype, out_shardings=sharding)
 
 
-def make_key_values(config: Qwen2Config, dtype: Any, placement: Placement | None) -> Program:
+def make_key_values(config: Qwen2Config, dtype: Any, layout: MeshLayout | None) -> Program:
     """The program (params, input_ids_BP, mask_BP, no prefix) -> `KeyValues`, by which a system prompt becomes a prefix;
     on a mesh they are whole on every device."""
-    model, place = Qwen2(config, dtype), placement.whole if placement else None
+    model, sharding = Qwen2(config, dtype), layout.replicated if layout else None
 
     def key_values(params: Any, *inputs: Any) -> KeyValues:
         return model.apply({"params": params}, *inputs)[1]
 
-    return Program("system prompt", key_values, placement, dtype, out_shardings=place)
+    return Program("system prompt", key_values, layout, dtype, out_shardings=sharding)
 
 
-def put_params(config: EncoderConfig, params: Any, placement: Placement | None) -> Any:
+def put_params(config: EncoderConfig, params: Any, layout: MeshLayout | None) -> Any:
     """Host parameters on the default device, or laid out over a mesh by its rules."""
-    if placement is None:
+    if layout is None:
         return jax.tree.map(jnp.asarray, params)
-    return on_mesh(params, placement.state(params, parameter_axes(_boxed(config))))
+    return put_global(params, layout.state_shardings(params, parameter_axes(_boxed(config))))
 
 
 def _states_of(config: EncoderConfig, dtype: jnp.dtype) -> Callable[..., jax.Array]:
@@ -146,9 +146,9 @@ def _shapes(config: EncoderConfig, dtype: str) -> Any:
     return stored_params(config, jnp.dtype(dtype))
 
 
-def _places(config: EncoderConfig, dtype: str, placement: Placement) -> Any:
-    return placement.state(_shapes(config, dtype), parameter_axes(_boxed(config)))
+def _shardings(config: EncoderConfig, dtype: str, layout: MeshLayout) -> Any:
+    return layout.state_shardings(_shapes(config, dtype), parameter_axes(_boxed(config)))
 
 
-def _at(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
+def _at(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)

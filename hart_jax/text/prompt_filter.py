@@ -1,4 +1,4 @@
-"""Prompts that are not to be drawn, by a text classifier of the user's: a transformers folder, run with PyTorch."""
+"""Prompts that are not to be sampled, by a text classifier of the user's: a transformers folder, run with PyTorch."""
 
 import os
 from collections.abc import Callable, Collection
@@ -8,7 +8,7 @@ from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
 
-# Whether a prompt may be drawn.
+# Whether a prompt may be sampled.
 PromptFilter = Callable[[str], bool]
 # What classifiers call a prompt that may.
 HARMLESS = frozenset({"safe", "sfw", "ok", "normal", "neutral", "harmless", "benign", "not_toxic", "non_toxic"})
@@ -53,12 +53,12 @@ def load_prompt_filter(folder: str | Path, allows: Collection[str] = ()) -> Prom
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"--prompt_filter={folder}: cannot be read ({reason})") from error
 
-    def may_be_drawn(prompt: str) -> bool:
+    def is_allowed(prompt: str) -> bool:
         tokens = tokenizer(prompt, truncation=True, return_tensors="pt")
         with torch.no_grad():
             return labels[int(model(**tokens).logits[0].argmax())] in passing
 
-    return may_be_drawn
+    return is_allowed
 
 
 def _labels(folder: Path) -> list[str]:

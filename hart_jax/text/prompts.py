@@ -19,7 +19,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             where = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
-            raise UserError(f"{where} is empty ({prompt!r}); describe the picture in words")
+            raise UserError(f"{where} is empty ({prompt!r}); describe the image in words")
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -86,7 +86,7 @@ def _from_json(line: str, where: str) -> tuple[str, int | None]:
 
 
 def report_truncation(prompts: Sequence[str], truncated: Sequence[bool], length: int) -> None:
-    """Warns on stderr, once per cut prompt, that only its first `length` tokens condition the picture."""
+    """Warns on stderr, once per cut prompt, that only its first `length` tokens condition the image."""
     for prompt, cut in zip(prompts, truncated, strict=True):
         if cut:
             start = prompt if len(prompt) <= 60 else prompt[:57] + "..."

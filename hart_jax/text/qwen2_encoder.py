@@ -22,7 +22,7 @@ from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import read_json
 from hart_jax.nn.flop_counter import flops_of
-from hart_jax.parallel.mesh import Placement, on_mesh, tracing
+from hart_jax.parallel.mesh import MeshLayout, activate, put_global
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text.encoder import TextEncoder
 from hart_jax.text.program import make_encode, make_key_values
@@ -75,17 +75,17 @@ class Qwen2Encoder(TextEncoder):
         tokenizer: PromptTokenizer,
         system_prompt: str = "",
         dtype: jnp.dtype = jnp.float32,
-        placement: Placement | None = None,
+        layout: MeshLayout | None = None,
     ):
-        """Takes parameters of `Qwen2(config)`, laid out by `placement` if there is one; `dtype` is the compute type."""
+        """Takes parameters of `Qwen2(config)`, laid out by `layout` if there is one; `dtype` is the compute type."""
         self.config = config
         self.context_dim = config.hidden_size
         self.params = params
         self._tokenizer, self._system_prompt, self._dtype = tokenizer, system_prompt, dtype
-        self.placement, self._prefixes = placement, dict[int, KeyValues]()
-        self._encode = make_encode(config, dtype, placement)
-        self._encode_batch = make_encode(config, dtype, placement, split=True)
-        self._key_values = make_key_values(config, dtype, placement)
+        self.layout, self._prefixes = layout, dict[int, KeyValues]()
+        self._encode = make_encode(config, dtype, layout)
+        self._encode_batch = make_encode(config, dtype, layout, split=True)
+        self._key_values = make_key_values(config, dtype, layout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "context_dim": self.context_dim, "_tokenizer": self._tokenizer}
@@ -124,12 +124,12 @@ class Qwen2Encoder(TextEncoder):
 
     def encode_batch(self, input_ids_BN: jax.Array, mask_BN: jax.Array) -> jax.Array:
         prefix = self._prefix(input_ids_BN.shape[1])
-        with tracing(self.placement):
+        with activate(self.layout):
             return self._encode_batch(self.params, input_ids_BN, mask_BN, prefix)
 
     def batch_flops(self, batch_size: int, length: int) -> float:
         tokens_BN, prefix = jax.ShapeDtypeStruct((batch_size, length), jnp.int32), self._prefix(length)
-        with tracing(self.placement):
+        with activate(self.layout):
             return flops_of(self._encode_batch.trace(self.params, tokens_BN, tokens_BN, prefix).jaxpr.jaxpr)
 
     def _prefix(self, length: int) -> KeyValues:
@@ -146,14 +146,14 @@ class Qwen2Encoder(TextEncoder):
 
     @property
     def _batch_parts(self) -> int:
-        return self.placement.batch_parts if self.placement else 1
+        return self.layout.batch_shards if self.layout else 1
 
     def _run(self, function: Any, input_ids_BT: np.ndarray, mask_BT: np.ndarray, prefix: KeyValues) -> Any:
         """`function` of a batch, on a mesh with its last row repeated until the devices divide it."""
-        if self.placement is None:
+        if self.layout is None:
             return function(self.params, input_ids_BT, mask_BT, prefix)
-        with self.placement.tracing():
-            return function(self.params, *self.placement.filled((input_ids_BT, mask_BT)), prefix)
+        with self.layout.activate():
+            return function(self.params, *self.layout.put_padded((input_ids_BT, mask_BT)), prefix)
 
 
 def load(
@@ -161,7 +161,7 @@ def load(
     *,
     system_prompt: str | Path | None = None,
     dtype: str = "bfloat16",
-    placement: Placement | None = None,
+    layout: MeshLayout | None = None,
 ) -> Qwen2Encoder:
     """The encoder in a published folder: config.json, weights (safetensors), and the tokenizer's files.
 
@@ -170,7 +170,7 @@ def load(
       system_prompt: file of the system prompt (see `read_system_prompt`); without one there is none.
       dtype: "float32" or "bfloat16", of the parameters and of what is computed; "int8": matrices and embedding as
         `hart_jax.nn.int8` has them, and computing in float32 on CPUs, bfloat16 elsewhere. States are float32.
-      placement: lays the parameters out over a mesh; without one they lie on the default device.
+      layout: lays the parameters out over a mesh; without one they lie on the default device.
 
     Raises:
       UserError: a file is missing or damaged, or is of a model that computes something else; nothing large is read
@@ -182,18 +182,21 @@ def load(
         raise UserError(f"text encoder: dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     text = "" if system_prompt is None else read_system_prompt(system_prompt)
     tokenizer = read_prompt_tokenizer(folder, config)
-    params = _load_params(folder, config, jnp.dtype(dtype), placement)
+    params = _load_params(folder, config, jnp.dtype(dtype), layout)
     if dtype == "int8":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Qwen2Encoder(config, params, tokenizer, text, jnp.dtype(dtype), placement)
+    return Qwen2Encoder(config, params, tokenizer, text, jnp.dtype(dtype), layout)
 
 
-def _load_params(folder: Path, config: Qwen2Config, dtype: np.dtype, placement: Placement | None) -> Any:
-    if placement is None:
+def _load_params(folder: Path, config: Qwen2Config, dtype: np.dtype, layout: MeshLayout | None) -> Any:
+    if layout is None:
         return read_qwen2(folder, config, dtype, lambda _, value: jax.tree.map(jnp.asarray, value))
-    places = placement.state(stored_params(config, dtype), parameter_axes(abstract_params(config)))
+    shardings = layout.state_shardings(stored_params(config, dtype), parameter_axes(abstract_params(config)))
     return read_qwen2(
-        folder, config, dtype, lambda path, value: on_mesh(value, functools.reduce(operator.getitem, path, places))
+        folder,
+        config,
+        dtype,
+        lambda path, value: put_global(value, functools.reduce(operator.getitem, path, shardings)),
     )
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.tokenizer.autoencoder import Decoder, Encoder, conv
-from hart_jax.tokenizer.quantizer import Mistakes, Quantized, Quantizer, Tokens
+from hart_jax.tokenizer.quantizer import Quantized, Quantizer, TokenCorruption, Tokens
 
 
 class Tokenizer(nn.Module):
@@ -40,9 +40,9 @@ class Tokenizer(nn.Module):
         """What the transformer is trained on, from images."""
         return self.quantizer.tokens(self.encode(image_BHWC))
 
-    def with_mistakes(self, tokens: Tokens, mistakes: Mistakes) -> Tokens:
-        """See `Quantizer.with_mistakes`."""
-        return self.quantizer.with_mistakes(tokens, mistakes)
+    def corrupt(self, tokens: Tokens, corruption: TokenCorruption) -> Tokens:
+        """See `Quantizer.corrupt`."""
+        return self.quantizer.corrupt(tokens, corruption)
 
     def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
         """f_hat of one (B, p*p) index array per scale."""

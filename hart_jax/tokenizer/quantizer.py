@@ -22,7 +22,7 @@ class Tokens:
 
 
 @flax.struct.dataclass
-class Mistakes:
+class TokenCorruption:
     """How wrong the codes are that the scales build on: `level_B` times as large as what is coded, from `key_B`."""
 
     level_B: jax.Array
@@ -128,11 +128,11 @@ class Quantizer(nn.Module):
             inputs.append(z.reshape(-1, z.shape[-1]))
         return Quantized(f_hat, residual, tuple(partial), tuple(indices), tuple(inputs), hits_V)
 
-    def tokens(self, f_BhwC: jax.Array, mistakes: Mistakes | None = None) -> Tokens:
+    def tokens(self, f_BhwC: jax.Array, corruption: TokenCorruption | None = None) -> Tokens:
         """Targets of the transformer: the last scale's code is never subtracted, so phi is not applied there.
 
-        With `mistakes`, the scales build on codes that are wrong by so much, and the targets are still the best ones
-        there: what is left to draw of the image, mistakes included.
+        With `corruption`, the scales build on codes that are wrong by so much, and the targets are still the best ones
+        there: what is left to add to the image, wrong codes included.
         """
         residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
         indices, inputs = [], []
@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
             indices.append(self.nearest(z))
             if scale == len(sides) - 1:
                 break
-            chosen = self.nearest(mistakes.apply(z, scale)) if mistakes else indices[-1]
+            chosen = self.nearest(corruption.apply(z, scale)) if corruption else indices[-1]
             h = self.contribution(self.lookup(chosen), scale)
             f_hat, residual = f_hat + h, residual - h
             following = area(f_hat, sides[scale + 1])
@@ -151,11 +151,11 @@ class Quantizer(nn.Module):
         return Tokens(tuple(indices), rest, jnp.concatenate(inputs, axis=1))
 
     def latent(self, tokens: Tokens) -> jax.Array:
-        """The latent (B, h, w, C) that `tokens`, made without mistakes, are of."""
+        """The latent (B, h, w, C) that `tokens`, made without corruption, are of."""
         rest = tokens.f_rest_BPC
         rest = rest.reshape(rest.shape[0], self.config.patch_nums[-1], self.config.patch_nums[-1], -1)
         return rest + self.decode_indices(tokens.indices[:-1])
 
-    def with_mistakes(self, tokens: Tokens, mistakes: Mistakes) -> Tokens:
+    def corrupt(self, tokens: Tokens, corruption: TokenCorruption) -> Tokens:
         """The tokens of the same images, some codes on the way chosen wrongly."""
-        return self.tokens(self.latent(tokens), mistakes)
+        return self.tokens(self.latent(tokens), corruption)

@@ -35,7 +35,7 @@ _PANELS = (
 )
 
 
-def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, log_y: bool = True) -> Path:
+def plot_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, log_y: bool = True) -> Path:
     """Plots metrics over steps into <workdir>/curves.png, long runs as means over stretches of steps.
 
     Args:
@@ -67,7 +67,7 @@ def draw_curves(workdir: str | os.PathLike, names: Sequence[str] | None = None, 
         if shown := {name: points for name, points in shown.items() if len(points)}:
             panels.append((title, shown, log))
     if not panels:
-        raise UserError(f"{workdir / METRICS_FILE} has nothing to draw")
+        raise UserError(f"{workdir / METRICS_FILE} has nothing to plot")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(8 * columns, 3.6 * rows), dpi=100, layout="constrained")
@@ -107,13 +107,13 @@ def _visible(points: np.ndarray, log_y: bool) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hart_jax.training.curves", description="Draw a run's curves into WORKDIR/curves.png."
+        prog="python -m hart_jax.training.curves", description="Plot a run's curves into WORKDIR/curves.png."
     )
     parser.add_argument("workdir", help="workdir of a training")
-    parser.add_argument("--names", nargs="+", help="metrics to draw in one panel; all of them, by subject, without")
+    parser.add_argument("--names", nargs="+", help="metrics to plot in one panel; all of them, by subject, without")
     parser.add_argument("--linear", action="store_true", help="linear vertical axis for --names")
     arguments = parser.parse_args()
-    print(draw_curves(arguments.workdir, arguments.names, not arguments.linear))
+    print(plot_curves(arguments.workdir, arguments.names, not arguments.linear))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ import optax
 from hart_jax.config import HartLossConfig
 from hart_jax.diffusion.schedule import TRAIN_STEPS
 from hart_jax.io.images import from_uint8
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.rules import keep_top
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.tokenizer.quantizer import Mistakes, Tokens
-from hart_jax.training.accumulate import in_parts
+from hart_jax.tokenizer.quantizer import TokenCorruption, Tokens
+from hart_jax.training.accumulate import accumulate_microbatches
 from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import Metrics, Optimizer, Params, TrainState, apply_gradients
-from hart_jax.training.token_subsampling import draw_kept
+from hart_jax.training.token_subsampling import draw_kept_tokens
 from hart_jax.transformer.model import Hart
 
 
@@ -41,14 +41,16 @@ def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
     return jnp.where(dropped_B[:, None, None], 0.0, text_BTD), jnp.where(dropped_B[:, None], alone_T, mask_BT)
 
 
-def draw_mistakes(tokenizer: Tokenizer, params: Params, tokens: Tokens, most: float, key_B: jax.Array) -> Tokens:
-    """The tokens where every sample builds on codes that are more or less wrong, up to `most` (`Mistakes`)."""
+def draw_token_corruption(
+    tokenizer: Tokenizer, params: Params, tokens: Tokens, most: float, key_B: jax.Array
+) -> Tokens:
+    """The tokens where every sample builds on codes that are more or less wrong, up to `most` (`TokenCorruption`)."""
     level_key_B, noise_key_B = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1)))(key_B), 1, 0
     )
     level_B = jax.vmap(lambda key: jax.random.uniform(key, maxval=most))(level_key_B)
-    wrong = Mistakes(level_B, noise_key_B)
-    return tokenizer.apply({"params": params}, tokens, wrong, method="with_mistakes")
+    wrong = TokenCorruption(level_B, noise_key_B)
+    return tokenizer.apply({"params": params}, tokens, wrong, method="corrupt")
 
 
 def token_losses(logits_BLV: jax.Array, targets: list[jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -90,7 +92,7 @@ def make_loss(
         output = hart.apply(variables, condition, tokens.ar_input_BLC, kept_BN)
         last_target_BN = jnp.take_along_axis(tokens.indices[-1], kept_BN, axis=1)
         of_tokens, metrics = token_loss(output.logits, [*tokens.indices[:-1], last_target_BN])
-        # The head sees codes that the model itself would draw, so that it learns to repair them.
+        # The head sees codes that the model itself would sample, so that it learns to repair them.
         likely = keep_top(output.logits[:, -kept_BN.shape[1] :], loss.condition_top_k, loss.condition_top_p)
         sampled_BN = jax.lax.stop_gradient(jax.vmap(jax.random.categorical)(index_key_B, likely))
         code_BNC = codebook_VC[sampled_BN]
@@ -119,45 +121,45 @@ def make_hart_step(
     optimizer: Optimizer,
     loss: HartLossConfig,
     ema_decay: float,
-    places: Any = None,
+    shardings: Any = None,
     accumulate: int = 1,
-    placement: Placement | None = None,
+    layout: MeshLayout | None = None,
     token_loss: TokenLoss = token_losses,
 ) -> Program:
-    """The program (state, tokenizer's params, source, condition, key, kept) -> (state, metrics).
+    """The program (state, tokenizer's params, source, condition, key, num_kept) -> (state, metrics).
 
-    `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `kept`, the number of
-    last-scale tokens in this step, is static: one compilation for each. The state is donated. `places` are the
+    `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `num_kept`, the number of
+    last-scale tokens in this step, is static: one compilation for each. The state is donated. `shardings` are the
     shardings of (state, metrics). Gradients are means over `accumulate` parts of the batch. `token_loss` is the
     loss of the indices.
     """
     compute = make_loss(hart, loss, token_loss)
 
-    def step(state: TrainState, tokenizer_params: Params, source: jax.Array | Tokens, condition, key, kept: int):
+    def step(state: TrainState, tokenizer_params: Params, source: jax.Array | Tokens, condition, key, num_kept: int):
         drop_key, keep_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         batch = len(jax.tree.leaves(condition)[0])
         dropped_B = jax.random.bernoulli(drop_key, loss.drop_text, (batch,))
         condition = drop_condition(hart, condition, dropped_B)
-        kept_BN = draw_kept(keep_key, batch, hart.config.patch_nums[-1] ** 2, kept)
+        kept_BN = draw_kept_tokens(keep_key, batch, hart.config.patch_nums[-1] ** 2, num_kept)
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         gradient = jax.value_and_grad(compute, has_aux=True)
 
-        def part(rows: Any) -> tuple[tuple[Params, Metrics], None]:
+        def of_microbatch(rows: Any) -> tuple[tuple[Params, Metrics], None]:
             source, condition, kept_BN, key_B = rows
             tokens: Tokens = source
             if not isinstance(source, Tokens):
                 tokens = tokens_of(tokenizer, tokenizer_params, source)
             if loss.mistakes:
-                tokens = draw_mistakes(tokenizer, tokenizer_params, tokens, loss.mistakes, key_B)
+                tokens = draw_token_corruption(tokenizer, tokenizer_params, tokens, loss.mistakes, key_B)
             (_, metrics), grads = gradient(state.params, tokens, condition, codebook_VC, kept_BN, key_B)
-            if places is not None:
-                grads = jax.lax.with_sharding_constraint(grads, places[0].params)
+            if shardings is not None:
+                grads = jax.lax.with_sharding_constraint(grads, shardings[0].params)
             return (grads, metrics), None
 
         rows = source, condition, kept_BN, jax.random.split(loss_key, batch)
-        (grads, metrics), _ = in_parts(part, rows, accumulate)
+        (grads, metrics), _ = accumulate_microbatches(of_microbatch, rows, accumulate)
         state, update_metrics = apply_gradients(state, grads, metrics["loss"], optimizer, ema_decay)
         return state, {**metrics, **update_metrics}
 
-    options: dict[str, Any] = {"static_argnames": "kept", "donate_argnums": 0, "out_shardings": places}
-    return Program("transformer step", step, placement, hart.dtype, **options)
+    options: dict[str, Any] = {"static_argnames": "num_kept", "donate_argnums": 0, "out_shardings": shardings}
+    return Program("transformer step", step, layout, hart.dtype, **options)

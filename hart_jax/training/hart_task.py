@@ -27,14 +27,21 @@ from hart_jax.data.token_cache import cache_tokens
 from hart_jax.errors import UserError
 from hart_jax.io.images import grid, to_uint8
 from hart_jax.nn.flop_counter import StepFlops
-from hart_jax.parallel.mesh import Placement, first_process_first, local_rows, on_host, on_mesh, to_global
+from hart_jax.parallel.mesh import (
+    MeshLayout,
+    first_process_first,
+    gather_to_host,
+    local_rows,
+    make_global_batch,
+    put_global,
+)
 from hart_jax.text.conditioning import TextConditioner, conditioner_of
 from hart_jax.text.encoder import TextEncoder, text_options
 from hart_jax.tokenizer.quantizer import Tokens
-from hart_jax.training.hart_program import hart_program
+from hart_jax.training.hart_functions import hart_functions
 from hart_jax.training.loop import Batch
 from hart_jax.training.state import TrainState
-from hart_jax.training.token_subsampling import draw_keep_count
+from hart_jax.training.token_subsampling import draw_num_kept
 
 # Classes in a sample grid.
 SHOWN = 8
@@ -44,10 +51,10 @@ class HartTask:
     """See `hart_jax.training.loop.Task`.
 
     Precomputed text embeddings and tokens come from the records or are kept in `cache_folder`. `ideas` are `mask`,
-    `objective`, `token_loss` and `rules` of `hart_program`, where they are not HART's.
+    `objective`, `token_loss` and `rules` of `hart_functions`, where they are not HART's.
     """
 
-    def __init__(self, experiment: HartExperiment, cache_folder: Path, placement: Placement, **ideas: Any):
+    def __init__(self, experiment: HartExperiment, cache_folder: Path, layout: MeshLayout, **ideas: Any):
         train, config = experiment.train, experiment.transformer
         self._classes = config.num_classes
         if not (experiment.sample_prompts or self._classes):
@@ -57,12 +64,12 @@ class HartTask:
                 raise UserError(
                     f"sample_prompts={experiment.sample_prompts}: an entry is empty; give words, or leave it out"
                 )
-        self._config, self._cache_folder, self._placement = experiment, cache_folder, placement
-        self._program = hart_program(experiment, placement, **ideas)
-        self.places = self._program.places
+        self._config, self._cache_folder, self._layout = experiment, cache_folder, layout
+        self._functions = hart_functions(experiment, layout, **ideas)
+        self.shardings = self._functions.shardings
         self._tokenizer_host = load_tokenizer(experiment.tokenizer_from, experiment.tokenizer)
-        self._tokenizer_params = on_mesh(self._tokenizer_host, placement.whole)
-        self._conditioner = conditioner_of(config, experiment.text_encoder, experiment.system_prompt, placement)
+        self._tokenizer_params = put_global(self._tokenizer_host, layout.replicated)
+        self._conditioner = conditioner_of(config, experiment.text_encoder, experiment.system_prompt, layout)
         self._encoder = self._conditioner.encoder if isinstance(self._conditioner, TextConditioner) else None
         self._key = jax.random.key(train.seed)
         self._flops: dict[int, StepFlops] = {}
@@ -77,7 +84,7 @@ class HartTask:
             weights=data.weights,
             image_size=self._config.tokenizer.image_size,
             batch_size=self._config.train.batch_size,
-            rows=local_rows(self._placement.batch, self._config.train.batch_size),
+            rows=local_rows(self._layout.batch, self._config.train.batch_size),
             seed=self._config.train.seed,
             text=self._text_function(self._encoder) if self._encoder else None,
             tokens=self._token_function() if self._config.precompute_tokens else None,
@@ -153,49 +160,49 @@ class HartTask:
             # Programs of several processes on CPUs may overlap, and their collectives then meet the wrong ones.
             jax.block_until_ready(self._last_loss)
         rows = batch["input_ids"], batch["mask"]
-        states = encoder.encode_batch(*to_global(self._placement.batch, rows, self._config.train.batch_size))
+        states = encoder.encode_batch(*make_global_batch(self._layout.batch, rows, self._config.train.batch_size))
         return {**batch, "text": states, "mask": batch["mask"][:, -self._config.transformer.context_tokens :]}
 
-    def shapes(self) -> TrainState:
-        return self._program.init.shapes()
+    def abstract_state(self) -> TrainState:
+        return self._functions.init.shapes()
 
-    def load_previous(self) -> None:
+    def load_pretrained(self) -> None:
         if self._config.init_from:
             self._previous = previous_stage(load_transformer, self._config.init_from, self._config.transformer)
 
-    def start(self) -> TrainState:
+    def init_state(self) -> TrainState:
         if not self._config.init_from:
-            return self._program.init()
-        return self._program.continued(on_mesh(self._previous, self.places.params))
+            return self._functions.init()
+        return self._functions.from_params(put_global(self._previous, self.shardings.params))
 
     def step(self, state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict[str, jax.Array]]:
         loss: HartLossConfig = self._config.loss
         positions = self._config.transformer.patch_nums[-1] ** 2
-        kept = draw_keep_count(self._config.train.seed, step, positions, loss)
+        num_kept = draw_num_kept(self._config.train.seed, step, positions, loss)
         key = jax.random.fold_in(self._key, 1)
         rows = self._source(batch), self._condition(batch)
-        source, condition = to_global(self._placement.batch, rows, self._config.train.batch_size)
+        source, condition = make_global_batch(self._layout.batch, rows, self._config.train.batch_size)
         source = source if "image" in batch else Tokens(*source)
         arguments = state, self._tokenizer_params, source, condition, key
-        with self._placement.tracing():
-            if kept not in self._flops:
-                traced = self._program.step.trace(*arguments, kept)
-                flops = self._program.flops(traced, arguments, kept)
+        with self._layout.activate():
+            if num_kept not in self._flops:
+                traced = self._functions.step.trace(*arguments, num_kept)
+                flops = self._functions.flops(traced, arguments, num_kept)
                 if self._encoder is not None and "input_ids" in batch:
                     captions = self._encoder.batch_flops(len(condition[0]), batch["input_ids"].shape[1])
                     flops = StepFlops(flops.model, flops.hardware + captions)
-                self._flops[kept] = flops
-            state, metrics = self._program.step(*arguments, kept)
+                self._flops[num_kept] = flops
+            state, metrics = self._functions.step(*arguments, num_kept)
         self._last_loss = metrics["loss"]
-        return state, {**metrics, **self._flops[kept].metrics()}
+        return state, {**metrics, **self._flops[num_kept].metrics()}
 
-    def pictures(self, state: TrainState) -> dict[str, np.ndarray]:
+    def sample_grids(self, state: TrainState) -> dict[str, np.ndarray]:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
         prompts: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
         count = len(prompts)
-        # Every device draws its own: of a mesh with more parts than prompts, the last one is sampled again.
+        # Every device samples its own: of a mesh with more parts than prompts, the last one is sampled again.
         rows = jax.device_get(self._conditioner(prompts)), np.arange(count, dtype=np.int32)
-        condition, indices = self._placement.filled(rows)
-        images = self._program.grid(params, condition, 0, indices, count)
-        return {"samples": grid(to_uint8(on_host(images)), columns=8, captions=list(map(str, prompts)))}
+        condition, indices = self._layout.put_padded(rows)
+        images = self._functions.grid(params, condition, 0, indices, count)
+        return {"samples": grid(to_uint8(gather_to_host(images)), columns=8, captions=list(map(str, prompts)))}

@@ -17,12 +17,12 @@ from hart_jax.data.batches import Batches
 from hart_jax.io.run_info import append_manifest
 from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.agree import gather_texts
-from hart_jax.parallel.mesh import Placement, on_host, to_global
+from hart_jax.parallel.mesh import MeshLayout, gather_to_host, make_global_batch
 from hart_jax.parallel.stop import StopSignals
 from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests, keep_inputs
 from hart_jax.training.metrics import MetricsWriter, Progress
+from hart_jax.training.metrics_buffer import MetricsBuffer
 from hart_jax.training.timings import Profile, Stopwatch
-from hart_jax.training.window import Window
 
 Batch = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ MAY_CHANGE = (
     "mesh.tensor",
     "mesh.slices",
     "mesh.rules",
-    # How grids are drawn, and with what; the model that `sample.py` draws from.
+    # How grids are sampled, and with what; the model that `sample.py` samples from.
     "sample.*",
     "sample_prompts",
     "model",
@@ -65,33 +65,33 @@ MAY_CHANGE = (
 class Task(Protocol):
     """What is trained.
 
-    `load_previous` reads what a new run starts from, before anything is written; `start` gives its state, `shapes` that
-    state's shapes; `places` says where each of its arrays lies (`NamedSharding`). `step` does step number `step` (from
-    1) with this process's rows of a batch, and returns before the device is done; among its metrics are `loss`,
-    `skipped_steps`, 1 if it changed nothing as something was not finite, else 0, and, as plain numbers that no device
-    computes, `model_flops` and `hardware_flops` (`hart_jax.nn.flop_counter.StepFlops`).
+    `load_pretrained` reads what a new run starts from, before anything is written; `init_state` gives its state,
+    `abstract_state` that state's shapes; `shardings` says where each of its arrays lies (`NamedSharding`). `step` does
+    step number `step` (from 1) with this process's rows of a batch, and returns before the device is done; among its
+    metrics are `loss`, `skipped_steps`, 1 if it changed nothing as something was not finite, else 0, and, as plain
+    numbers that no device computes, `model_flops` and `hardware_flops` (`hart_jax.nn.flop_counter.StepFlops`).
     """
 
-    places: Any
+    shardings: Any
 
-    def shapes(self) -> Any: ...
+    def abstract_state(self) -> Any: ...
 
     def batches(self) -> Batches: ...
 
-    def load_previous(self) -> None: ...
+    def load_pretrained(self) -> None: ...
 
-    def start(self) -> Any: ...
+    def init_state(self) -> Any: ...
 
     def step(self, state: Any, batch: Batch, step: int) -> tuple[Any, dict[str, jax.Array]]: ...
 
-    def pictures(self, state: Any) -> dict[str, np.ndarray]: ...
+    def sample_grids(self, state: Any) -> dict[str, np.ndarray]: ...
 
 
-def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, Any], workdir: Path) -> None:
+def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, Any], workdir: Path) -> None:
     """Trains to `train.steps`, from the latest checkpoint in `workdir` if there is one, on all devices.
 
     Args:
-      placement: of the batches.
+      layout: of the batches.
       config: the whole experiment as plain values; a workdir of another experiment is an error.
 
     Raises:
@@ -106,7 +106,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
     if resumed:
         check_inputs(workdir, digests)
     else:
-        task.load_previous()
+        task.load_pretrained()
     batches = task.batches()
     with Checkpoints(
         workdir,
@@ -118,7 +118,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         defaults,
     ) as checkpoints:
         restored = checkpoints.restore(_abstract(task), batches)
-        first, state, log = restored if restored else (0, task.start(), None)
+        first, state, log = restored if restored else (0, task.init_state(), None)
         # One process writes; checkpoints are written by all.
         main = jax.process_index() == 0
         if main:
@@ -126,7 +126,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         append_manifest(workdir, first, train.steps)
         keep_inputs(workdir, digests)
         resumed_step = first if restored else None
-        window, stopwatch = Window(train.max_skipped, log), Stopwatch(train.batch_size)
+        buffer, stopwatch = MetricsBuffer(train.max_skipped, log), Stopwatch(train.batch_size)
         grids = _Grids(task)
 
         def due(every: int, step: int) -> bool:
@@ -140,7 +140,7 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
         ):
             # The run may have ended between a checkpoint and its grid.
             if restored and due(train.sample_every, first) and _said_by_first(not writer.has_image(first)):
-                grids.draw(writer, state, first)
+                grids.write(writer, state, first)
             for step in range(first + 1, train.steps + 1):
                 profile.before(step)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -153,15 +153,15 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                             batches.look_ahead()
                 profile.after(step, metrics)
                 if train.log_records:
-                    index = to_global(placement.batch, batch["index"], train.batch_size)
-                    writer.records(step, on_host(index))
-                window.add(step, metrics)
+                    index = make_global_batch(layout.batch, batch["index"], train.batch_size)
+                    writer.records(step, gather_to_host(index))
+                buffer.add(step, metrics)
                 stopwatch.step()
                 last = step == train.steps
                 stopping = stop.due(step)
                 values = None
                 if due(train.log_every, step):
-                    values = window.close()
+                    values = buffer.close()
                     writer.scalars(step, values)
                     progress.update(step, values["loss"], stopwatch.images)
                     flops = StepFlops(values["model_flops"], values["hardware_flops"])
@@ -169,12 +169,12 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
                 # Before the grid, which may fail.
                 if due(train.save_every, step) or stopping:
                     writer.flush()
-                    unlogged = window.stored()
+                    unlogged = buffer.stored()
                     with stopwatch.waiting("checkpoint"):
                         checkpoints.save(step, state, batches, unlogged, values)
                 if due(train.sample_every, step) and (last or not stopping):
                     with stopwatch.waiting("pictures"):
-                        grids.draw(writer, state, step)
+                        grids.write(writer, state, step)
                 if stopping and not last:
                     checkpoints.wait()
                     _stop(stop.received, f"{workdir}: saved step {step}; the same command resumes there")
@@ -182,8 +182,8 @@ def run(task: Task, placement: Placement, train: TrainConfig, config: dict[str, 
 
 def _abstract(task: Task) -> Any:
     """The state's shapes with where each array lies."""
-    shapes = task.shapes()
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, task.places)
+    shapes = task.abstract_state()
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, task.shardings)
 
 
 def _bad_records(batches: Batches) -> int:
@@ -201,10 +201,10 @@ class _Grids:
         self._task = task
         self._said: set[str] = set()
 
-    def draw(self, writer: MetricsWriter, state: Any, step: int) -> None:
+    def write(self, writer: MetricsWriter, state: Any, step: int) -> None:
         try:
-            for name, picture in self._task.pictures(state).items():
-                writer.image(step, name, picture)
+            for name, image in self._task.sample_grids(state).items():
+                writer.image(step, name, image)
         except Exception as error:  # out of memory, a full disk, a prompt that no encoder takes, ...
             reason = f"{type(error).__name__}: {first_line(error)}"
             if reason not in self._said:

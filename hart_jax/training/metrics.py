@@ -1,4 +1,4 @@
-"""What a training run writes down: numbers, pictures, timings, and a progress bar.
+"""What a training run writes down: numbers, images, timings, and a progress bar.
 
 A workdir gets
 
@@ -6,8 +6,8 @@ A workdir gets
                       so that an interrupted and resumed run ends with the same bytes as an undisturbed one
     timings.jsonl     speeds and durations, by step
     records.jsonl     which images every step took, if asked for; like metrics.jsonl
-    samples/          PNG pictures, <name>_<step>.png
-    tensorboard/      the same scalars and pictures for TensorBoard
+    samples/          PNG images, <name>_<step>.png
+    tensorboard/      the same scalars and images for TensorBoard
 """
 
 import collections
@@ -94,14 +94,14 @@ class MetricsWriter:
             _write_line(self._records, {"step": step, "index": [int(index) for index in indices]})
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """Writes a uint8 picture to samples/<name>_<step>.png; a resumed run replaces its own earlier picture."""
+        """Writes a uint8 image to samples/<name>_<step>.png; a resumed run replaces its own earlier image."""
         if not self._active:
             return
         save_png(self._workdir / SAMPLES_DIR / f"{name}_{step:08d}.png", image_HWC, overwrite=True)
         self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
 
     def has_image(self, step: int) -> bool:
-        """Whether there is a picture of this step."""
+        """Whether there is an image of this step."""
         folders = {self._workdir / SAMPLES_DIR, self._side.workdir / SAMPLES_DIR}
         return any(any(folder.glob(f"*_{step:08d}.png")) for folder in folders)
 

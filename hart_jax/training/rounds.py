@@ -7,7 +7,7 @@ import jax
 
 from hart_jax.nn.rounds import in_rounds
 
-# A device encodes so many pixels at a time: at 1024 px, the first layers of one picture take 4 GB.
+# A device encodes so many pixels at a time: at 1024 px, the first layers of one image take 4 GB.
 MAX_PIXELS = 2**20
 
 

@@ -99,7 +99,7 @@ def apply_gradients(
 
     Where the loss, the gradients' norm or the learning rate is not finite, only the step counter moves and
     `skipped_steps` is 1. To look at the new parameters too before the old ones are given up would hold both in memory:
-    `param_norm` says what became of them, and `Window` ends the run.
+    `param_norm` says what became of them, and `MetricsBuffer` ends the run.
 
     The average warms up as (1 + step) / (10 + step), so that a short run has one too.
     """
@@ -112,16 +112,16 @@ def apply_gradients(
     [(_, updates_done), *_] = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
     rate = optimizer.learning_rate(updates_done)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(rate)
-    moved = state.replace(params=params, ema=ema, opt_state=opt_state)
-    kept = keep_if(finite, moved, state).replace(step=state.step + 1)
+    updated = state.replace(params=params, ema=ema, opt_state=opt_state)
+    after = select(finite, updated, state).replace(step=state.step + 1)
     metrics = {
         "learning_rate": rate,
         "gradient_norm": gradient_norm,
         "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(kept.params),
+        "param_norm": optax.tree.norm(after.params),
         "skipped_steps": jnp.where(finite, 0.0, 1.0),
     }
-    return kept, metrics
+    return after, metrics
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -130,6 +130,6 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-def keep_if(finite: jax.Array, after: Tree, before: Tree) -> Tree:
+def select(finite: jax.Array, after: Tree, before: Tree) -> Tree:
     """The tree after a step, or the one before it."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)

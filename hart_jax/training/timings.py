@@ -43,7 +43,7 @@ class Stopwatch:
         return self._steps * self._batch_size
 
     def read(self, flops: StepFlops) -> dict[str, float]:
-        """Images/s; seconds per step, without checkpoints and pictures, and the waits per step; memory; utilisation.
+        """Images/s; seconds per step, without checkpoints and images, and the waits per step; memory; utilisation.
 
         Memory, in bytes, is that of the fullest local device, where the backend reports it. Utilisations, in [0, 1],
         are the FLOPs of a step over what all devices could do meanwhile in bfloat16, where their peak is known: "mfu"

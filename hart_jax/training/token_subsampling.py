@@ -7,10 +7,10 @@ import numpy as np
 from hart_jax.config import HartLossConfig
 
 
-def keep_buckets(positions: int, loss: HartLossConfig) -> tuple[int, ...]:
+def kept_counts(positions: int, loss: HartLossConfig) -> tuple[int, ...]:
     """The few numbers of kept tokens that a run compiles for, ascending; the largest serves the smallest drop."""
     if not loss.drop_std:
-        return (_kept(positions, loss.drop_mean, loss),)
+        return (_num_kept(positions, loss.drop_mean, loss),)
     most = max(min(loss.min_kept, positions), positions - int(np.ceil(positions * loss.drop_min)))
     least = min(loss.min_kept, most)
     if loss.keep_counts == 1:
@@ -19,8 +19,8 @@ def keep_buckets(positions: int, loss: HartLossConfig) -> tuple[int, ...]:
 
 
 def bucket_probabilities(positions: int, loss: HartLossConfig) -> dict[int, float]:
-    """How often a run's steps keep each number of tokens of `keep_buckets`, by the truncated normal."""
-    buckets = keep_buckets(positions, loss)
+    """How often a run's steps keep each number of tokens of `kept_counts`, by the truncated normal."""
+    buckets = kept_counts(positions, loss)
     least = loss.dropped_below(loss.drop_min)
     all_of_it = loss.dropped_below(1.0) - least
     # At most `bucket` tokens are kept where more than (positions - bucket - 1) / positions of them are dropped.
@@ -30,25 +30,25 @@ def bucket_probabilities(positions: int, loss: HartLossConfig) -> dict[int, floa
     return {bucket: end - start for bucket, start, end in zip(buckets, ends, ends[1:], strict=False)}
 
 
-def draw_keep_count(seed: int, step: int, positions: int, loss: HartLossConfig) -> int:
+def draw_num_kept(seed: int, step: int, positions: int, loss: HartLossConfig) -> int:
     """How many tokens step number `step` keeps: drawn from the truncated normal, rounded up to a bucket."""
-    buckets = keep_buckets(positions, loss)
+    buckets = kept_counts(positions, loss)
     if not loss.drop_std:
         return buckets[0]
     random = np.random.default_rng((seed, step))
     dropped = np.inf
     while not loss.drop_min <= dropped <= 1:
         dropped = random.normal(loss.drop_mean, loss.drop_std)
-    kept = _kept(positions, dropped, loss)
-    return next((bucket for bucket in buckets if bucket >= kept), buckets[-1])
+    num_kept = _num_kept(positions, dropped, loss)
+    return next((bucket for bucket in buckets if bucket >= num_kept), buckets[-1])
 
 
-def _kept(positions: int, dropped: float, loss: HartLossConfig) -> int:
+def _num_kept(positions: int, dropped: float, loss: HartLossConfig) -> int:
     """Of so many positions, where this share is dropped."""
     return positions - min(int(np.ceil(positions * dropped)), max(0, positions - loss.min_kept))
 
 
-def draw_kept(key: jax.Array, batch: int, positions: int, count: int) -> jax.Array:
+def draw_kept_tokens(key: jax.Array, batch: int, positions: int, count: int) -> jax.Array:
     """Which tokens each sample keeps, (B, count) int32, ascending, another set in each."""
     ranks = jnp.argsort(jax.random.uniform(key, (batch, positions)), axis=1)
     return jnp.sort(ranks[:, :count], axis=1).astype(jnp.int32)

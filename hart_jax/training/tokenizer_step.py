@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from hart_jax.config import TokenizerLossConfig
 from hart_jax.io.images import from_uint8
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator, straight_through, vq_loss
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.perceptual import lpips
-from hart_jax.training.accumulate import in_parts
+from hart_jax.training.accumulate import accumulate_microbatches
 from hart_jax.training.rounds import images_in_rounds
 from hart_jax.training.state import (
     Optimizer,
@@ -25,8 +25,8 @@ from hart_jax.training.state import (
     TrainState,
     all_finite,
     apply_gradients,
-    keep_if,
     new_state,
+    select,
 )
 
 
@@ -125,9 +125,9 @@ def make_tokenizer_step(
     optimizer: Optimizer,
     loss: TokenizerLossConfig,
     ema_decay: float,
-    places: Any = None,
+    shardings: Any = None,
     accumulate: int = 1,
-    placement: Placement | None = None,
+    layout: MeshLayout | None = None,
 ) -> Program:
     """The program (state, images (B, H, W, 3) uint8, key, lpips_params, adversarial) -> (state, metrics).
 
@@ -146,7 +146,7 @@ def make_tokenizer_step(
         output = tokenizer.apply(variables, latent, method="decode")
         return output, quantized, vq_loss(quantized, f, tokenizer.config.beta)
 
-    def judge(params: Params, stats: Any, image: jax.Array):
+    def discriminate(params: Params, stats: Any, image: jax.Array):
         variables = {"params": params, "batch_stats": stats}
         logits, updated = discriminator.apply(variables, image, train=True, mutable=["batch_stats"])
         return logits.astype(jnp.float32), updated["batch_stats"]
@@ -162,7 +162,7 @@ def make_tokenizer_step(
             parts["perceptual"] = lpips(lpips_params, output, image, stages=loss.perceptual_layers).mean()
             total += loss.perceptual * parts["perceptual"]
         if adversarial:
-            parts["generator"] = hinge_generator(judge(state.disc.params, state.disc_stats, output)[0])
+            parts["generator"] = hinge_generator(discriminate(state.disc.params, state.disc_stats, output)[0])
             total += loss.adversarial * parts["generator"]
         # Not yet divided by their shares of the batch.
         parts["mse_continuous"], parts["mse_discrete"] = (
@@ -171,8 +171,8 @@ def make_tokenizer_step(
         return total, ({"loss": total, **parts}, output, quantized)
 
     def discriminator_loss(params: Params, state: TokenizerState, real: jax.Array, fake: jax.Array):
-        real_logits, stats = judge(params, state.disc_stats, real)
-        fake_logits, stats = judge(params, stats, fake)
+        real_logits, stats = discriminate(params, state.disc_stats, real)
+        fake_logits, stats = discriminate(params, stats, fake)
         return hinge_discriminator(real_logits, fake_logits), stats
 
     def step(state: TokenizerState, image_BHWC: jax.Array, key: jax.Array, lpips_params, adversarial: bool):
@@ -180,14 +180,14 @@ def make_tokenizer_step(
         batch = len(image_BHWC)
         continuous_B = jax.random.bernoulli(decode_key, loss.continuous_fraction, (batch,))
 
-        def part(rows: tuple[jax.Array, jax.Array]) -> tuple[dict[str, Any], Any]:
+        def of_microbatch(rows: tuple[jax.Array, jax.Array]) -> tuple[dict[str, Any], Any]:
             image, continuous_B = from_uint8(rows[0]), rows[1]
             gradient = jax.value_and_grad(generator_loss, has_aux=True)
             (_, (metrics, output, quantized)), grads = gradient(
                 state.model.params, state, image, continuous_B, lpips_params, adversarial
             )
-            if places is not None:
-                grads = jax.lax.with_sharding_constraint(grads, places[0].model.params)
+            if shardings is not None:
+                grads = jax.lax.with_sharding_constraint(grads, shardings[0].model.params)
             means = {"model": grads, "metrics": metrics, "hits_V": quantized.hits_V}
             if adversarial:
                 gradient = jax.value_and_grad(discriminator_loss, has_aux=True)
@@ -201,7 +201,7 @@ def make_tokenizer_step(
                 latents = jax.lax.stop_gradient(jnp.concatenate(of_samples, axis=1))
             return means, latents
 
-        means, latents_BLC = in_parts(part, (image_BHWC, continuous_B), accumulate)
+        means, latents_BLC = accumulate_microbatches(of_microbatch, (image_BHWC, continuous_B), accumulate)
         metrics, hits_V = means["metrics"], jnp.where(means["hits_V"] > 0, 1.0, 0.0)
         metrics["codes_used"] = hits_V.mean()
         for name, chosen_B in (("continuous", continuous_B), ("discrete", ~continuous_B)):
@@ -214,9 +214,11 @@ def make_tokenizer_step(
             latents_NC = latents_BLC.reshape(-1, latents_BLC.shape[-1])
             state = restart_unused_codes(restart_key, state, latents_NC, hits_V, loss.restart_below)
         if adversarial:
-            disc, judged = apply_gradients(state.disc, means["disc"], metrics["discriminator"], optimizer, ema_decay)
+            disc, disc_metrics = apply_gradients(
+                state.disc, means["disc"], metrics["discriminator"], optimizer, ema_decay
+            )
             state = state.replace(disc=disc, disc_stats=means["stats"])
-            metrics["skipped_steps"] = jnp.maximum(metrics["skipped_steps"], judged["skipped_steps"])
+            metrics["skipped_steps"] = jnp.maximum(metrics["skipped_steps"], disc_metrics["skipped_steps"])
         # What else may not be finite any more shows in the norm too.
         others = [state.disc.params, state.disc_stats] if adversarial else []
         if loss.restart_below > 0:
@@ -224,20 +226,20 @@ def make_tokenizer_step(
         if others:
             metrics["param_norm"] = jnp.where(all_finite(others), metrics["param_norm"], jnp.nan)
         # If one of them is skipped, all are: codes, statistics and the other network.
-        kept = keep_if(metrics["skipped_steps"] == 0, state, before)
-        if kept.disc:
-            kept = kept.replace(disc=kept.disc.replace(step=state.disc.step))
-        return kept.replace(model=kept.model.replace(step=state.model.step)), metrics
+        after = select(metrics["skipped_steps"] == 0, state, before)
+        if after.disc:
+            after = after.replace(disc=after.disc.replace(step=state.disc.step))
+        return after.replace(model=after.model.replace(step=state.model.step)), metrics
 
-    options: dict[str, Any] = {"static_argnames": "adversarial", "donate_argnums": 0, "out_shardings": places}
-    return Program("tokenizer step", step, placement, tokenizer.dtype, **options)
+    options: dict[str, Any] = {"static_argnames": "adversarial", "donate_argnums": 0, "out_shardings": shardings}
+    return Program("tokenizer step", step, layout, tokenizer.dtype, **options)
 
 
 def tokenizer_flops(traced: Any, tokenizer: Tokenizer, state: TokenizerState, image_BHWC: Any) -> StepFlops:
     """Of a step `traced` for this state and batch, or for their shapes.
 
     The model is the tokenizer's modules that are not frozen and, with a discriminator, its look at both kinds of
-    images; LPIPS, and the discriminator as the generator's judge, count as frozen networks.
+    images; LPIPS, and the discriminator in the generator's loss, count as frozen networks.
     """
     trained = set(state.model.params)
     params = {**state.frozen, **state.model.params}

@@ -1,4 +1,4 @@
-"""Who sees whom: one object that training, sampling and the picture of attention share (`Hart.mask`).
+"""Who sees whom: one object that training, sampling and the image of attention share (`Hart.mask`).
 
 HART's mask is scale-causal, and costs one number per query. Any other pattern is a subclass of `Mask` with a `seen` of
 its own; attention then computes all pairs and leaves out what is not seen.

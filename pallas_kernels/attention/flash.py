@@ -98,7 +98,7 @@ def _attend_forward(kernels: Kernels, static: Static, q, k, v, end_RQ):
     def run(q, k, v, end_RQ):
         return kernels.forward(q, k, v, _ends(static, end_RQ), static)
 
-    out, lse = _folding(run)(q, k, v, end_RQ)
+    out, lse = _batch_under_vmap(run)(q, k, v, end_RQ)
     return out, (q, k, v, end_RQ, out, lse)
 
 
@@ -109,14 +109,14 @@ def _attend_backward(kernels: Kernels, static: Static, kept, dout):
         return kernels.backward(q, k, v, lse, delta, dout, _ends(static, end_RQ), static)
 
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    dq, dk, dv = _folding(run)(q, k, v, end_RQ, lse, delta, dout)
+    dq, dk, dv = _batch_under_vmap(run)(q, k, v, end_RQ, lse, delta, dout)
     return dq, dk, dv, np.zeros(end_RQ.shape, jax.dtypes.float0)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _folding(run: Callable[..., Any]) -> Callable[..., Any]:
+def _batch_under_vmap(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` under vmap as one call of it, the mapped axis part of the batch. Its fourth argument is `end_RQ`."""
 
     @jax.custom_batching.custom_vmap
@@ -136,7 +136,7 @@ def _folding(run: Callable[..., Any]) -> Callable[..., Any]:
                 x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
             return x.reshape(size * x.shape[1], *x.shape[2:])
 
-        out = _folding(run)(*map(fold, range(len(args)), args, batched))
+        out = _batch_under_vmap(run)(*map(fold, range(len(args)), args, batched))
         return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
 
     return folded

@@ -59,7 +59,7 @@ def test_what_stops_the_making_leaves_the_table_before_or_none(tmp_path: Path):
 
 def test_a_damaged_table_is_a_warning_and_a_missing_one_is_not(tmp_path: Path, capsys):
     def damaged(folder: Path) -> None:
-        raise ValueError("mended by nobody")
+        raise ValueError("fixed by nobody")
 
     assert open_cache(tmp_path, lambda folder: 5, "things") == 5
     assert open_cache(tmp_path, lambda folder: (folder / "none").read_text(), "things") is None

@@ -179,7 +179,7 @@ def remove_many(folder: Path):
     "change",
     [
         lambda folder: recolour(folder, 3),
-        lambda folder: edit(folder, lambda entries: entries["pic009"].update(prompt="mended")),
+        lambda folder: edit(folder, lambda entries: entries["pic009"].update(prompt="fixed")),
         remove_two,
         remove_many,
     ],

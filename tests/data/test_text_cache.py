@@ -128,11 +128,11 @@ from hart_jax.parallel.launch import join_processes
 join_processes()
 from hart_jax.config import MeshConfig
 from hart_jax.data.text_cache import cache_texts
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.text.encoder import load_text_encoder
 from tests.data.test_text_cache import ABOUT, CAPTIONS
 import jax
-encoder = load_text_encoder(sys.argv[1], placement=Placement.of(MeshConfig(data=2, fsdp=2), 4))
+encoder = load_text_encoder(sys.argv[1], layout=MeshLayout.of(MeshConfig(data=2, fsdp=2), 4))
 for folder in sys.argv[2], f"{sys.argv[3]}/{jax.process_index()}":
     table = cache_texts(encoder, ABOUT, CAPTIONS, 6, Path(folder))
     np.save(f"{sys.argv[3]}/{jax.process_index()}.npy", [table(caption)["text"] for caption in CAPTIONS])

@@ -1,4 +1,4 @@
-"""Runs of `evaluate.py` judged by a small network; as a program this file is such a run."""
+"""Runs of `evaluate.py` scored by a small network; as a program this file is such a run."""
 
 import dataclasses
 import os

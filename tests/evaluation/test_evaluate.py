@@ -1,4 +1,4 @@
-"""`evaluate.py` from beginning to end, on tiny models and judged by a small network."""
+"""`evaluate.py` from beginning to end, on tiny models and scored by a small network."""
 
 import json
 import shutil
@@ -30,16 +30,16 @@ def whole(folder) -> Path:
     """A run that nothing disturbed, of every kind of score."""
     code, out, err = run(folder, *GENERATION, "--efficientnet=Two", "--clip=x", "--out=whole")
     assert code == 0, err
-    assert "warning: only 24 drawn pictures" in err and "| pictures of |" in out
+    assert "warning: only 24 sampled images" in err and "| images of |" in out
     return folder / "whole"
 
 
-def test_an_image_is_drawn_for_every_caption_and_scored(whole):
+def test_an_image_is_sampled_for_every_caption_and_scored(whole):
     found = results(whole)
     entries = json.loads((EMOJI / "meta_data.json").read_text())
     files = sorted((whole / "pictures").glob("*.png"))
-    drawn = [read_png_metadata(path)["prompt"] for path in files if "grid" not in path.name]
-    assert drawn == [entries[name]["prompt"] for name in sorted(entries)]
+    sampled = [read_png_metadata(path)["prompt"] for path in files if "grid" not in path.name]
+    assert sampled == [entries[name]["prompt"] for name in sorted(entries)]
     assert found["pictures"] == found["reference_pictures"] == len(entries)
     assert (found["smooth"], found["discrete_only"], found["image_size"]) == (False, False, 8)
     assert set(found["scores"]) == {"One", "Two", "CLIP"}
@@ -109,7 +109,7 @@ def test_settings_have_an_effect_and_another_run_is_not_overwritten(folder, whol
     assert results(folder / "discrete")["reference_pictures"] == 24
 
 
-def test_images_of_any_folder_are_judged(folder, tmp_path):
+def test_images_of_any_folder_are_scored(folder, tmp_path):
     compared = ("--what=pictures", f"--reference={EMOJI}", f"--pictures={EMOJI}", "--inception=One", "--image_size=16")
     code, _, err = run(folder, *compared, f"--out={tmp_path / 'same'}")
     assert code == 0, err
@@ -174,7 +174,7 @@ def test_bad_input_is_one_error_and_leaves_nothing(folder, flags, message):
     assert not (folder / "x").exists()
 
 
-def test_images_without_prompts_cannot_be_drawn(folder, tmp_path):
+def test_images_without_prompts_cannot_be_sampled(folder, tmp_path):
     shutil.copy(next(EMOJI.glob("*/*.png")), tmp_path)
     code, _, err = run(folder, *GENERATION[:2], f"--reference={tmp_path}", "--inception=One", "--out=x")
-    assert code == 2 and "has no prompt to draw from" in err
+    assert code == 2 and "has no prompt to sample from" in err

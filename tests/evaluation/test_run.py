@@ -1,4 +1,4 @@
-"""What an evaluation checks before it draws: names of classes, sizes of sets, who owns the folder, what is in it."""
+"""What an evaluation checks before it samples: names of classes, sizes of sets, who owns the folder, what is in it."""
 
 import dataclasses
 import importlib.metadata
@@ -22,17 +22,17 @@ NAMES = ("ant", "bee", "café")
 CLASSES = {"num_classes": len(NAMES), "context_tokens": 1, "disable_aln": False}
 
 
-class Drawing(Exception):
-    """Nothing stood in the way of drawing this."""
+class Sampling(Exception):
+    """Nothing stood in the way of sampling this."""
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_drawn(monkeypatch, tmp_path):
-    def draw(pipe, experiment, requests, *_):
-        raise Drawing([one.prompt for one in requests])
+def nothing_is_sampled(monkeypatch, tmp_path):
+    def sample(pipe, experiment, requests, *_):
+        raise Sampling([one.prompt for one in requests])
 
     monkeypatch.setenv("HART_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(run, "sample_images", draw)
+    monkeypatch.setattr(run, "sample_images", sample)
     monkeypatch.setattr(run, "Pipeline", lambda *_, **__: None)
     monkeypatch.setattr(run, "load_evaluators", small_evaluators)
 
@@ -72,7 +72,7 @@ def evaluate(model: Path, reference: Path, out: Path, **changes) -> None:
         text_encoder=None,
         system_prompt=None,
         reference=str(reference),
-        pictures=None,
+        images=None,
         networks=("One", None, None),
         resize="pytorch-fid",
         lpips=None,
@@ -89,9 +89,9 @@ def evaluate(model: Path, reference: Path, out: Path, **changes) -> None:
 
 
 def asked(*arguments, **changes) -> list[int]:
-    with pytest.raises(Drawing) as drawing:
+    with pytest.raises(Sampling) as sampling:
         evaluate(*arguments, **changes)
-    return drawing.value.args[0]
+    return sampling.value.args[0]
 
 
 def test_labels_go_by_the_names_of_the_classes(model, tmp_path):
@@ -101,7 +101,7 @@ def test_labels_go_by_the_names_of_the_classes(model, tmp_path):
     assert asked(model, reference(tmp_path / "other", "ant", other_form), tmp_path / "out2") == [0, 2, 0, 2]
 
 
-def test_classes_that_the_model_lacks_are_named_before_anything_is_drawn(model, tmp_path, monkeypatch):
+def test_classes_that_the_model_lacks_are_named_before_anything_is_sampled(model, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="category dog is no class of the model, whose classes are ant, bee, café"):
         evaluate(model, reference(tmp_path / "dog", "bee", "dog"), out)
@@ -127,7 +127,7 @@ def test_too_few_images_and_a_misspelt_attribute_are_said_at_once(model, tmp_pat
     every = reference(tmp_path / "every", *NAMES)
     assert asked(model, every, tmp_path / "four", count=4)
     monkeypatch.setattr(run, "load_model", None)
-    with pytest.raises(UserError, match=r"^3 drawn images: .* need 4 or more"):
+    with pytest.raises(UserError, match=r"^3 sampled images: .* need 4 or more"):
         evaluate(model, every, tmp_path / "out", count=3)
     with pytest.raises(UserError, match=r"--by=stile: no image of --reference has it; they have category"):
         evaluate(model, every, tmp_path / "out", by="stile", by_given=True)
@@ -156,5 +156,5 @@ def test_results_are_written_where_the_package_is_not_installed(tmp_path, monkey
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    report.finish(tmp_path, {"what": "pictures"}, {}, [{"pictures of": "x"}])
+    report.finish(tmp_path, {"what": "pictures"}, {}, [{"images of": "x"}])
     assert json.loads((tmp_path / "results.json").read_text())["software"] == {"hart_jax": None, "jax": None}

@@ -66,8 +66,8 @@ def test_groups_are_compared_with_their_own():
 
 
 def test_few_images_are_warned_of():
-    (warning,) = warnings_of({"drawn": 400, "real": 20_000})
-    assert warning.startswith("only 400 drawn pictures") and "10000" in warning
+    (warning,) = warnings_of({"sampled": 400, "real": 20_000})
+    assert warning.startswith("only 400 sampled images") and "10000" in warning
 
 
 def test_features_that_are_not_finite_are_refused():

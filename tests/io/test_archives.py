@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from hart_jax.data.emoji import packages
-from hart_jax.data.emoji.clipart_sources import furniture_pictures
+from hart_jax.data.emoji.clipart_sources import furniture_images
 from hart_jax.errors import UserError
 from hart_jax.evaluation.networks import efficientnet, inception
 from hart_jax.io import archives
@@ -51,7 +51,7 @@ def sweet_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalogue = zip_of(folder / "x.sh3f", "PluginFurnitureCatalog.properties").read_bytes()
     monkeypatch.setattr(packages, "locate", lambda package, folder: Path("furniture"))
     monkeypatch.setattr(packages, "read_files", lambda *_, **__: [("x.sh3f", catalogue)])
-    list(furniture_pictures(None))
+    list(furniture_images(None))
 
 
 READERS = {

@@ -37,7 +37,7 @@ def test_grid_places_every_image_where_it_belongs(count, columns, padding):
 
 @given(st.text(max_size=200))
 @settings(max_examples=30)
-def test_captions_are_drawn_below_and_leave_the_images_alone(caption):
+def test_captions_are_written_below_and_leave_the_images_alone(caption):
     images = np.zeros((2, 30, 40, 3), np.uint8)
     canvas = grid(images, 2, padding=2, captions=["apple", caption])
     assert not canvas[2:32, 2:42].any() and not canvas[2:32, 44:84].any()

@@ -132,7 +132,7 @@ def test_numbers_that_are_not_finite_are_named(bad):
             check_tree({**tree, "a": {"kernel": wrong}}, expected, "weights")
 
 
-def test_networks_that_judge_are_finite_too():
+def test_feature_networks_are_finite_too():
     tensor = np.array([1, np.inf], np.float32)
     with pytest.raises(UserError, match=r"net\.pth: tensor 'w' has values that are not finite"):
         checked_tensors({"w": tensor}, {"w": (2,)}, [], source="net.pth", network="a net")

@@ -20,7 +20,7 @@ from hart_jax.io.int8_scheme import Int8, quantize_matrix, shared_axes
 from hart_jax.io.safetensors import check_tree, load_weights, save_weights
 from hart_jax.nn import layers
 from hart_jax.nn.int8 import dequantize, quantize
-from hart_jax.parallel.mesh import Placement, on_mesh
+from hart_jax.parallel.mesh import MeshLayout, put_global
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
 from hart_jax.sampling.sampler import make_sampler
@@ -46,7 +46,7 @@ def by_name(tree) -> dict[str, object]:
 
 
 def wanted(batch: int = 2):
-    """A condition, a seed, and indices of pictures."""
+    """A condition, a seed, and indices of images."""
     text = np.random.default_rng(0).normal(size=(batch, 4, 8)).astype(np.float32)
     return (text, np.array([[1, 1, 1, 0]] * batch, np.int32)), 0, jnp.arange(batch)
 
@@ -65,7 +65,7 @@ def sampler_arguments(transformer, make=make_sampler):
     return make(Hart(MODEL.transformer_config), Tokenizer(TOKENIZER), SETTINGS), params
 
 
-def assert_same_pictures(one, other):
+def assert_same_images(one, other):
     for a, b in zip(one[1], other[1], strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(one[0], other[0], atol=1e-4)
@@ -145,11 +145,11 @@ def test_teacher_forcing_takes_int8(flags):
     assert 0 < jnp.linalg.norm(small - exact) < 0.1 * jnp.linalg.norm(exact)
 
 
-def test_both_samplers_draw_the_same():
-    draw, params = sampler_arguments(INT8)
-    stacked = draw(params, *wanted())
-    draw, params = sampler_arguments(INT8, make_layered_sampler)
-    assert_same_pictures(draw(split_layers(params), *wanted()), stacked)
+def test_both_samplers_sample_the_same():
+    sample, params = sampler_arguments(INT8)
+    stacked = sample(params, *wanted())
+    sample, params = sampler_arguments(INT8, make_layered_sampler)
+    assert_same_images(sample(split_layers(params), *wanted()), stacked)
 
 
 def test_the_stack_is_never_wide():
@@ -185,9 +185,9 @@ def test_what_is_wrong_is_one_error():
 
 def test_weights_of_another_model_are_refused():
     other = quantize(tiny_model(width=32).transformer)
-    draw, params = sampler_arguments(other)
+    sample, params = sampler_arguments(other)
     with pytest.raises(flax_errors.ScopeParamShapeError):
-        draw(params, *wanted())
+        sample(params, *wanted())
 
 
 def logits_of_split() -> None:
@@ -196,15 +196,15 @@ def logits_of_split() -> None:
     condition, _, _ = wanted()
     latent, kept = np.zeros((2, 20, 4), np.float32), np.tile(np.arange(16), (2, 1))
     boxed = jax.eval_shape(Hart(config).init, jax.random.key(0), condition, latent, kept)["params"]
-    placement = Placement.of(MeshConfig(data=1, fsdp=2, tensor=2), 2)
-    placed = on_mesh(INT8, placement.state(INT8, parameter_axes(boxed)))
+    layout = MeshLayout.of(MeshConfig(data=1, fsdp=2, tensor=2), 2)
+    placed = put_global(INT8, layout.state_shardings(INT8, parameter_axes(boxed)))
     up, qkv = placed["layers"]["mlp"]["up"]["kernel"], placed["layers"]["attn"]["qkv"]
     width, inner, heads = config.width, config.mlp_width, config.heads
     pieces = {name: array.sharding.shard_shape(array.shape) for name, array in vars(up).items()}
     assert pieces == {"values": (2, width // 2, inner // 2), "scales": (2, 1, inner // 2)}
     assert qkv.scales.sharding.shard_shape(qkv.scales.shape) == (2, 1, 3, heads // 2, width // heads)
     alone = forward_of(config)(INT8)
-    with placement.tracing():
+    with layout.activate():
         split = forward_of(config)(placed)
     np.testing.assert_allclose(split, alone, atol=1e-4 * float(jnp.std(alone)))
 
@@ -233,7 +233,7 @@ def test_a_text_encoder_reads_them_tensor_by_tensor(qwen2):
 
 
 def test_a_text_encoder_over_a_mesh_reads_them_in_place(qwen2):
-    placement = Placement.of(MeshConfig(), 1)
-    params, placed = (load_text_encoder(qwen2, dtype="int8", placement=place).params for place in (None, placement))
+    layout = MeshLayout.of(MeshConfig(), 1)
+    params, placed = (load_text_encoder(qwen2, dtype="int8", layout=place).params for place in (None, layout))
     jax.tree.map(np.testing.assert_array_equal, params, placed)
     assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(placed))

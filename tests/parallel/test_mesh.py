@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from hart_jax.config import MeshConfig
 from hart_jax.errors import UserError
 from hart_jax.parallel.launch import join_processes
-from hart_jax.parallel.mesh import Placement, local_rows, make_mesh, on_host, on_mesh, to_global
+from hart_jax.parallel.mesh import MeshLayout, gather_to_host, local_rows, make_global_batch, make_mesh, put_global
 from hart_jax.parallel.rules import AXES, RULES
 
 
@@ -97,19 +97,19 @@ def test_impossible_sizes(sizes):
 
 
 def test_one_process_holds_every_row():
-    placement = Placement.of(MeshConfig(), 8)
-    assert local_rows(placement.batch, 8) == list(range(8))
+    layout = MeshLayout.of(MeshConfig(), 8)
+    assert local_rows(layout.batch, 8) == list(range(8))
     batch = {"a": np.arange(8), "b": (np.ones((8, 3)),)}
-    whole = to_global(placement.batch, batch, 8)
-    jax.tree.map(np.testing.assert_array_equal, on_host(whole), batch)
-    jax.tree.map(np.testing.assert_array_equal, on_host(on_mesh(batch, placement.whole)), batch)
+    whole = make_global_batch(layout.batch, batch, 8)
+    jax.tree.map(np.testing.assert_array_equal, gather_to_host(whole), batch)
+    jax.tree.map(np.testing.assert_array_equal, gather_to_host(put_global(batch, layout.replicated)), batch)
 
 
 def test_heads_that_the_mesh_does_not_divide():
-    placement = Placement(AbstractMesh((1, 1, 4), AXES), RULES)
-    placement.check_divides({"heads": 8, "embed": 7})
+    layout = MeshLayout(AbstractMesh((1, 1, 4), AXES), RULES)
+    layout.check_divides({"heads": 8, "embed": 7})
     with pytest.raises(UserError, match=r"heads is 6, which tensor=4 does not divide"):
-        placement.check_divides({"heads": 6})
+        layout.check_divides({"heads": 6})
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ DRAWING = """
             for place, batch in enumerate(batches):
                 if place == 2 and index == "1":
                     os.kill(os.getpid(), int(number))
-                # The other process draws on after it has been told.
+                # The other process samples on after it has been told.
                 while place == 2 and index == "0" and not store.key_value_dir_get("hart_jax"):
                     pass
                 yield [Sample(one.prompt, one.index, one.seed, np.zeros((2, 2, 3), np.uint8)) for one in batch]
@@ -114,7 +114,7 @@ DRAWING = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_that_draw_end_together_though_one_got_the_signal(tmp_path, number):
+def test_two_processes_that_sample_end_together_though_one_got_the_signal(tmp_path, number):
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
     command = [sys.executable, "-c", textwrap.dedent(DRAWING), address]
@@ -125,7 +125,7 @@ def test_two_processes_that_draw_end_together_though_one_got_the_signal(tmp_path
     said = [process.communicate(timeout=600)[0] for process in job]
     assert [process.returncode for process in job] == [128 + number] * 2
     assert not any("went on" in text for text in said)
-    drawn = [int(path.name[:5]) for path in tmp_path.glob("*.png")]
+    sampled = [int(path.name[:5]) for path in tmp_path.glob("*.png")]
     # The batch at work is finished.
-    assert [number for number in sorted(drawn) if number % 2] == [1, 3, 5]
-    assert sum(number % 2 == 0 for number in drawn) <= 3
+    assert [number for number in sorted(sampled) if number % 2] == [1, 3, 5]
+    assert sum(number % 2 == 0 for number in sampled) <= 3

@@ -1,6 +1,6 @@
 """However the devices are laid out, over however many processes, and wherever a training goes on, it computes the same.
 
-Each run logs the losses and records of every step and draws two grids; one on a single device is what the others are
+Each run logs the losses and records of every step and samples two grids; one on a single device is what the others are
 held against.
 """
 
@@ -67,7 +67,7 @@ def mesh(data: int, fsdp: int, tensor: int) -> list[str]:
 
 
 def grids(workdir: Path) -> dict[str, np.ndarray]:
-    """The pictures of a training by the names of their files, uint8."""
+    """The images of a training by the names of their files, uint8."""
     return {path.name: np.asarray(Image.open(path)) for path in sorted((workdir / SAMPLES_DIR).glob("*.png"))}
 
 

@@ -66,8 +66,8 @@ def tokenizer(checks: Checks) -> None:
             image = each_sample(lambda latent: decode(params, latent), np.asarray(latent))
             checks.close(f"tok.{name}.reconstruction", nchw(image))
     if checks.has("tok.disc_logits"):
-        judge = jax.jit(Discriminator().apply)
-        logits = each_sample(lambda image: judge(case.discriminator, image), nhwc(checks.given("tok.image")))
+        discriminate = jax.jit(Discriminator().apply)
+        logits = each_sample(lambda image: discriminate(case.discriminator, image), nhwc(checks.given("tok.image")))
         checks.close("tok.disc_logits", nchw(logits))
 
 
@@ -172,10 +172,10 @@ def generation(checks: Checks) -> None:
     text, mask = checks.given("ctx.embeddings"), checks.given("ctx.mask")
     settings = SampleConfig(cfg=float(checks.given("gen.cfg", lambda: SampleConfig().cfg)), top_k=0, top_k_late=0)
     modules = Hart(config), Tokenizer(case.tokenizer_config)
-    draw = jax.jit(lambda params, text, mask, noise: generate(*modules, params, (text, mask), noise, settings))
+    sample = jax.jit(lambda params, text, mask, noise: generate(*modules, params, (text, mask), noise, settings))
     token_noise, start = _token_noise(checks, len(text)), _start_noise(checks, len(text))
     out = each_sample(
-        lambda text, mask, start, *tokens: draw(case.params, text, mask, GivenNoise(tokens, start)),
+        lambda text, mask, start, *tokens: sample(case.params, text, mask, GivenNoise(tokens, start)),
         text,
         mask,
         start,

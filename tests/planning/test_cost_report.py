@@ -102,10 +102,10 @@ def test_a_whole_sampling_takes_its_parts_less_what_it_saves(name):
     hart, tokenizer = Hart(model, attention="reference"), Tokenizer(config.tokenizer)
     weights = {"transformer": abstract_transformer(model), "tokenizer": abstract_tokenizer(config.tokenizer)}
 
-    def draw(weights, condition, indices):
+    def sample(weights, condition, indices):
         return generate(hart, tokenizer, weights, condition, KeyedNoise.of(0, indices), config.sample).image
 
-    whole = macs_of(draw, weights, condition_shape(model, BATCH), shape(BATCH, dtype=jnp.int32))
+    whole = macs_of(sample, weights, condition_shape(model, BATCH), shape(BATCH, dtype=jnp.int32))
     saved = savings(config, BATCH)
     done = ("the unconditional context", "cond_embed", "the diffusion head's time", "upsampling")
     spared = sum(macs for name, macs in saved.items() if name.startswith(done))
@@ -196,7 +196,7 @@ def test_the_published_tables_are_what_the_report_says(column, name):
     assert published[f"{name.rsplit('_')[-1]} px, batch 8"] == [", ".join(pair) for pair in least]
 
 
-def test_floor():
+def test_roofline():
     chip = Chip(memory=100, flops=10.0, bandwidth=5.0, link=1.0, network=1.0)
     busy, reading = OpCost("a", "x", macs=20, weights=5), OpCost("b", "x", macs=5, weights=5, cache=15)
     assert (roofline([busy], chip), roofline([reading], chip)) == (Roofline(4.0, 1.0), Roofline(1.0, 4.0))

@@ -53,7 +53,7 @@ ENTRY %main (p0: f32[8,4]) -> f32[8,4] {
 )
 def test_every_collective_sends_over_its_axes_as_often_as_it_runs(groups):
     work = count_work(COLLECTIVES.replace("GROUPS", groups), MESH, island=4)
-    assert {str(kind): sent for kind, sent in work.sent.items()} == {
+    assert {str(kind): sent for kind, sent in work.collective_bytes.items()} == {
         "all-gather over fsdp": 24 * 16 * 4 * 2 * 3 / 4,
         "all-gather over data": 16 * 4 * 4 / 2,
         # Two parts of one channel are one collective.
@@ -61,13 +61,13 @@ def test_every_collective_sends_over_its_axes_as_often_as_it_runs(groups):
         "reduce-scatter over fsdp": 2 * 4 * 3,
         "collective-permute over data": 6 * 4,
     }
-    leaving = {str(kind) for kind in work.sent if kind.slow}
+    leaving = {str(kind) for kind in work.collective_bytes if kind.slow}
     assert leaving == {"all-gather over data", "all-reduce over data+fsdp", "collective-permute over data"}
 
 
 def test_a_transposed_iota_groups_over_the_outer_axis():
     text = COLLECTIVES.replace("GROUPS", "replica_groups=[4,2]<=[2,4]T(1,0)")
-    sent = {str(kind): sent for kind, sent in count_work(text, MESH).sent.items()}
+    sent = {str(kind): sent for kind, sent in count_work(text, MESH).collective_bytes.items()}
     assert sent["all-gather over data"] == 24 * 16 * 4 * 2 / 2 + 16 * 4 * 4 / 2
 
 
@@ -101,7 +101,7 @@ def test_what_slices_send_each_other_and_what_goes_on_beside_it(beside):
     work = "%work = f32[8]{0} fusion(%p), kind=kLoop, calls=%gone" if beside else ""
     transfer = '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"'
     text = SLICES.replace("WORK", work).replace("TRANSFER", f"frontend_attributes={{{transfer}}}")
-    sent = count_work(text, {"data": 4, "fsdp": 2}, island=4).sent
+    sent = count_work(text, {"data": 4, "fsdp": 2}, island=4).collective_bytes
     found = {(str(kind), kind.slow, kind.overlaps): size for kind, size in sent.items()}
     assert found == {
         # Each half of the devices sends its sum once and the other's once.
@@ -147,7 +147,7 @@ def test_slices_and_updates_in_place_move_only_their_part_and_on_chip_memory_is_
 
 def test_a_program_without_any_work():
     work = count_work("ENTRY %main (p: f32[2]) -> f32[2] {\n  ROOT %p = f32[2]{0} parameter(0)\n}\n", MESH)
-    assert (work.flops, work.bytes, work.sent) == (0, 0, {})
+    assert (work.flops, work.bytes, work.collective_bytes) == (0, 0, {})
 
 
 def compiled(function, *shapes):

@@ -18,7 +18,7 @@ from hart_jax.checkpoints.model_folder import abstract_transformer
 from hart_jax.config import MeshConfig, read_experiment
 from hart_jax.errors import UserError
 from hart_jax.parallel.chips import GiB
-from hart_jax.parallel.mesh import Placement, make_mesh
+from hart_jax.parallel.mesh import MeshLayout, make_mesh
 from hart_jax.planning.jobs import encoding_job, read_text_config
 from hart_jax.planning.plan import MOST_EACH, largest_batch, plan
 from hart_jax.planning.plan_report import advice, table
@@ -43,9 +43,9 @@ SMALL = Plan(
     peak=6 * GiB,
     fits=True,
     flops=256 * 100e12,
-    executed=100e12,
-    moved=819e9,
-    sent={"all-gather over fsdp": 2e9},
+    device_flops=100e12,
+    hbm_bytes=819e9,
+    collective_bytes={"all-gather over fsdp": 2e9},
     compute_seconds=0.5,
     memory_seconds=1.0,
     link_seconds=0.25,
@@ -77,8 +77,8 @@ def test_the_table_of_a_job_that_fits():
 # Over two slices, with captions that are encoded on the fly.
 CAPTIONS = changed(
     SMALL,
-    sent={"all-gather over fsdp": 2e9, "all-reduce over data": 3e9},
-    sent_slowly=2e9,
+    collective_bytes={"all-gather over fsdp": 2e9, "all-reduce over data": 3e9},
+    slow_collective_bytes=2e9,
     overlapped=1.5e9,
     overlapped_slowly=2e9,
     slow_link_seconds=0.64,
@@ -114,8 +114,8 @@ def test_utilisation_of_the_model_counts_neither_encoders_nor_what_is_computed_a
 
 
 def test_chips_that_repeat_work_are_reported():
-    assert "100% more than an even share" in table(changed(SMALL, executed=200e12))
-    assert "even share" not in table(changed(SMALL, executed=105e12))
+    assert "100% more than an even share" in table(changed(SMALL, device_flops=200e12))
+    assert "even share" not in table(changed(SMALL, device_flops=105e12))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_chips_that_repeat_work_are_reported():
     [
         (changed(BIG, remat="none"), "train.remat=full (it is none)"),
         (changed(BIG, batch_size=1024), "lower train.batch_size to 512 or less"),
-        # 15 of 24 GiB are free for 4 pictures a chip: 2 of them.
+        # 15 of 24 GiB are free for 4 images a chip: 2 of them.
         (changed(BIG, batch_size=1024, temporaries=0, peak=0), "lower train.batch_size to 512"),
         (changed(BIG, batch_size=2048, what="sample", remat="none"), "lower --batch_size to 1280"),
         (changed(BIG, batch_size=2048, what="sample", text_encoder=3 * GiB), "lower --batch_size to 1024"),
@@ -140,7 +140,7 @@ def test_advice_names_the_setting(big, expected):
 
 def test_too_big_says_by_how_much_where_the_compiler_does():
     assert table(BIG).splitlines()[-1].startswith("TOO BIG by 9.00 GiB per chip: ")
-    refused = table(changed(BIG, temporaries=0, peak=0, executed=None, moved=None, sent=None))
+    refused = table(changed(BIG, temporaries=0, peak=0, device_flops=None, hbm_bytes=None, collective_bytes=None))
     assert "temporaries unknown" in refused and "TOO BIG for the compiler: " in refused
 
 
@@ -191,7 +191,7 @@ def test_the_search_finds_the_largest_batch_that_fits(each, largest):
 @pytest.mark.parametrize(
     ("weights", "each", "largest"), [(4, 1.5, 8), (4, 0.5, 24), (4, 0.1, 64), (4, 13, 0), (4, 7, 1)]
 )
-def test_the_search_for_what_a_chip_draws_at_a_time(weights, each, largest):
+def test_the_search_for_what_a_chip_samples_at_a_time(weights, each, largest):
     """With few compilations, none of them made twice."""
     compiled = []
 
@@ -227,9 +227,9 @@ def test_sizes_of_the_text_encoder_beside_a_sampler(tmp_path):
 
 def test_captions_are_encoded_for_the_whole_batch_and_prompts_in_parts():
     experiment = read_experiment("configs/hart_0p7b_256.py")
-    placement = Placement.of(MeshConfig(), 1)
+    layout = MeshLayout.of(MeshConfig(), 1)
     config = dataclasses.replace(QWEN2_1P5B, num_hidden_layers=2)
-    captions, prompts = (encoding_job(config, experiment, placement, 64, training=on) for on in (True, False))
+    captions, prompts = (encoding_job(config, experiment, layout, 64, training=on) for on in (True, False))
     assert (captions.batch_size, prompts.batch_size) == (64, 32)
     assert captions.flops.hardware == pytest.approx(2 * prompts.flops.hardware, rel=1e-6) and captions.flops.model == 0
     # Two bytes a weight.
@@ -291,12 +291,12 @@ def test_a_tiny_job_for_a_tpu(tmp_path, what):
     assert found["chips"] == 4 and found["mesh"] == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     assert found["batch_size"] == (8 if what == "train" else 32)
     assert found["peak"] >= found["arguments"] + found["temporaries"] > 0
-    assert found["executed"] == pytest.approx(found["flops"] / 4, rel=0.5)
+    assert found["device_flops"] == pytest.approx(found["flops"] / 4, rel=0.5)
     # In training half of the parameters are on each chip, beside two moments and the average.
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_transformer(transformer_config())))
     held = 4 * parameters * (4 / 2 if what == "train" else 1)
-    assert found["arguments"] > held and found["moved"] > held
-    assert any("all-gather over" in kind for kind in found["sent"]) == (what == "train")
+    assert found["arguments"] > held and found["hbm_bytes"] > held
+    assert any("all-gather over" in kind for kind in found["collective_bytes"]) == (what == "train")
 
 
 @needs_libtpu
@@ -330,10 +330,12 @@ def test_a_tiny_training_with_captions_over_two_slices(tmp_path):
     assert found["peak"] >= sum(found[name] for name in ("arguments", "temporaries", "text_encoder", "text_states"))
     # Every gradient crosses once, a part of it from each chip; beside them scalars, filled up to tiles.
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_transformer(transformer_config(context_dim=24))))
-    assert 4 * parameters / 4 < found["sent_slowly"] < 4 * parameters / 4 + 2**18
-    assert found["sent_slowly"] <= sum(size for kind, size in found["sent"].items() if "all-reduce over data" in kind)
-    assert 0 <= found["overlapped_slowly"] <= found["sent_slowly"]
-    assert found["slow_link_seconds"] == pytest.approx(found["sent_slowly"] / 3.125e9)
+    assert 4 * parameters / 4 < found["slow_collective_bytes"] < 4 * parameters / 4 + 2**18
+    assert found["slow_collective_bytes"] <= sum(
+        size for kind, size in found["collective_bytes"].items() if "all-reduce over data" in kind
+    )
+    assert 0 <= found["overlapped_slowly"] <= found["slow_collective_bytes"]
+    assert found["slow_link_seconds"] == pytest.approx(found["slow_collective_bytes"] / 3.125e9)
 
 
 @needs_libtpu
@@ -347,7 +349,7 @@ def test_attention_kernels_within_the_sharded_step(tmp_path):
     # 8 samples, 2 heads, 2 layers, a tile each: 2 products forward, the same again for the gradients, 5 for them.
     attention = 8 * 2 * 2 * (2 + 2 + 5) * 2 * 64 * 512 * 1024
     assert attention < found["flops"] < 1.1 * attention
-    assert found["executed"] == pytest.approx(found["flops"] / 4, rel=0.2)
+    assert found["device_flops"] == pytest.approx(found["flops"] / 4, rel=0.2)
 
 
 @needs_libtpu

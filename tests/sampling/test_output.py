@@ -1,4 +1,4 @@
-"""Images into a folder: one run at a time, what is torn is drawn again, and runs of other models are told apart."""
+"""Images into a folder: one run at a time, what is torn is sampled again, and runs of other models are told apart."""
 
 import dataclasses
 import json
@@ -24,26 +24,26 @@ class Pipeline:
     """Images of one grey, their seed's; keeps what it was asked for."""
 
     def __init__(self):
-        self.drawn: list[SampleRequest] = []
+        self.sampled: list[SampleRequest] = []
 
     def batches(self, batches, size):
         for batch in batches:
-            self.drawn += batch
+            self.sampled += batch
             images = [np.full((4, 4, 3), one.seed, np.uint8) for one in batch]
             yield [Sample(one.prompt, one.seed, one.index, image) for one, image in zip(batch, images, strict=True)]
 
 
-def draw(out: Path, *prompts: str, resume: bool = False) -> list[str]:
-    """Draws one image of each; gives the prompts that were drawn."""
+def sample(out: Path, *prompts: str, resume: bool = False) -> list[str]:
+    """Samples one image of each; gives the prompts that were sampled."""
     requests, pipe = [SampleRequest(prompt, seed, 0) for seed, prompt in enumerate(prompts)], Pipeline()
     output_run = output.open_run(out, requests, {"model": "x"}, 1, lambda wanted: wanted, resume)
     output.sample_to_folder(pipe, output_run, requests, "prompt", {})
-    return [one.prompt for one in pipe.drawn]
+    return [one.prompt for one in pipe.sampled]
 
 
-def test_a_torn_image_or_grid_is_drawn_again(tmp_path):
+def test_a_torn_image_or_grid_is_sampled_again(tmp_path):
     prompts = ("a dog", "a cat", "an ant", "a bee")
-    draw(tmp_path, *prompts)
+    sample(tmp_path, *prompts)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     names = sorted(whole)
     assert names[-1] == "00003-a-bee.png" and len(whole) == 6
@@ -51,19 +51,19 @@ def test_a_torn_image_or_grid_is_drawn_again(tmp_path):
     (tmp_path / "00001-a-cat.png").write_bytes(whole["00001-a-cat.png"][:-20])
     (tmp_path / "00002-an-ant.png").write_bytes(bytes(len(whole["00002-an-ant.png"])))
     (tmp_path / "00000-grid.png").write_bytes(b"")
-    assert draw(tmp_path, *prompts, resume=True) == ["a dog", "a cat", "an ant"]
+    assert sample(tmp_path, *prompts, resume=True) == ["a dog", "a cat", "an ant"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
-    assert draw(tmp_path, *prompts, resume=True) == []
+    assert sample(tmp_path, *prompts, resume=True) == []
 
 
 def test_an_image_that_is_damaged_within_is_named_where_it_is_needed(tmp_path):
-    draw(tmp_path, "a dog", "a cat")
+    sample(tmp_path, "a dog", "a cat")
     path = tmp_path / "00001-a-cat.png"
     data = path.read_bytes()
     path.write_bytes(data[:40] + bytes(len(data) - 60) + data[-20:])
     (tmp_path / "00000-grid.png").unlink()
-    with pytest.raises(UserError, match=r"00001-a-cat\.png: does not decode .* --resume draws it again"):
-        draw(tmp_path, "a dog", "a cat", resume=True)
+    with pytest.raises(UserError, match=r"00001-a-cat\.png: does not decode .* --resume samples it again"):
+        sample(tmp_path, "a dog", "a cat", resume=True)
 
 
 def test_a_whole_png_has_both_its_ends(tmp_path):
@@ -76,14 +76,14 @@ def test_a_whole_png_has_both_its_ends(tmp_path):
 
 
 def test_the_prompt_grid_does_not_take_the_grids_name(tmp_path):
-    draw(tmp_path, "Grid!", "a dog")
+    sample(tmp_path, "Grid!", "a dog")
     assert read_png_metadata(tmp_path / "00000-grid-image.png")["prompt"] == "Grid!"
     assert json.loads(read_png_metadata(tmp_path / "00000-grid.png")["prompts"]) == ["Grid!", "a dog"]
 
 
 @pytest.mark.parametrize("name", ["x.PNG", "x.Png"])
 def test_the_ending_of_one_file_may_be_in_capitals(tmp_path, name):
-    draw(tmp_path / name, "a dog")
+    sample(tmp_path / name, "a dog")
     assert is_whole_png(tmp_path / name)
 
 
@@ -109,7 +109,7 @@ def test_a_second_run_is_refused_at_once(tmp_path, name):
     command = [sys.executable, str(ROOT / "sample.py"), f"--config={ROOT / 'configs/emoji_hart.py'}", "--prompt=x"]
     with output.owned_out(tmp_path / name):
         run = subprocess.run([*command, f"--out={tmp_path / name}"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 75 and "belongs to a run that draws images on host" in run.stderr
+    assert run.returncode == 75 and "belongs to a run that samples images on host" in run.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -118,19 +118,19 @@ def test_a_second_run_is_refused_at_once(tmp_path, name):
     ["", "3", "[1]", '{"run": 3, "batch_size": 1}', '{"run": {}, "batch_size": "x"}', '{"run": {}, "batch_size": 0}'],
 )
 def test_a_damaged_record_of_a_run_is_named(tmp_path, first):
-    draw(tmp_path, "a dog", "a cat")
+    sample(tmp_path, "a dog", "a cat")
     path = tmp_path / "00000-pictures.jsonl"
     path.write_text("\n".join([first, *path.read_text().splitlines()[1:]]))
     with pytest.raises(UserError, match=r"00000-pictures\.jsonl: cannot be read"):
-        draw(tmp_path, "a dog", "a cat", resume=True)
+        sample(tmp_path, "a dog", "a cat", resume=True)
 
 
 def test_a_record_names_files_beside_it_alone(tmp_path):
-    draw(tmp_path, "a dog", "a cat")
+    sample(tmp_path, "a dog", "a cat")
     path = tmp_path / "00000-pictures.jsonl"
     path.write_text(path.read_text().replace("00001-a-cat.png", "../cat.png"))
     with pytest.raises(UserError, match="does not name files beside it"):
-        draw(tmp_path, "a dog", "a cat", resume=True)
+        sample(tmp_path, "a dog", "a cat", resume=True)
 
 
 def test_models_that_differ_in_one_number_are_told_apart(tmp_path):

@@ -14,7 +14,7 @@ from hart_jax.checkpoints.model_folder import read_model, write_model
 from hart_jax.config import HartExperiment, SampleConfig, read_experiment
 from hart_jax.errors import UserError
 from hart_jax.sampling import pipeline
-from hart_jax.sampling.pipeline import MOST_PICTURES, Pipeline, text_source
+from hart_jax.sampling.pipeline import MOST_IMAGES, Pipeline, text_source
 from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
@@ -33,8 +33,8 @@ def released_flags(released: Path) -> list[str]:
     return [f"--config={released / 'released.py'}", f"--checkpoint={released / 'release'}"]
 
 
-def test_the_released_folders_draw(released, tmp_path):
-    """And from the second time on with the weights converted before: the same pictures."""
+def test_the_released_folders_sample(released, tmp_path):
+    """And from the second time on with the weights converted before: the same images."""
     (released / "prompts.txt").write_text("7\ta red apple\na blue dog\n")
     given = [f"--prompts_file={released / 'prompts.txt'}", f"--text_encoder={released / 'qwen2'}"]
     files = []
@@ -49,7 +49,7 @@ def test_the_released_folders_draw(released, tmp_path):
     assert files[0] == files[1] and len(files[0]) == 4
     run, first, second = map(json.loads, (out / "00000-pictures.jsonl").read_text().splitlines())
     assert (first["seed"], second["seed"], run["batch_size"]) == (7, 0, 2)
-    # Without what is kept, and without a system prompt: another picture.
+    # Without what is kept, and without a system prompt: another image.
     code, _, err = sample(released, *released_flags(released), *given, "--nocache", f"--out={out}")
     assert code == 0, err
     assert (out / "00002-a-red-apple.png").read_bytes() != files[0]["00000-a-red-apple.png"]
@@ -103,23 +103,23 @@ def tokens(devices, batch, weights="float", **mesh):
 
     pipe._sample = sample
     batches = [requests[start : start + size] for start in range(0, 8, size)]
-    pictures = [picture.image for batch in pipe.batches(batches, size) for picture in batch]
-    return size, np.concatenate(found)[:8], np.stack(pictures), pipe
+    images = [sample.image for batch in pipe.batches(batches, size) for sample in batch]
+    return size, np.concatenate(found)[:8], np.stack(images), pipe
 
 
 one = tokens(1, 1)
 assert one[0] == 1 and len(np.unique(one[1], axis=0)) == 8
 for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor": 2, "data": 4})):
-    size, found, pictures, pipe = tokens(devices, batch, **mesh)
+    size, found, images, pipe = tokens(devices, batch, **mesh)
     np.testing.assert_array_equal(found, one[1], err_msg=str((devices, batch, mesh)))
-    assert np.abs(pictures.astype(int) - one[2]).max() <= 1
+    assert np.abs(images.astype(int) - one[2]).max() <= 1
     assert size == {1: 8, 8: 8, 4: 2}[devices]
     if mesh.get("tensor"):
         kernel = pipe._params["transformer"]["layers"]["attn"]["qkv"]
         assert kernel.addressable_shards[0].data.size * 2 == kernel.size
-_, _, pictures, pipe = tokens(4, 8, "int8", tensor=2)
+_, _, images, pipe = tokens(4, 8, "int8", tensor=2)
 assert pipe._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
-assert (pictures != one[2]).any()
+assert (images != one[2]).any()
 """
 
 
@@ -132,14 +132,14 @@ def test_batches_and_devices_do_not_change_a_token(released):
 def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
     pipe = Pipeline(LABELS, SETTINGS)
     assert pipe.batch_size(20, 3) == 3 and pipe.batch_size(2, 3) == 2
-    assert pipe.batch_size(20) == MOST_PICTURES
+    assert pipe.batch_size(20) == MOST_IMAGES
     assert pipe([1, 2], seed=3).shape == (2, 8, 8, 3)
 
     def too_big(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
     monkeypatch.setattr(pipe, "_sample", too_big)
-    with pytest.raises(UserError, match=r"out of memory: 1 pictures at a time do not fit on a device; set --config"):
+    with pytest.raises(UserError, match=r"out of memory: 1 images at a time do not fit on a device; set --config"):
         list(pipe.sample([0, 1], num_images=2, batch_size=4))
     monkeypatch.setattr(pipe, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
@@ -147,7 +147,7 @@ def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(m
 
 
 @pytest.mark.parametrize("where", ["when it starts", "when it is fetched"])
-def test_where_memory_ends_fewer_are_drawn_at_a_time(where, monkeypatch, capsys):
+def test_where_memory_ends_fewer_are_sampled_at_a_time(where, monkeypatch, capsys):
     pipe = Pipeline(LABELS, SETTINGS)
     prompts, sample, sizes = [0, 1, 2, 1, 0, 2, 1], pipe._sample, []
     expected = pipe(prompts, seed=5)
@@ -176,21 +176,21 @@ def test_where_memory_ends_fewer_are_drawn_at_a_time(where, monkeypatch, capsys)
     monkeypatch.setattr(jax, "device_get", device_get)
     np.testing.assert_array_equal(pipe(prompts, seed=5), expected)
     assert sizes[0] == 7 and sizes[-4:] == [2, 2, 2, 2] and set(sizes) == {7, 4, 2}
-    assert "7 pictures at a time do not fit in the device's memory; drawing 4" in capsys.readouterr().err
+    assert "7 images at a time do not fit in the device's memory; sampling 4" in capsys.readouterr().err
     sizes.clear()
     pipe(prompts, seed=6)
     assert sizes == [2, 2, 2, 2]
 
 
-def test_one_device_cannot_be_split_and_several_processes_draw_apart(monkeypatch):
+def test_one_device_cannot_be_split_and_several_processes_sample_apart(monkeypatch):
     with pytest.raises(UserError, match=r"mesh.tensor=2: does not divide the 1 devices"):
         Pipeline(LABELS, SETTINGS, mesh=pipeline.MeshConfig(tensor=2))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="drawing in 2 processes: one draws alone"):
+    with pytest.raises(UserError, match="sampling in 2 processes: each samples on its own"):
         Pipeline(LABELS, SETTINGS)
 
 
-def test_pictures_in_bfloat16_are_near_those_in_float32():
+def test_images_in_bfloat16_are_near_those_in_float32():
     one_code = dataclasses.replace(SETTINGS, top_k=1, top_k_late=1)
     exact, near = (
         Pipeline(LABELS, dataclasses.replace(one_code, dtype=dtype))([0, 1, 2]).astype(float)
@@ -204,7 +204,7 @@ def test_pictures_in_bfloat16_are_near_those_in_float32():
 def test_latents_are_decoded_in_parts():
     # Four at once, and two and two: three do not divide four.
     settings = [dataclasses.replace(SETTINGS, decode_at_once=count) for count in (0, 3)]
-    pictures, others = (Pipeline(LABELS, each)([0, 1], num_images=2) for each in settings)
-    assert np.abs(others.astype(int) - pictures).max() <= 1
+    images, others = (Pipeline(LABELS, each)([0, 1], num_images=2) for each in settings)
+    assert np.abs(others.astype(int) - images).max() <= 1
     with pytest.raises(UserError, match="decode_at_once=-1"):
         SampleConfig(decode_at_once=-1)

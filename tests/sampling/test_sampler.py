@@ -1,4 +1,4 @@
-"""The sampler: what it keeps, how it iterates, and that a picture does not depend on its batch."""
+"""The sampler: what it keeps, how it iterates, and that an image does not depend on its batch."""
 
 import functools
 
@@ -28,8 +28,8 @@ def sampler_of(settings: SampleConfig):
     return make_sampler(Hart(MODEL.transformer_config), Tokenizer(TOKENIZER), settings)
 
 
-def draw(settings: SampleConfig, prompts: list[int], indices: list[int], seed: int = 0):
-    """Pictures and indices per scale of made-up prompts, each a number."""
+def sample(settings: SampleConfig, prompts: list[int], indices: list[int], seed: int = 0):
+    """Images and indices per scale of made-up prompts, each a number."""
     text = np.stack([np.random.default_rng(prompt).normal(size=(4, 8)) for prompt in prompts]).astype(np.float32)
     mask = np.tile(np.array([1, 1, 1, 0], np.int32), (len(prompts), 1))
     params = {"transformer": MODEL.transformer, "tokenizer": MODEL.tokenizer}
@@ -37,31 +37,31 @@ def draw(settings: SampleConfig, prompts: list[int], indices: list[int], seed: i
     return np.asarray(image), [np.asarray(t) for t in tokens]
 
 
-def test_a_picture_does_not_depend_on_its_batch():
-    together, tokens = draw(ALL, [5, 6], [0, 3])
-    alone, tokens_alone = draw(ALL, [6], [3])
+def test_an_image_does_not_depend_on_its_batch():
+    together, tokens = sample(ALL, [5, 6], [0, 3])
+    alone, tokens_alone = sample(ALL, [6], [3])
     for scale, index in enumerate(tokens_alone):
         np.testing.assert_array_equal(index[0], tokens[scale][1])
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
 
 
-def test_seed_and_index_change_the_picture():
-    _, tokens = draw(ALL, [5, 5], [0, 1])
-    _, other = draw(ALL, [5], [0], seed=1)
+def test_seed_and_index_change_the_image():
+    _, tokens = sample(ALL, [5, 5], [0, 1])
+    _, other = sample(ALL, [5], [0], seed=1)
     assert (tokens[-1][0] != tokens[-1][1]).any()
     assert (tokens[-1][0] != other[-1][0]).any()
 
 
-def test_each_picture_may_have_its_own_seed():
-    _, tokens = draw(ALL, [5, 5], [0, 3], seed=np.array([7, 2**32 - 1], np.uint32))
+def test_each_image_may_have_its_own_seed():
+    _, tokens = sample(ALL, [5, 5], [0, 3], seed=np.array([7, 2**32 - 1], np.uint32))
     for seed, index, row in ((7, 0, 0), (2**32 - 1, 3, 1)):
-        _, alone = draw(ALL, [5], [index], seed=np.uint32(seed))
+        _, alone = sample(ALL, [5], [index], seed=np.uint32(seed))
         for a, b in zip(alone, tokens, strict=True):
             np.testing.assert_array_equal(a[0], b[row])
 
 
 def test_images_are_clipped_and_have_the_configured_shape():
-    image, tokens = draw(ALL, [1, 2], [0, 0])
+    image, tokens = sample(ALL, [1, 2], [0, 0])
     assert image.shape == (2, 8, 8, 3) and np.abs(image).max() <= 1
     assert [t.shape for t in tokens] == [(2, 1), (2, 4), (2, 16)]
 
@@ -76,9 +76,9 @@ def test_images_are_clipped_and_have_the_configured_shape():
         {"top_p": 0.5},
     ],
 )
-def test_every_option_changes_the_picture_and_nothing_breaks(changes):
-    plain, _ = draw(ALL, [1], [0])
-    image, tokens = draw(SampleConfig.from_dict({**ALL.to_dict(), **changes}), [1], [0])
+def test_every_option_changes_the_image_and_nothing_breaks(changes):
+    plain, _ = sample(ALL, [1], [0])
+    image, tokens = sample(SampleConfig.from_dict({**ALL.to_dict(), **changes}), [1], [0])
     assert np.isfinite(image).all()
     assert all(((t >= 0) & (t < 16)).all() for t in tokens)
     assert np.abs(image - plain).max() > 1e-4
@@ -92,7 +92,7 @@ def test_every_option_changes_the_picture_and_nothing_breaks(changes):
         ({"shared_aln": True}, {"discrete_only": True}),
     ],
 )
-def test_layer_by_layer_draws_the_same(flags, changes):
+def test_layer_by_layer_samples_the_same(flags, changes):
     model, settings = tiny_model(**flags), SampleConfig.from_dict({**ALL.to_dict(), **changes})
     parts = Hart(model.transformer_config), Tokenizer(TOKENIZER), settings
     params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
@@ -105,7 +105,7 @@ def test_layer_by_layer_draws_the_same(flags, changes):
     np.testing.assert_allclose(again, image, atol=1e-4)
 
 
-def test_narrow_weights_draw_what_wide_ones_do():
+def test_narrow_weights_sample_what_wide_ones_do():
     parts = Hart(MODEL.transformer_config, jnp.bfloat16), Tokenizer(TOKENIZER), ALL
     text = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
     wanted = (text, np.ones((1, 4), np.int32)), 0, jnp.array([0])
@@ -121,8 +121,8 @@ def test_narrow_weights_draw_what_wide_ones_do():
 
 def test_greedy_sampling_takes_the_largest_logit():
     greedy = SampleConfig(top_k=1, top_k_late=1)
-    _, tokens = draw(greedy, [1], [0])
-    _, again = draw(greedy, [1], [0], seed=9)
+    _, tokens = sample(greedy, [1], [0])
+    _, again = sample(greedy, [1], [0], seed=9)
     # The first scale's code depends on nothing random; later ones follow from it.
     for a, b in zip(tokens, again, strict=True):
         np.testing.assert_array_equal(a, b)

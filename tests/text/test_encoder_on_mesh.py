@@ -33,7 +33,7 @@ import jax, numpy as np
 from flax.traverse_util import flatten_dict
 from hart_jax.config import MeshConfig
 from hart_jax.config import read_experiment
-from hart_jax.parallel.mesh import Placement, to_global
+from hart_jax.parallel.mesh import MeshLayout, make_global_batch
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.text import program
 from hart_jax.text.encoder import load_text_encoder
@@ -41,23 +41,23 @@ from hart_jax.training.hart_task import HartTask
 from tests.text.test_encoder_on_mesh import BATCH, LENGTHS, WORDS
 
 folder, about = Path(sys.argv[1]), {}
-placement = Placement.of(MeshConfig(data=2, fsdp=2, tensor=2), BATCH)
+layout = MeshLayout.of(MeshConfig(data=2, fsdp=2, tensor=2), BATCH)
 for name, length in LENGTHS.items():
     options = {"dtype": "float32"} if name == "qwen2" else {}
-    encoder = load_text_encoder(folder / name, placement=placement, **options)
+    encoder = load_text_encoder(folder / name, layout=layout, **options)
     rows = encoder.tokenize(WORDS * 2, length)[:2]
-    states = encoder.encode_batch(*to_global(placement.batch, rows, BATCH))
-    assert states.sharding.is_equivalent_to(placement.batch, 3), states.sharding
+    states = encoder.encode_batch(*make_global_batch(layout.batch, rows, BATCH))
+    assert states.sharding.is_equivalent_to(layout.batch, 3), states.sharding
     program.LOGITS_BYTES, kept = 2 * 4 * 4 * length * length, program.LOGITS_BYTES
-    again = load_text_encoder(folder / name, placement=placement, **options)
-    in_rounds = again.encode_batch(*to_global(placement.batch, rows, BATCH))
+    again = load_text_encoder(folder / name, layout=layout, **options)
+    in_rounds = again.encode_batch(*make_global_batch(layout.batch, rows, BATCH))
     program.LOGITS_BYTES = kept
     # Three prompts on four parts.
     few = encoder(WORDS[:3], length).states_BTD
     assert few.sharding.is_fully_replicated
     np.savez(folder / f"{name}.npz", split=states, in_rounds=in_rounds, few=few)
-    by_rules = placement.state(encoder.params, parameter_axes(program._boxed(encoder.config)))
-    planned = program.encode_program(encoder.config, placement, BATCH, length, prefix_tokens=4)
+    by_rules = layout.state(encoder.params, parameter_axes(program._boxed(encoder.config)))
+    planned = program.encode_program(encoder.config, layout, BATCH, length, prefix_tokens=4)
     assert planned.trace().out_info.shape == states.shape
     params = flatten_dict(encoder.params, sep="/")
     rules, plan = flatten_dict(by_rules, sep="/"), flatten_dict(planned.arguments[0], sep="/")
@@ -71,10 +71,10 @@ for name, length in LENGTHS.items():
     about[name] = {path: sorted(axis for axis in array.sharding.spec if axis) for path, array in params.items()}
 
 experiment = read_experiment(folder / "inputs" / "tiny_hart.py")
-task = HartTask(dataclasses.replace(experiment, precompute_text=False), folder, placement)
+task = HartTask(dataclasses.replace(experiment, precompute_text=False), folder, layout)
 batches = task.batches()
 batch = next(batches)
-assert isinstance(batch["text"], jax.Array) and batch["text"].sharding == placement.batch
+assert isinstance(batch["text"], jax.Array) and batch["text"].sharding == layout.batch
 batches.look_ahead()
 assert batches.get_state() == {"next_index": 1}
 (folder / "about.json").write_text(json.dumps(about))

@@ -1,4 +1,4 @@
-"""Prompts that a classifier of the user's refuses are named and not drawn; without PyTorch it is said so."""
+"""Prompts that a classifier of the user's refuses are named and not sampled; without PyTorch it is said so."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def test_without_pytorch(classifier):
 
 
 @pytest.mark.torch
-def test_refused_prompts_are_named_and_the_others_drawn(classifier, tmp_path):
+def test_refused_prompts_are_named_and_the_others_sampled(classifier, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -65,15 +65,15 @@ def test_refused_prompts_are_named_and_the_others_drawn(classifier, tmp_path):
         "classifier.bias": np.array([0, bias], np.float32),
     }
     save_file({name: np.ascontiguousarray(value) for name, value in weights.items()}, classifier / "model.safetensors")
-    may_be_drawn = load_prompt_filter(classifier)
-    assert may_be_drawn("a red apple") and not may_be_drawn("a blue dog")
+    is_allowed = load_prompt_filter(classifier)
+    assert is_allowed("a red apple") and not is_allowed("a blue dog")
     allowing = load_prompt_filter(classifier, ["UNSAFE"])
     assert allowing("a blue dog") and not allowing("a red apple")
 
     folder = write_tiny(tmp_path)
     given = [f"--config={folder / 'tiny.py'}", f"--prompt_filter={classifier}", "--prompt=a blue dog"]
     code, _, err = sample(folder, *given, "--prompt=a red apple", f"--out={tmp_path / 'out'}")
-    assert code == 3 and "refused by --prompt_filter, not drawn: 'a blue dog'" in err
+    assert code == 3 and "refused by --prompt_filter, not sampled: 'a blue dog'" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000-a-red-apple.png"]
     code, _, err = sample(folder, *given, f"--out={tmp_path / 'none'}")
     assert code == 3 and not (tmp_path / "none").exists()

@@ -184,14 +184,14 @@ _ON_MESHES = """
 import sys
 import numpy as np
 from hart_jax.config import MeshConfig
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.text.encoder import load_text_encoder
 from tests.tiny_qwen2 import LENGTH, PROMPTS
 folder, prompt, out = sys.argv[1:]
 states = []
 for data, fsdp, tensor in ((2, 2, 2), (1, 2, 4)):
-    placement = Placement.of(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), 8)
-    encoder = load_text_encoder(folder, system_prompt=prompt, dtype="float32", placement=placement)
+    layout = MeshLayout.of(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), 8)
+    encoder = load_text_encoder(folder, system_prompt=prompt, dtype="float32", layout=layout)
     up = encoder.params["layers"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size * fsdp * tensor == up.size
     states.append(np.asarray(encoder(PROMPTS, LENGTH).states_BTD))

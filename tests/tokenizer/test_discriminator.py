@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hart_jax.config import SMALLEST_JUDGED
+from hart_jax.config import MIN_DISCRIMINATOR_PX
 from hart_jax.tokenizer.discriminator import Discriminator
 from hart_jax.tokenizer.losses import hinge_discriminator, hinge_generator
 
 
-@pytest.mark.parametrize("side", [SMALLEST_JUDGED, 32, 64, 256])
-def test_logits_judge_patches(side):
+@pytest.mark.parametrize("side", [MIN_DISCRIMINATOR_PX, 32, 64, 256])
+def test_logits_are_of_patches(side):
     image = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     logits, variables = jax.eval_shape(Discriminator().init_with_output, jax.random.key(0), image)
     assert logits.shape == (2, side // 8 - 2, side // 8 - 2, 1)
@@ -23,7 +23,7 @@ def test_logits_judge_patches(side):
 
 
 def test_below_the_smallest_size_no_patch_is_left():
-    image = jax.ShapeDtypeStruct((1, SMALLEST_JUDGED - 8, SMALLEST_JUDGED - 8, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, MIN_DISCRIMINATOR_PX - 8, MIN_DISCRIMINATOR_PX - 8, 3), jnp.float32)
     logits, _ = jax.eval_shape(Discriminator().init_with_output, jax.random.key(0), image)
     assert 0 in logits.shape
 
@@ -42,13 +42,13 @@ def test_statistics_follow_the_batch_in_training_only():
     variables = nn.unbox(jax.jit(discriminator.init)(jax.random.key(1), images))
 
     @functools.partial(jax.jit, static_argnames="train")
-    def judge(train):
+    def discriminate(train):
         return discriminator.apply(variables, images, train=train, mutable=["batch_stats"])
 
-    frozen, unchanged = judge(train=False)
+    frozen, unchanged = discriminate(train=False)
     jax.tree.map(np.testing.assert_array_equal, unchanged["batch_stats"], variables["batch_stats"])
-    judged, updated = judge(train=True)
-    assert np.abs(judged - frozen).max() > 0
+    trained, updated = discriminate(train=True)
+    assert np.abs(trained - frozen).max() > 0
     # Running averages keep 0.9 of the old value, as PyTorch's momentum 0.1 does.
     conv = functools.partial(
         jax.lax.conv_general_dilated,

@@ -11,7 +11,7 @@ import pytest
 
 from hart_jax.config import TokenizerConfig
 from hart_jax.tokenizer.losses import straight_through, vq_loss
-from hart_jax.tokenizer.quantizer import Mistakes, Quantizer, phi_index
+from hart_jax.tokenizer.quantizer import Quantizer, TokenCorruption, phi_index
 from hart_jax.tokenizer.resize import area, bicubic
 
 CONFIG = TokenizerConfig(
@@ -45,8 +45,8 @@ def apply(variables, method, argument, scale=None, config=CONFIG):
 
 
 @jax.jit
-def with_mistakes(variables, tokens, mistakes):
-    return Quantizer(CONFIG).apply(variables, tokens, mistakes, method="with_mistakes")
+def corrupt(variables, tokens, corruption):
+    return Quantizer(CONFIG).apply(variables, tokens, corruption, method="corrupt")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -127,14 +127,14 @@ def test_the_latent_comes_back_from_its_tokens(variables, latent):
     np.testing.assert_allclose(apply(variables, "latent", tokens), latent, atol=1e-5)
 
 
-def test_mistakes_are_left_for_later_scales_to_mend(variables, latent):
+def test_corruption_is_left_for_later_scales_to_correct(variables, latent):
     right = apply(variables, "tokens", latent)
     keys = jax.random.split(jax.random.key(7), BATCH)
-    none = with_mistakes(variables, right, Mistakes(jnp.zeros(BATCH), keys))
+    none = corrupt(variables, right, TokenCorruption(jnp.zeros(BATCH), keys))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), none, right)
 
     level = jnp.ones(BATCH)
-    wrong = with_mistakes(variables, right, Mistakes(level, keys))
+    wrong = corrupt(variables, right, TokenCorruption(level, keys))
     np.testing.assert_array_equal(wrong.indices[0], right.indices[0])
     assert np.mean(wrong.indices[-1] != right.indices[-1]) > 0.1
     # What was added and what is left are still the latent.
@@ -143,7 +143,7 @@ def test_mistakes_are_left_for_later_scales_to_mend(variables, latent):
     np.testing.assert_allclose(before_last + wrong.f_rest_BPC, latent.reshape(BATCH, -1, 4), atol=1e-5)
 
     first = jax.tree.map(lambda leaf: leaf[:1], right)
-    alone = with_mistakes(variables, first, Mistakes(level[:1], keys[:1]))
+    alone = corrupt(variables, first, TokenCorruption(level[:1], keys[:1]))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs[:1], atol=1e-5), alone, wrong)
 
 

@@ -16,7 +16,7 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.training import hart_step
 from hart_jax.training.hart_step import drop_condition, make_hart_step, token_losses
 from hart_jax.training.state import make_optimizer, new_state
-from hart_jax.training.token_subsampling import bucket_probabilities, draw_keep_count, draw_kept, keep_buckets
+from hart_jax.training.token_subsampling import bucket_probabilities, draw_kept_tokens, draw_num_kept, kept_counts
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
 
@@ -89,8 +89,8 @@ def losses(steps: int, **settings) -> list[dict]:
 
 
 def test_a_batch_in_parts_trains_as_the_whole_one_does():
-    in_parts, at_once = losses(4, accumulate=4, mistakes=0.5), losses(4, accumulate=1, mistakes=0.5)
-    for parts, whole in zip(in_parts, at_once, strict=True):
+    accumulated, at_once = losses(4, accumulate=4, mistakes=0.5), losses(4, accumulate=1, mistakes=0.5)
+    for parts, whole in zip(accumulated, at_once, strict=True):
         assert parts.keys() == whole.keys()
         for name in whole:
             # A norm is of sums in another order, over all parameters.
@@ -98,7 +98,7 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does():
             np.testing.assert_allclose(parts[name], whole[name], rtol=rtol, atol=1e-7, err_msg=name)
 
 
-def test_mistakes_change_all_scales_but_the_first():
+def test_token_corruption_changes_all_scales_but_the_first():
     (without,), (with_some,) = losses(1), losses(1, accumulate=1, mistakes=0.5)
     assert with_some["loss_scale_0"] == pytest.approx(without["loss_scale_0"], rel=1e-5)
     for scale in (1, 2):
@@ -150,7 +150,7 @@ def test_every_sample_loses_its_condition_by_itself_one_time_in_ten(monkeypatch)
 
 def test_drawn_keep_counts_follow_the_truncated_normal():
     loss = HartLossConfig(keep_counts=400)
-    counts = [draw_keep_count(0, step, 1024, loss) for step in range(2000)]
+    counts = [draw_num_kept(0, step, 1024, loss) for step in range(2000)]
     assert min(counts) >= 32 and max(counts) <= 512
     # The half-normal below 1 with deviation 0.25, cut at 0.5: its mean is 0.820.
     assert np.mean(counts) / 1024 == pytest.approx(0.18, abs=0.01)
@@ -159,9 +159,9 @@ def test_drawn_keep_counts_follow_the_truncated_normal():
 @given(st.integers(16, 4096), st.integers(1, 6), st.integers(0, 50))
 def test_keep_counts_are_buckets(positions, keep_counts, step):
     loss = HartLossConfig(min_kept=8, keep_counts=keep_counts)
-    buckets = keep_buckets(positions, loss)
+    buckets = kept_counts(positions, loss)
     assert len(buckets) <= keep_counts and list(buckets) == sorted(buckets)
-    assert draw_keep_count(3, step, positions, loss) in buckets
+    assert draw_num_kept(3, step, positions, loss) in buckets
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_keep_counts_are_buckets(positions, keep_counts, step):
 )
 def test_without_a_deviation_every_step_keeps_as_many(settings, kept):
     loss = HartLossConfig(min_kept=8, **settings)
-    assert keep_buckets(100, loss) == (kept,)
+    assert kept_counts(100, loss) == (kept,)
     assert bucket_probabilities(100, loss) == {kept: 1.0}
-    assert {draw_keep_count(0, step, 100, loss) for step in range(9)} == {kept}
+    assert {draw_num_kept(0, step, 100, loss) for step in range(9)} == {kept}
 
 
 @given(st.floats(0, 1), st.floats(0, 3), st.floats(0, 1), st.integers(1, 64))
@@ -185,7 +185,7 @@ def test_whatever_the_settings_allow_is_drawn(mean, deviation, least, positions)
         loss = HartLossConfig(drop_mean=mean, drop_std=deviation, drop_min=least)
     except UserError:
         return
-    assert draw_keep_count(0, 1, positions, loss) in keep_buckets(positions, loss)
+    assert draw_num_kept(0, 1, positions, loss) in kept_counts(positions, loss)
     assert sum(bucket_probabilities(positions, loss).values()) == pytest.approx(1)
 
 
@@ -193,12 +193,12 @@ def test_whatever_the_settings_allow_is_drawn(mean, deviation, least, positions)
 def test_bucket_probabilities_are_those_of_the_draws(positions):
     loss = HartLossConfig(keep_counts=3)
     expected = bucket_probabilities(positions, loss)
-    draws = [draw_keep_count(1, step, positions, loss) for step in range(4000)]
+    draws = [draw_num_kept(1, step, positions, loss) for step in range(4000)]
     assert sum(expected.values()) == pytest.approx(1)
     assert {bucket: draws.count(bucket) / 4000 for bucket in expected} == pytest.approx(expected, abs=0.03)
 
 
 def test_kept_tokens_are_distinct_ascending_and_differ_between_samples():
-    kept = np.asarray(draw_kept(jax.random.key(0), 8, 16, 6))
+    kept = np.asarray(draw_kept_tokens(jax.random.key(0), 8, 16, 6))
     assert (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < 16
     assert len({tuple(row) for row in kept}) > 1

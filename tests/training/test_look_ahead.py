@@ -7,9 +7,9 @@ import numpy as np
 
 from hart_jax.config import MeshConfig, TrainConfig
 from hart_jax.data.batches import Batches
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.training import loop
-from hart_jax.training.window import Window
+from hart_jax.training.metrics_buffer import MetricsBuffer
 
 STEPS = 3
 
@@ -17,8 +17,8 @@ STEPS = 3
 class CountingTask:
     """Adds the batch's number to its state, and notes what is done in which order."""
 
-    def __init__(self, placement: Placement, events: list[str]):
-        self.places, self._events = {"total": placement.whole}, events
+    def __init__(self, layout: MeshLayout, events: list[str]):
+        self.shardings, self._events = {"total": layout.replicated}, events
 
     def batches(self) -> Batches:
         source = grain.MapDataset.source([{"index": np.int32(number)} for number in range(8)]).repeat()
@@ -33,12 +33,12 @@ class CountingTask:
     def init(self):
         return {"total": jnp.zeros(())}
 
-    def shapes(self):
+    def abstract_state(self):
         return jax.eval_shape(self.init)
 
-    def load_previous(self) -> None: ...
+    def load_pretrained(self) -> None: ...
 
-    def start(self):
+    def init_state(self):
         return self.init()
 
     def step(self, state, batch, step):
@@ -47,19 +47,19 @@ class CountingTask:
         metrics["skipped_steps"] = jnp.zeros(())
         return {"total": state["total"] + batch["index"].sum()}, metrics
 
-    def pictures(self, state):
+    def sample_grids(self, state):
         return {}
 
 
 def test_the_next_batch_is_prepared_before_anything_waits_for_the_step(tmp_path, monkeypatch):
     events: list[str] = []
-    placement = Placement.of(MeshConfig(), 2 * jax.device_count())
-    stored = Window.stored
-    monkeypatch.setattr(Window, "stored", lambda window: events.append("wait") or stored(window))
+    layout = MeshLayout.of(MeshConfig(), 2 * jax.device_count())
+    stored = MetricsBuffer.stored
+    monkeypatch.setattr(MetricsBuffer, "stored", lambda buffer: events.append("wait") or stored(buffer))
     train = TrainConfig(steps=STEPS, batch_size=2, log_every=1, save_every=STEPS, sample_every=0)
     (tmp_path / "shards").mkdir()
     config = {"train": {}, "data": {"sources": [], "train": str(tmp_path / "shards")}}
-    loop.run(CountingTask(placement, events), placement, train, config, tmp_path / "run")
-    # At the last step it waits for its metrics, and for the window that its checkpoint keeps; nothing comes after it.
+    loop.run(CountingTask(layout, events), layout, train, config, tmp_path / "run")
+    # At the last step it waits for its metrics, and for the buffer that its checkpoint keeps; nothing comes after it.
     expected = ["prepare 1", "step 1", "prepare 2", "wait", "step 2", "prepare 3", "wait", "step 3", "wait", "wait"]
     assert events == expected

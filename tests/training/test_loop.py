@@ -17,7 +17,7 @@ from hart_jax.checkpoints.orbax import check_workdir
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TokenizerExperiment, TrainConfig
 from hart_jax.data.batches import Batches
 from hart_jax.errors import UserError
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.training.hart_task import HartTask
 from hart_jax.training.loop import MAY_CHANGE, run
 
@@ -27,9 +27,9 @@ TRAIN = TrainConfig(steps=6, batch_size=2, log_every=1, save_every=2, sample_eve
 class Counting:
     """Adds a batch's numbers to its state; at some steps something happens instead of a grid, or after the step."""
 
-    def __init__(self, placement: Placement, at_step: Any = None, at_grid: Any = None):
-        self.places = {"total": placement.whole}
-        self._placement, self._at_step, self._at_grid = placement, at_step or {}, at_grid or {}
+    def __init__(self, layout: MeshLayout, at_step: Any = None, at_grid: Any = None):
+        self.shardings = {"total": layout.replicated}
+        self._layout, self._at_step, self._at_grid = layout, at_step or {}, at_grid or {}
 
     def batches(self) -> Batches:
         numbers = grain.MapDataset.range(12).map(lambda x: {"index": np.int32(x)})
@@ -38,14 +38,14 @@ class Counting:
     def init(self) -> dict[str, jax.Array]:
         return {"total": jnp.zeros(())}
 
-    def shapes(self) -> Any:
+    def abstract_state(self) -> Any:
         return jax.eval_shape(self.init)
 
-    def load_previous(self) -> None:
+    def load_pretrained(self) -> None:
         pass
 
-    def start(self) -> Any:
-        return jax.device_put(self.init(), self._placement.whole)
+    def init_state(self) -> Any:
+        return jax.device_put(self.init(), self._layout.replicated)
 
     def step(self, state: Any, batch: Any, step: int) -> Any:
         if step in self._at_step:
@@ -58,7 +58,7 @@ class Counting:
             "skipped_steps": jnp.float32(0),
         }
 
-    def pictures(self, state: Any) -> dict[str, np.ndarray]:
+    def sample_grids(self, state: Any) -> dict[str, np.ndarray]:
         step = int(state["total"])
         if self._at_grid:
             raise self._at_grid.pop(0)
@@ -75,8 +75,8 @@ def shards(tmp_path) -> Path:
 def train(workdir: Path, shards: Path, train: TrainConfig = TRAIN, at_step=None, at_grid=None, **changes) -> None:
     data = dataclasses.replace(TokenizerExperiment().data, train=str(shards))
     experiment = dataclasses.replace(TokenizerExperiment(), data=data, train=train, **changes)
-    placement = Placement.of(MeshConfig(), train.batch_size)
-    run(Counting(placement, at_step, at_grid), placement, train, experiment.to_dict(), workdir)
+    layout = MeshLayout.of(MeshConfig(), train.batch_size)
+    run(Counting(layout, at_step, at_grid), layout, train, experiment.to_dict(), workdir)
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
@@ -95,7 +95,7 @@ def test_a_grid_that_fails_costs_a_warning(tmp_path, shards, capsys):
     assert [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line] == [said]
 
 
-def test_a_run_that_ends_within_a_grid_has_its_checkpoint_and_draws_the_grid_when_resumed(tmp_path, shards):
+def test_a_run_that_ends_within_a_grid_has_its_checkpoint_and_samples_the_grid_when_resumed(tmp_path, shards):
     train(tmp_path / "whole", shards)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", shards, at_grid=[KeyboardInterrupt()])

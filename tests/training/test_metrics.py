@@ -1,4 +1,4 @@
-"""Metrics survive kills and resume to the same bytes; pictures, curves and progress appear where they should."""
+"""Metrics survive kills and resume to the same bytes; images, curves and progress appear where they should."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from hart_jax.errors import UserError
-from hart_jax.training.curves import draw_curves
+from hart_jax.training.curves import plot_curves
 from hart_jax.training.metrics import RECORDS_FILE, MetricsWriter, Progress, read_metrics
 
 
@@ -144,10 +144,10 @@ def colours_of(path) -> set[str]:
 
 @pytest.mark.parametrize("log_y", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3000])
-def test_chosen_curves_are_drawn(tmp_path, log_y, steps):
+def test_chosen_curves_are_plotted(tmp_path, log_y, steps):
     lines = [{"step": s, "loss": 3 * s**-0.3, "flat": 2.0, "accuracy": 0.5} for s in range(1, steps + 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    colours = colours_of(draw_curves(tmp_path, ["loss", "flat"], log_y=log_y))
+    colours = colours_of(plot_curves(tmp_path, ["loss", "flat"], log_y=log_y))
     assert {"#1f77b4", "#ff7f0e"} <= colours
     assert "#2ca02c" not in colours
 
@@ -167,7 +167,7 @@ def test_every_subject_has_a_panel(tmp_path):
         for name, make in (("metrics", line), ("timings", timing)):
             lines = [json.dumps(make(step)) + "\n" for step in range(1, 9)] if name in files else []
             (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-        image = Image.open(draw_curves(tmp_path))
+        image = Image.open(plot_curves(tmp_path))
         sizes.append(image.size)
     # Losses, scales' losses and accuracies, norms, learning rate; speed and waits.
     assert sizes == [(2 * 800, 3 * 360), (2 * 800, 4 * 360)]
@@ -179,7 +179,7 @@ def test_every_subject_has_a_panel(tmp_path):
 def test_values_without_a_logarithm_leave_the_others_where_they_are(tmp_path):
     lines = [{"step": step, "loss": 1.0 if step % 2 else math.nan, "vq": 0.0} for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    colours = colours_of(draw_curves(tmp_path))
+    colours = colours_of(plot_curves(tmp_path))
     assert "#1f77b4" in colours and "#ff7f0e" not in colours
 
 
@@ -189,19 +189,19 @@ def test_curves_take_any_positive_values(tmp_path_factory, values, log_y):
     workdir = tmp_path_factory.mktemp("curves")
     lines = [json.dumps({"step": step, "loss": value}) + "\n" for step, value in enumerate(values)]
     (workdir / "metrics.jsonl").write_text("".join(lines))
-    assert draw_curves(workdir, ["loss"], log_y=log_y).exists()
+    assert plot_curves(workdir, ["loss"], log_y=log_y).exists()
 
 
 def test_curves_without_matplotlib(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'hart_jax\[curves\]'"):
-        draw_curves(tmp_path)
+        plot_curves(tmp_path)
 
 
 def test_curves_without_data_or_of_unknown_metrics(tmp_path):
-    with pytest.raises(UserError, match="nothing to draw"):
-        draw_curves(tmp_path)
+    with pytest.raises(UserError, match="nothing to plot"):
+        plot_curves(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="no metric lost; it has loss"):
-        draw_curves(tmp_path, names=["lost"])
+        plot_curves(tmp_path, names=["lost"])

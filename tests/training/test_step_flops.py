@@ -10,10 +10,10 @@ import pytest
 from hart_jax.checkpoints.model_folder import abstract_tokenizer
 from hart_jax.config import HartExperiment, OptimizerConfig, TokenizerLossConfig, experiment_from
 from hart_jax.nn.flop_counter import StepFlops
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.text.encoder import load_text_encoder
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.training.hart_program import hart_program
+from hart_jax.training.hart_functions import hart_functions
 from hart_jax.training.hart_step import tokens_of
 from hart_jax.training.state import make_optimizer
 from hart_jax.training.tokenizer_step import make_tokenizer_step, tokenizer_flops, tokenizer_state
@@ -35,10 +35,10 @@ def hart_flops(remat: str = "none", ahead: bool = False, **train) -> StepFlops:
     assert isinstance(experiment, HartExperiment)
     settings = dataclasses.replace(experiment.train, remat=remat, batch_size=BATCH, **train)
     experiment = dataclasses.replace(experiment, train=settings)
-    placement = Placement.of(experiment.mesh, BATCH)
-    program, tokenizer = hart_program(experiment, placement), abstract_tokenizer(TOKENIZER)
+    layout = MeshLayout.of(experiment.mesh, BATCH)
+    program, tokenizer = hart_functions(experiment, layout), abstract_tokenizer(TOKENIZER)
     condition = SHAPE((BATCH, 4, 8), jnp.float32), SHAPE((BATCH, 4), jnp.int32)
-    with placement.tracing():
+    with layout.activate():
         source = jax.eval_shape(functools.partial(tokens_of, program.tokenizer), tokenizer, IMAGES) if ahead else IMAGES
         arguments = program.init.shapes(), tokenizer, source, condition, KEY
         return program.flops(program.step.trace(*arguments, KEPT), arguments, KEPT)
@@ -91,7 +91,7 @@ def test_the_tokenizers_frozen_modules_are_no_work_of_the_model():
 def test_the_discriminators_own_training_is_work_of_the_model():
     alone, both = tokenizer_step_flops(), tokenizer_step_flops(adversarial=True)
     assert both.model > alone.model
-    # As the generator's judge it counts for the hardware only.
+    # In the generator's loss it counts for the hardware only.
     assert both.hardware - alone.hardware > 1.2 * (both.model - alone.model)
 
 

@@ -1,4 +1,5 @@
-"""A tokenizer training step: it learns, draws what is decoded, restarts dead codes, and trains the judge when due."""
+"""A tokenizer training step: it learns, decodes both kinds of latents, restarts dead codes, and trains the
+discriminator when due."""
 
 import functools
 
@@ -33,10 +34,10 @@ TOKENIZER = Tokenizer(CONFIG)
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    """Smooth pictures: a corner of each is bright."""
+    """Smooth images: a corner of each is bright."""
     ramp = np.linspace(0, 255, 24)
-    picture = np.minimum.outer(ramp, ramp)
-    return np.stack([picture, picture[::-1], picture[:, ::-1], picture.T / 2])[..., None].repeat(3, -1).astype(np.uint8)
+    image = np.minimum.outer(ramp, ramp)
+    return np.stack([image, image[::-1], image[:, ::-1], image.T / 2])[..., None].repeat(3, -1).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_initial_state(initial):
     np.testing.assert_array_equal(initial.code_usage_V, np.ones(16))
 
 
-def test_learns_one_batch_and_leaves_the_judge_alone(state, initial, images):
+def test_learns_one_batch_and_leaves_the_discriminator_alone(state, initial, images):
     step = step_with(continuous_fraction=0.0)
     losses, used = [], []
     for _ in range(20):
@@ -112,7 +113,7 @@ def adversarial_step():
     return step_with(2, adversarial=0.1, restart_below=0.99)
 
 
-def test_adversarial_step_trains_the_judge(state, initial, images):
+def test_adversarial_step_trains_the_discriminator(state, initial, images):
     for _ in range(2):
         state, metrics = adversarial_step()(state, images, KEY, None, adversarial=True)
     assert differs(state.disc.params, initial.disc.params)

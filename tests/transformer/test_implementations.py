@@ -1,4 +1,4 @@
-"""A whole training step and whole pictures, the same with every implementation of attention."""
+"""A whole training step and whole images, the same with every implementation of attention."""
 
 import functools
 
@@ -43,7 +43,7 @@ def losses_and_gradients(implementation: str):
     return metrics, gradients
 
 
-def picture(implementation: str):
+def sampled(implementation: str):
     settings = SampleConfig(top_k=0, top_k_late=0, cfg=2.0, attention=implementation)
     sample = make_sampler(Hart(MODEL.transformer_config), Tokenizer(TOKENIZER), settings)
     return sample({"transformer": MODEL.transformer, "tokenizer": MODEL.tokenizer}, TEXT, 0, jnp.arange(BATCH))
@@ -51,7 +51,7 @@ def picture(implementation: str):
 
 @functools.cache
 def expected():
-    return losses_and_gradients("reference"), picture("reference")
+    return losses_and_gradients("reference"), sampled("reference")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -63,7 +63,7 @@ def test_losses_gradients_and_tokens_are_the_same(implementation):
         np.testing.assert_allclose(our_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     for ours, theirs in zip(jax.tree.leaves(our_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, np.abs(theirs).max()))
-    our_image, our_indices = picture(implementation)
+    our_image, our_indices = sampled(implementation)
     for ours, theirs in zip(our_indices, indices, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(our_image, image, atol=1e-4)

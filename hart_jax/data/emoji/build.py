@@ -1,6 +1,6 @@
-"""Builds the captioned picture set: `python -m hart_jax.data.emoji --out DIR`.
+"""Builds the captioned image set: `python -m hart_jax.data.emoji --out DIR`.
 
-About 12,000 pictures of seven styles, from npm and Debian packages with permissive licences (see `SOURCES`), in the
+About 12,000 images of seven styles, from npm and Debian packages with permissive licences (see `SOURCES`), in the
 layout of MJHQ-30K, once for training and once for testing:
 
     DIR/train/meta_data.json        {id: {"category", "prompt", "captions", "style", "concept"}}
@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from hart_jax.data.emoji import packages
 from hart_jax.data.emoji.captions import COLOURLESS_PHRASE, STYLE_PHRASES, word_set
-from hart_jax.data.emoji.clipart_sources import clipart_pictures, furniture_pictures
-from hart_jax.data.emoji.emoji_sources import ICONIFY_STYLES, emoji_pictures, split_key
-from hart_jax.data.emoji.render import Picture, is_colourless, render, require_svg_library
+from hart_jax.data.emoji.clipart_sources import clipart_images, furniture_images
+from hart_jax.data.emoji.emoji_sources import ICONIFY_STYLES, emoji_images, split_key
+from hart_jax.data.emoji.render import SourceImage, is_colourless, render, require_svg_library
 from hart_jax.errors import UserError
 from hart_jax.io.files import atomic_file, read_json, write_json
 from hart_jax.io.fingerprint import differences, sha256
@@ -66,15 +66,15 @@ def is_test(concept: str) -> bool:
     return int(sha256(split_key(concept))[:16], 16) % 1000 < TEST_PER_MILLE
 
 
-def all_pictures(styles: list[str], folder: Path | None, *, skin_tones: bool) -> Iterator[Picture]:
-    """Yields the pictures of the given styles (keys of `SOURCES`), unrendered."""
+def all_images(styles: list[str], folder: Path | None, *, skin_tones: bool) -> Iterator[SourceImage]:
+    """Yields the images of the given styles (keys of `SOURCES`), unrendered."""
     for style in styles:
         if style == "clipart":
-            yield from clipart_pictures(folder)
+            yield from clipart_images(folder)
         elif style == "furniture":
-            yield from furniture_pictures(folder)
+            yield from furniture_images(folder)
         else:
-            yield from emoji_pictures(style, folder, skin_tones=skin_tones)
+            yield from emoji_images(style, folder, skin_tones=skin_tones)
 
 
 def build(
@@ -87,7 +87,7 @@ def build(
     workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Counter]:
-    """Builds the set in `out` and returns the number of pictures by style for "train", "test" and "skipped".
+    """Builds the set in `out` and returns the number of images by style for "train", "test" and "skipped".
 
     Raises:
       UserError: a bad option, a package that cannot be had, or an `out` that holds something else.
@@ -103,7 +103,7 @@ def build(
     packages.locate(packages.EMOJIBASE, folder)
     if not set(styles) <= RASTER_STYLES:
         require_svg_library()
-    with owned(out, "a run that builds the picture set"):
+    with owned(out, "a run that builds the image set"):
         if _claim(out, settings):
             report(f"{out} is complete already")
             return _finished_counts(out)
@@ -117,37 +117,42 @@ def _build(
     metadata: dict[str, dict] = {"train": {}, "test": {}}
     digests: dict[str, str] = {}
     report("reading packages")
-    pictures = list(all_pictures(settings["styles"], folder, skin_tones=settings["skin_tones"]))
-    splits = ["test" if is_test(picture.concept) else "train" for picture in pictures]
+    source_images = list(all_images(settings["styles"], folder, skin_tones=settings["skin_tones"]))
+    splits = ["test" if is_test(source_image.concept) else "train" for source_image in source_images]
     targets = [
-        out / split / picture.category / f"{picture.id}.png" for split, picture in zip(splits, pictures, strict=True)
+        out / split / source_image.category / f"{source_image.id}.png"
+        for split, source_image in zip(splits, source_images, strict=True)
     ]
     for target in set(target.parent for target in targets):
         target.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(_render_to_file, pictures, targets, [settings["image_size"]] * len(pictures), chunksize=16)
-        progress = tqdm(zip(pictures, splits, targets, results, strict=True), total=len(pictures), unit="picture")
-        for picture, split, target, result in progress:
+        results = pool.map(
+            _render_to_file, source_images, targets, [settings["image_size"]] * len(source_images), chunksize=16
+        )
+        progress = tqdm(
+            zip(source_images, splits, targets, results, strict=True), total=len(source_images), unit="image"
+        )
+        for source_image, split, target, result in progress:
             problem = result.problem
-            if not problem and picture.style == "clipart":
-                original = digests.setdefault(result.digest, picture.id)
-                if original != picture.id:
+            if not problem and source_image.style == "clipart":
+                original = digests.setdefault(result.digest, source_image.id)
+                if original != source_image.id:
                     target.unlink()
-                    problem = f"the same picture as {original}"
+                    problem = f"the same image as {original}"
             if problem:
-                counts["skipped"][picture.style] += 1
-                tqdm.write(f"skipped {picture.id}: {problem}", file=sys.stderr)
+                counts["skipped"][source_image.style] += 1
+                tqdm.write(f"skipped {source_image.id}: {problem}", file=sys.stderr)
                 continue
-            counts[split][picture.style] += 1
-            captions = list(picture.captions)
-            if result.colourless and picture.style == "clipart":
+            counts[split][source_image.style] += 1
+            captions = list(source_image.captions)
+            if result.colourless and source_image.style == "clipart":
                 captions = [text.replace(STYLE_PHRASES["clipart"], COLOURLESS_PHRASE, 1) for text in captions]
-            metadata[split][picture.id] = {
-                "category": picture.category,
+            metadata[split][source_image.id] = {
+                "category": source_image.category,
                 "prompt": captions[0],
                 "captions": captions,
-                "style": picture.style,
-                "concept": picture.concept,
+                "style": source_image.style,
+                "concept": source_image.concept,
             }
     for split, entries in metadata.items():
         (out / split).mkdir(exist_ok=True)
@@ -181,28 +186,26 @@ def _finished_counts(out: Path) -> dict[str, Counter]:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """What became of one picture: the digest of its PNG and whether it has no colour, or what went wrong."""
+    """What became of one image: the digest of its PNG and whether it has no colour, or what went wrong."""
 
     digest: str = ""
     colourless: bool = False
     problem: str = ""
 
 
-def _render_to_file(picture: Picture, target: Path, image_size: int) -> _Rendered:
-    """Renders one picture unless its file is there already, and whole."""
+def _render_to_file(source_image: SourceImage, target: Path, image_size: int) -> _Rendered:
+    """Renders one image unless its file is there already, and whole."""
 
     def give_up(*_: object) -> None:
-        raise TimeoutError(f"drawing took over {_RENDER_SECONDS} s")
+        raise TimeoutError(f"rendering took over {_RENDER_SECONDS} s")
 
     if not _is_whole(target):
         # Counted in processor time, so that a busy machine leaves out no more than an idle one.
         signal.signal(signal.SIGVTALRM, give_up)
         signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
         try:
-            image = render(picture, image_size)
-        except (
-            Exception
-        ) as error:  # a drawing library fails in its own ways; the picture is named, counted and left out
+            image = render(source_image, image_size)
+        except Exception as error:  # a drawing library fails in its own ways; the image is named, counted and left out
             return _Rendered(problem=f"{type(error).__name__}: {error}"[:200])
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -223,10 +226,10 @@ def _is_whole(file: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the captioned picture set.")
+    parser = argparse.ArgumentParser(description="Build the captioned image set.")
     parser.add_argument("--out", required=True, help="folder to build in; new, empty or an unfinished build")
     parser.add_argument("--packages", help="folder of downloaded packages; without it they are fetched")
-    parser.add_argument("--image_size", type=int, default=256, help="side of the square pictures, in pixels")
+    parser.add_argument("--image_size", type=int, default=256, help="side of the square images, in pixels")
     parser.add_argument("--styles", default=",".join(SOURCES), help="comma-separated; default: %(default)s")
     parser.add_argument("--skin_tones", action="store_true", help="include skin-tone variants")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rendering processes")
@@ -244,4 +247,4 @@ def main() -> None:
     )
     for split, styles in counts.items():
         listing = ", ".join(f"{style} {number}" for style, number in sorted(styles.items()))
-        print(f"{split}: {sum(styles.values())} pictures ({listing})" if listing else f"{split}: none")
+        print(f"{split}: {sum(styles.values())} images ({listing})" if listing else f"{split}: none")

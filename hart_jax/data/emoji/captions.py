@@ -118,7 +118,7 @@ def plain_names(label: str, *, face_of_thing: bool = False) -> list[str]:
 
 
 def caption_variants(style: str, label: str, tags: Sequence[str] = (), other_names: Iterable[str] = ()) -> list[str]:
-    """Three to six captions of one picture, the plain one first; without tags or other names there may be fewer.
+    """Three to six captions of one image, the plain one first; without tags or other names there may be fewer.
 
     Args:
       style: a key of `STYLE_PHRASES`.

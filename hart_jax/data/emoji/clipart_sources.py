@@ -1,4 +1,4 @@
-"""Public-domain clip art and 3D furniture renders as captioned pictures."""
+"""Public-domain clip art and 3D furniture renders as captioned images."""
 
 import io
 import re
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from hart_jax.data.emoji import packages
 from hart_jax.data.emoji.captions import caption_variants, plain_names, tidy, word_set
-from hart_jax.data.emoji.render import Picture
+from hart_jax.data.emoji.render import SourceImage
 from hart_jax.errors import UserError
 from hart_jax.io.archives import check_unpacked
 
@@ -91,7 +91,7 @@ def slugify(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "other"
 
 
-def clipart_pictures(folder: Path | None) -> Iterator[Picture]:
+def clipart_images(folder: Path | None) -> Iterator[SourceImage]:
     """Yields the drawings of openclipart-svg that show something and have a usable name."""
     path = packages.locate(packages.OPENCLIPART, folder)
     seen = set()
@@ -108,7 +108,7 @@ def clipart_pictures(folder: Path | None) -> Iterator[Picture]:
         seen.add(unique)
         captions = caption_variants("clipart", title, keywords, _drawing_names(title, keywords, place))
         category = slugify(place.parts[0])
-        yield Picture(unique, "clipart", category, f"clipart:{title_stem(title)}", tuple(captions), data, crop=True)
+        yield SourceImage(unique, "clipart", category, f"clipart:{title_stem(title)}", tuple(captions), data, crop=True)
 
 
 def _metadata(data: bytes) -> tuple[str, list[str]]:
@@ -158,7 +158,7 @@ def _drawing_names(title: str, keywords: list[str], place: PurePosixPath) -> lis
     return plain_names(title) + names
 
 
-def furniture_pictures(folder: Path | None) -> Iterator[Picture]:
+def furniture_images(folder: Path | None) -> Iterator[SourceImage]:
     """Yields the renders of sweethome3d-furniture's catalogues, named, tagged and sorted by room."""
     path = packages.locate(packages.SWEETHOME3D, folder)
     seen = set()
@@ -180,7 +180,7 @@ def furniture_pictures(folder: Path | None) -> Iterator[Picture]:
             hints = [*tags, *([] if room in {"Miscellaneous", "Doors and windows"} else [tidy(room)])]
             captions = caption_variants("furniture", label, hints, plain_names(label))
             category, concept = slugify(room), f"furniture:{title_stem(label)}"
-            yield Picture(unique, "furniture", category, concept, tuple(captions), catalogue.read(icon), crop=True)
+            yield SourceImage(unique, "furniture", category, concept, tuple(captions), catalogue.read(icon), crop=True)
 
 
 def _catalogue_entries(text: str) -> list[dict[str, str]]:

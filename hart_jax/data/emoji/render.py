@@ -1,4 +1,4 @@
-"""One captioned picture of the set, and its rendering to a square RGB image on white."""
+"""One captioned image of the set, and its rendering to a square RGB image on white."""
 
 import io
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from PIL import Image
 
 from hart_jax.errors import UserError
 
-# Clip art is drawn once at this multiple of the wanted size, then cropped to its ink and reduced.
+# Clip art is rendered once at this multiple of the wanted size, then cropped to its ink and reduced.
 _OVERSAMPLING = 2
 _MAX_RENDER_SIDE = 4096
 _MARGIN = 0.04
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture before rendering.
+class SourceImage:
+    """An image before rendering.
 
     Attributes:
       id: unique file stem, e.g. "fluent3d-1f34e".
       style: a key of `captions.STYLE_PHRASES`.
-      category: slug of the content, the folder the picture is stored in.
+      category: slug of the content, the folder the image is stored in.
       concept: what is shown, across styles: normalised code points, or "clipart:<title>"; the split is by it.
       captions: the plain caption first.
       data: the bytes of an SVG, PNG or WebP file.
@@ -37,20 +37,24 @@ class Picture:
     crop: bool = False
 
 
-def render(picture: Picture, size: int) -> Image.Image:
+def render(source_image: SourceImage, size: int) -> Image.Image:
     """Renders to an RGB image of `size` x `size`, antialiased, composited on white, padded to a square.
 
     Raises:
-      Exception: whatever the decoder raises for a file it cannot draw; ValueError for an empty drawing.
+      Exception: whatever the decoder raises for a file it cannot render; ValueError for an empty drawing.
     """
-    is_svg = not picture.data.startswith((b"\x89PNG", b"RIFF"))
-    image = _draw_svg(picture.data, size * (_OVERSAMPLING if picture.crop else 1)) if is_svg else _decode(picture.data)
-    if picture.crop:
+    is_svg = not source_image.data.startswith((b"\x89PNG", b"RIFF"))
+    image = (
+        _rasterize_svg(source_image.data, size * (_OVERSAMPLING if source_image.crop else 1))
+        if is_svg
+        else _decode(source_image.data)
+    )
+    if source_image.crop:
         box = _ink_box(image)
         longest = max(box[2] - box[0], box[3] - box[1])
         if is_svg and longest < size:
             enlarge = min(_OVERSAMPLING * size / longest, _MAX_RENDER_SIDE / max(image.size))
-            image = _draw_svg(picture.data, round(max(image.size) * enlarge))
+            image = _rasterize_svg(source_image.data, round(max(image.size) * enlarge))
             box = _ink_box(image)
         image = image.crop(box)
         return _on_white_square(image, size, margin=round(size * _MARGIN))
@@ -65,12 +69,12 @@ def is_colourless(image: Image.Image) -> bool:
 
 
 def require_svg_library() -> None:
-    """Raises UserError if SVG files cannot be drawn here."""
+    """Raises UserError if SVG files cannot be rendered here."""
     try:
         import cairosvg  # noqa: F401
     except (ImportError, OSError) as error:
         raise UserError(
-            f"drawing SVG files needs cairosvg and the cairo library ({error}); pip install cairosvg"
+            f"rendering SVG files needs cairosvg and the cairo library ({error}); pip install cairosvg"
         ) from error
 
 
@@ -79,7 +83,7 @@ def _decode(data: bytes) -> Image.Image:
         return file.convert("RGBA")
 
 
-def _draw_svg(data: bytes, longest_side: int) -> Image.Image:
+def _rasterize_svg(data: bytes, longest_side: int) -> Image.Image:
     image = _decode(_svg_to_png(data, output_width=longest_side, output_height=None))
     if image.height > longest_side:
         image = _decode(_svg_to_png(data, output_width=None, output_height=longest_side))

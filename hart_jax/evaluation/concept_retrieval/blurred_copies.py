@@ -1,4 +1,4 @@
-"""Images without their finest details, as small models draw them: copies for a space to overlook the difference."""
+"""Images without their finest details, as small models make them: copies for a space to overlook the difference."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def blurred_copies(images_BHWC: jax.Array) -> jax.Array:
     """uint8 images reduced to a half or to a quarter of their height and width, and enlarged again.
 
-    Which of the two is a lot that an image's own pixels draw, the parity of their sum: the same in whatever batch.
+    Which of the two is chosen by an image's own pixels, the parity of their sum: the same in whatever batch.
     """
     odd_B = jnp.sum(images_BHWC.astype(jnp.int32), axis=(1, 2, 3)) % 2 == 1
     images = jnp.where(odd_B[:, None, None, None], _reduced(images_BHWC, 2), _reduced(images_BHWC, 4))

@@ -6,7 +6,7 @@ classifier's features alone, the nearest image of a dog is a dog in whichever st
 learned from as well, so that a space does not go by what little a blur takes away. No image is sought in a space
 that was learned from its own concept: there are two spaces, each learned from half of the concepts and asked for the
 others. The real images themselves, each without itself, are the ceiling; captions shuffled among the samples
-are the floor.
+are the lower bound.
 """
 
 from collections.abc import Sequence
@@ -65,20 +65,22 @@ def concept_recall(
                 space = Discriminant.of(learned_from, np.tile(label_G[learned_G], 2))
                 gallery_GP, own = space.directions(real.style_features_NP), own_N[asked_N]
                 again[asked_N] = nearest(gallery_GP[own], gallery_GP, max(RANKS), exclude=own)
-                for drawn, fake in zip(found, fakes, strict=True):
-                    drawn[asked_N] = nearest(space.directions(fake.style_features_NP[asked_N]), gallery_GP, max(RANKS))
+                for nearest_NK, fake in zip(found, fakes, strict=True):
+                    nearest_NK[asked_N] = nearest(
+                        space.directions(fake.style_features_NP[asked_N]), gallery_GP, max(RANKS)
+                    )
         values, counts = np.unique(label_G, return_counts=True)
         shared_N = np.isin(label_G[own_N], values[counts > 1])
-        for drawn, result in zip(found, results, strict=True):
+        for nearest_NK, result in zip(found, results, strict=True):
             scores: dict[str, Any] = {
-                "drawn": _recalls(drawn, label_G, wanted[name]),
-                "shuffled": _recalls(drawn, label_G, wanted[name][order]),
+                "drawn": _recalls(nearest_NK, label_G, wanted[name]),
+                "shuffled": _recalls(nearest_NK, label_G, wanted[name][order]),
             }
             if shared_N.any():
                 scores["real"] = _recalls(again[shared_N], label_G, label_G[own_N][shared_N])
             if by:
                 scores[f"drawn, by {by}"] = {
-                    str(value): _recalls(drawn[wanted[by] == value], label_G, wanted[name][wanted[by] == value])
+                    str(value): _recalls(nearest_NK[wanted[by] == value], label_G, wanted[name][wanted[by] == value])
                     for value in np.unique(wanted[by])
                 }
             result[name] = scores

@@ -16,32 +16,32 @@ from pallas_kernels.attention.gpu.warpgroups import (
     COLUMNS,
     LOG2E,
     MATRIX,
-    Form,
+    KernelShape,
     add_products,
     arrays,
     columns_of,
-    form_of,
     full,
     kernel_of,
+    kernel_shape,
     load,
     mask,
-    part,
-    place,
+    overlap_matmuls,
+    program_ids,
     registers,
     remainder,
-    together,
     transposed,
+    warpgroup_rows,
 )
 
 
-def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, order, seen, clean, end, *rest):
+def _dkv_body(sizes: KernelShape, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, order, seen, clean, end, *rest):
     """One tile of keys of one head of keys: `dk` and `dv`, from all heads of queries that use it."""
     dk_ref, dv_ref, buffers, barriers = rest
     k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = buffers
     k_ready, q_ready, dout_ready, q_free, dout_free = barriers
     warpgroups, rows = k_smem.shape[:2]
     stages, query_tile = q_smem.shape[:2]
-    group, batch, head, lane = place(order)
+    group, batch, head, lane = program_ids(order)
     tile = lax.axis_index("tile")
 
     def queries(step: Any) -> Any:
@@ -53,12 +53,12 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
         for of in range(warpgroups):
             for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
                 plgpu.copy_gmem_to_smem(
-                    ref.at[batch, head, part(tile, of, form.key_tile, rows)], smem.at[of], k_ready.at[of]
+                    ref.at[batch, head, warpgroup_rows(tile, of, sizes.key_tile, rows)], smem.at[of], k_ready.at[of]
                 )
         steps = seen[lane, tile]
 
         def copy_head(member: Any, _: None) -> None:
-            q_head = head * form.group + member
+            q_head = head * sizes.group + member
 
             def copy(step: Any, _: None) -> None:
                 at = queries(step)
@@ -74,21 +74,21 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
 
             lax.fori_loop(0, steps, copy, None)
 
-        lax.fori_loop(0, form.group, copy_head, None)
+        lax.fori_loop(0, sizes.group, copy_head, None)
 
     @pl.when(group < warpgroups)
     def compute() -> None:
         plgpu.set_max_registers(registers(warpgroups)[0], action="increase")
         k, v = k_smem.at[group], v_smem.at[group]
         steps = seen[lane, tile]
-        mine = part(tile, group, form.key_tile, rows)
+        mine = warpgroup_rows(tile, group, sizes.key_tile, rows)
 
         def weigh(step: Any, slot: Any, masked: bool, scores: Callable[[], jax.Array]) -> jax.Array:
             lse = load(lse_smem.at[slot], COLUMNS)
             s = scores()
             if masked:
                 s = mask(s, load(end.at[lane, queries(step)], COLUMNS), mine.start, 0)
-            return jnp.exp2(s * (form.scale * LOG2E) - columns_of(lse, s.shape))
+            return jnp.exp2(s * (sizes.scale * LOG2E) - columns_of(lse, s.shape))
 
         def differentiate(slot: Any, weights: jax.Array, dweights: Callable[[], jax.Array]) -> jax.Array:
             delta = load(delta_smem.at[slot], COLUMNS)
@@ -108,8 +108,8 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
                 return weights, differentiate(slot, weights, dweights)
 
             new = [(k, transposed(q_smem.at[slot])), (v, transposed(dout_smem.at[slot]))]
-            (weights, dscores), totals = together(form, new, carried, work)
-            return weights.astype(form.dtype), dscores.astype(form.dtype), totals
+            (weights, dscores), totals = overlap_matmuls(sizes, new, carried, work)
+            return weights.astype(sizes.dtype), dscores.astype(sizes.dtype), totals
 
         def late_products(slot: Any, dk: jax.Array, dv: jax.Array, weights: jax.Array, dscores: jax.Array) -> list[Any]:
             return [(dv, weights, dout_smem.at[slot]), (dk, dscores, q_smem.at[slot])]
@@ -128,12 +128,12 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
             slot = remainder(member * steps + step, stages)
             plgpu.barrier_wait(q_ready.at[slot])
             new = [(k, transposed(q_smem.at[slot]))]
-            weights, _ = together(form, new, [], functools.partial(weigh, step, slot, masked))
+            weights, _ = overlap_matmuls(sizes, new, [], functools.partial(weigh, step, slot, masked))
             plgpu.barrier_wait(dout_ready.at[slot])
-            [dv] = add_products(form, [(dv, weights.astype(form.dtype), dout_smem.at[slot])])
+            [dv] = add_products(sizes, [(dv, weights.astype(sizes.dtype), dout_smem.at[slot])])
             new = [(v, transposed(dout_smem.at[slot]))]
-            dscores, _ = together(form, new, [], functools.partial(differentiate, slot, weights))
-            [dk] = add_products(form, [(dk, dscores.astype(form.dtype), q_smem.at[slot])])
+            dscores, _ = overlap_matmuls(sizes, new, [], functools.partial(differentiate, slot, weights))
+            [dk] = add_products(sizes, [(dk, dscores.astype(sizes.dtype), q_smem.at[slot])])
             release(slot)
             return dk, dv
 
@@ -145,18 +145,18 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
             return lax.fori_loop(split, steps, functools.partial(visit, True), carry)
 
         # Where 128 threads have registers for all operands and results at once.
-        late = rows * (2 * form.width + 3 * query_tile) <= 128 * 180
+        late = rows * (2 * sizes.width + 3 * query_tile) <= 128 * 180
         plgpu.barrier_wait(k_ready.at[group])
-        carry: Any = (full((rows, form.width), 0.0, MATRIX), full((rows, form.width), 0.0, MATRIX))
+        carry: Any = (full((rows, sizes.width), 0.0, MATRIX), full((rows, sizes.width), 0.0, MATRIX))
         if late:
             carry = (*carry, *start_late(jnp.int32(0), jnp.int32(0), True, [])[:2])
-        carry = lax.fori_loop(0, form.group, visit_head, carry)
+        carry = lax.fori_loop(0, sizes.group, visit_head, carry)
         if late:
-            dv, dk = add_products(form, late_products(remainder(form.group * steps - 1, stages), *carry))
+            dv, dk = add_products(sizes, late_products(remainder(sizes.group * steps - 1, stages), *carry))
         else:
             dk, dv = carry
-        k[...] = (dk * form.scale).astype(form.dtype)
-        v[...] = dv.astype(form.dtype)
+        k[...] = (dk * sizes.scale).astype(sizes.dtype)
+        v[...] = dv.astype(sizes.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k, dk_ref.at[batch, head, mine])
         plgpu.copy_smem_to_gmem(v, dv_ref.at[batch, head, mine])
@@ -166,25 +166,25 @@ def _dkv_body(form: Form, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ord
 def dkv(args: tuple[jax.Array, ...], end_RQ: Any, static: Static) -> tuple[jax.Array, jax.Array]:
     """Of (q, k, v, dout, lse in base 2, delta)."""
     q, k, v, *_ = args
-    form = form_of(q, k, static.blocks.dkv, static)
-    plan = schedule(end_RQ, form.keys, form.query_tile, form.key_tile)
-    warpgroups = form.warpgroups(form.key_tile)
-    rows = form.key_tile // warpgroups
-    stages = form.stages(2 * form.query_tile * (2 * form.width + 4), 2 * 2 * form.key_tile * form.width)
+    sizes = kernel_shape(q, k, static.blocks.dkv, static)
+    plan = schedule(end_RQ, sizes.keys, sizes.query_tile, sizes.key_tile)
+    warpgroups = sizes.warpgroups(sizes.key_tile)
+    rows = sizes.key_tile // warpgroups
+    stages = sizes.stages(2 * sizes.query_tile * (2 * sizes.width + 4), 2 * 2 * sizes.key_tile * sizes.width)
     kernel = kernel_of(
         _dkv_body,
-        form,
-        {"tile": form.keys // form.key_tile, "head": k.shape[1], "batch": form.batch},
+        sizes,
+        {"tile": sizes.keys // sizes.key_tile, "head": k.shape[1], "batch": sizes.batch},
         warpgroups,
         out=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch=(
             (
-                form.matrix(warpgroups, rows, form.width),
-                form.matrix(warpgroups, rows, form.width),
-                form.matrix(stages, form.query_tile, form.width),
-                form.matrix(stages, form.query_tile, form.width),
-                plgpu.SMEM((stages, form.query_tile), jnp.float32),
-                plgpu.SMEM((stages, form.query_tile), jnp.float32),
+                sizes.matrix(warpgroups, rows, sizes.width),
+                sizes.matrix(warpgroups, rows, sizes.width),
+                sizes.matrix(stages, sizes.query_tile, sizes.width),
+                sizes.matrix(stages, sizes.query_tile, sizes.width),
+                plgpu.SMEM((stages, sizes.query_tile), jnp.float32),
+                plgpu.SMEM((stages, sizes.query_tile), jnp.float32),
             ),
             (
                 plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),

@@ -16,22 +16,22 @@ from pallas_kernels.attention.gpu.warpgroups import (
     LOG2E,
     MATRIX,
     ROWS,
-    Form,
+    KernelShape,
     add_products,
     arrays,
     copy_tiles,
-    form_of,
     full,
     kernel_of,
+    kernel_shape,
     load,
     mask,
-    part,
-    place,
+    overlap_matmuls,
+    program_ids,
     registers,
     remainder,
     rows_of,
-    together,
     transposed,
+    warpgroup_rows,
 )
 
 # The running maximum before any key is seen. Finite, so that a row without keys gets weights of 0 instead of NaN.
@@ -46,13 +46,15 @@ def softmax_step(scores: jax.Array, peak: jax.Array, total: jax.Array, scale: fl
     return weights, new_peak, total * shrink + weights.sum(axis=1), shrink
 
 
-def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, out_ref, lse_ref, buffers, barriers):
+def _forward_body(
+    sizes: KernelShape, q_ref, k_ref, v_ref, order, visited, whole, end, out_ref, lse_ref, buffers, barriers
+):
     """One tile of queries of one head: `out` and `lse`."""
     q_smem, k_smem, v_smem, lse_smem = buffers
     q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
     warpgroups, rows = q_smem.shape[:2]
     stages, key_tile = k_smem.shape[:2]
-    group, batch, head, lane = place(order)
+    group, batch, head, lane = program_ids(order)
 
     def tile() -> Any:
         return order[lane, lax.axis_index("tile")]
@@ -60,21 +62,21 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
     @pl.when(group == warpgroups)
     def copies() -> None:
         moves = [(k_ref, k_smem, k_ready, k_free), (v_ref, v_smem, v_ready, v_free)]
-        copy_tiles(form, tile(), visited[lane, tile()], [(q_ref, q_smem)], q_ready, moves)
+        copy_tiles(sizes, tile(), visited[lane, tile()], [(q_ref, q_smem)], q_ready, moves)
 
     @pl.when(group < warpgroups)
     def compute() -> None:
         plgpu.set_max_registers(registers(warpgroups)[0], action="increase")
         q = q_smem.at[group]
         steps, whole_steps = visited[lane, tile()], whole[lane, tile()]
-        mine = part(tile(), group, form.query_tile, rows)
+        mine = warpgroup_rows(tile(), group, sizes.query_tile, rows)
 
         def weigh(step: Any, masked: bool, peak: jax.Array, total: jax.Array, scores: Callable[[], jax.Array]) -> Any:
             s = scores()
             plgpu.barrier_arrive(k_free.at[remainder(step, stages)])
             if masked:
                 s = mask(s, load(end.at[lane, mine], ROWS), step * key_tile, 1)
-            return softmax_step(s, peak, total, form.scale * LOG2E)
+            return softmax_step(s, peak, total, sizes.scale * LOG2E)
 
         def wait_turn() -> None:
             if warpgroups > 1:
@@ -96,8 +98,8 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
             return weigh(step, True, full((rows,), LOWEST, ROWS), full((rows,), 0.0, ROWS), scores)[:3]
 
         new = [(q, transposed(k_smem.at[0]))]
-        (weights, peak, total), _ = together(form, new, [], first, issued=pass_turn)
-        out = full((rows, form.width), 0.0, MATRIX)
+        (weights, peak, total), _ = overlap_matmuls(sizes, new, [], first, issued=pass_turn)
+        out = full((rows, sizes.width), 0.0, MATRIX)
 
         def visit(masked: bool, step: Any, carry: Any) -> Any:
             out, weights, peak, total = carry
@@ -108,8 +110,8 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
             first, second = operands if overlap else operands[::-1]
             plgpu.barrier_wait(first)
             wait_turn()
-            (new_weights, peak, total, shrink), [out] = together(
-                form,
+            (new_weights, peak, total, shrink), [out] = overlap_matmuls(
+                sizes,
                 [(q, transposed(k_smem.at[slot]))],
                 [(out, weights, v_smem.at[last])],
                 functools.partial(weigh, step, masked, peak, total),
@@ -118,21 +120,21 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
                 overlap=overlap,
             )
             plgpu.barrier_arrive(v_free.at[last])
-            return out * rows_of(shrink, out.shape), new_weights.astype(form.dtype), peak, total
+            return out * rows_of(shrink, out.shape), new_weights.astype(sizes.dtype), peak, total
 
-        carry = (out, weights.astype(form.dtype), peak, total)
+        carry = (out, weights.astype(sizes.dtype), peak, total)
         split = jnp.maximum(whole_steps, 1)
         carry = lax.fori_loop(1, split, functools.partial(visit, False), carry)
         out, weights, peak, total = lax.fori_loop(split, steps, functools.partial(visit, True), carry)
         last = remainder(steps - 1, stages)
         plgpu.barrier_wait(v_ready.at[last])
-        [out] = add_products(form, [(out, weights, v_smem.at[last])])
+        [out] = add_products(sizes, [(out, weights, v_smem.at[last])])
         if warpgroups > 1:
             pl.when(group == 0)(wait_turn)
 
         sees = total > 0
         out = out * rows_of(jnp.where(sees, 1 / total, 0.0), out.shape)
-        q[...] = out.astype(form.dtype)
+        q[...] = out.astype(sizes.dtype)
         lse = lse_smem.at[group]
         lse[...] = jnp.where(sees, peak * (1 / LOG2E) + jnp.log(total), jnp.inf)
         plgpu.commit_smem()
@@ -143,22 +145,22 @@ def _forward_body(form: Form, q_ref, k_ref, v_ref, order, visited, whole, end, o
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, end_RQ: Any, static: Static) -> tuple[jax.Array, jax.Array]:
     """Output, and the log-sum-exp (natural) of every query, float32."""
-    form = form_of(q, k, static.blocks.forward, static)
-    plan = schedule(end_RQ, form.keys, form.query_tile, form.key_tile)
-    warpgroups = form.warpgroups(form.query_tile)
-    rows = form.query_tile // warpgroups
-    stages = form.stages(2 * 2 * form.key_tile * form.width, 2 * form.query_tile * form.width)
+    sizes = kernel_shape(q, k, static.blocks.forward, static)
+    plan = schedule(end_RQ, sizes.keys, sizes.query_tile, sizes.key_tile)
+    warpgroups = sizes.warpgroups(sizes.query_tile)
+    rows = sizes.query_tile // warpgroups
+    stages = sizes.stages(2 * 2 * sizes.key_tile * sizes.width, 2 * sizes.query_tile * sizes.width)
     kernel = kernel_of(
         _forward_body,
-        form,
-        {"tile": form.queries // form.query_tile, "head": form.heads, "batch": form.batch},
+        sizes,
+        {"tile": sizes.queries // sizes.query_tile, "head": sizes.heads, "batch": sizes.batch},
         warpgroups,
         out=(jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
         scratch=(
             (
-                form.matrix(warpgroups, rows, form.width),
-                form.matrix(stages, form.key_tile, form.width),
-                form.matrix(stages, form.key_tile, form.width),
+                sizes.matrix(warpgroups, rows, sizes.width),
+                sizes.matrix(stages, sizes.key_tile, sizes.width),
+                sizes.matrix(stages, sizes.key_tile, sizes.width),
                 plgpu.SMEM((warpgroups, rows), jnp.float32),
             ),
             (

@@ -36,4 +36,4 @@ def schedule(end_RQ: Any, keys: int, query_tile: int, key_tile: int) -> Schedule
     whole = np.minimum.accumulate(whole, axis=1) if xp is np else lax.cummin(whole, axis=1)
     clean = (whole[:, None] > xp.arange(keys // key_tile)[:, None]).sum(-1)
     parts = (order, tiles.visited_RT, tiles.whole_RT, tiles.seen_RS, clean, end_RQ)
-    return Schedule(*(part.astype(np.int32) for part in parts))
+    return Schedule(*(warpgroup_rows.astype(np.int32) for warpgroup_rows in parts))

@@ -27,7 +27,7 @@ _EVERYTHING: Any = ((),) if "idx" in inspect.signature(plgpu.load).parameters el
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class KernelShape:
     """Sizes that a kernel is made for."""
 
     batch: int
@@ -61,7 +61,7 @@ class Form:
         return max(2, min(4, (SHARED_BYTES - fixed) // each))
 
 
-def form_of(q: jax.Array, k: jax.Array, block: tuple[int, int], static: Static) -> Form:
+def kernel_shape(q: jax.Array, k: jax.Array, block: tuple[int, int], static: Static) -> KernelShape:
     """The sizes of a call; `NotImplementedError` for what the kernels do not take."""
     batch, heads, queries, width = q.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -73,7 +73,7 @@ def form_of(q: jax.Array, k: jax.Array, block: tuple[int, int], static: Static) 
     if block[0] % 64 or block[1] % 64:
         raise NotImplementedError(f"GPU attention kernels need tiles of multiples of 64, not {block}")
     group, keys = heads // k.shape[1], k.shape[2]
-    return Form(batch, heads, group, queries, keys, width, *block, q.dtype, static.scale, static.interpret)
+    return KernelShape(batch, heads, group, queries, keys, width, *block, q.dtype, static.scale, static.interpret)
 
 
 def registers(warpgroups: int) -> tuple[int, int]:
@@ -82,15 +82,15 @@ def registers(warpgroups: int) -> tuple[int, int]:
 
 
 def kernel_of(
-    body: Callable[..., None], form: Form, grid: dict[str, int], warpgroups: int, out: Any, scratch: Any
+    body: Callable[..., None], sizes: KernelShape, grid: dict[str, int], warpgroups: int, out: Any, scratch: Any
 ) -> Any:
     interpret: Any = {}
-    if form.interpret:
+    if sizes.interpret:
         if not hasattr(plgpu, "InterpretGPUParams"):
             raise NotImplementedError(f"JAX {jax.__version__} has no interpret mode for GPU kernels; JAX 0.12 has")
         interpret = {"interpret": plgpu.InterpretGPUParams()}
     return plgpu.kernel(
-        functools.partial(body, form),
+        functools.partial(body, sizes),
         out_type=out,
         scratch_types=scratch,
         grid=tuple(grid.values()),
@@ -103,8 +103,8 @@ def kernel_of(
     )
 
 
-def together(
-    form: Form,
+def overlap_matmuls(
+    sizes: KernelShape,
     new: list[tuple[Any, Any]],
     carried: list[tuple[jax.Array, Any, Any]],
     work: Callable[..., Any],
@@ -119,10 +119,10 @@ def together(
     result of `work`, and the new totals.
     """
     if not overlap:
-        totals = add_products(form, carried)
+        totals = add_products(sizes, carried)
         between()
-        return together(form, new, [], work, issued=issued)[0], totals
-    if form.interpret:
+        return overlap_matmuls(sizes, new, [], work, issued=issued)[0], totals
+    if sizes.interpret:
         # It takes neither operands nor totals that are in registers.
         def dot(a: Any, b: Any) -> jax.Array:
             return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
@@ -155,9 +155,9 @@ def together(
     return pl.run_scoped(run, [accumulator(a, b) for a, b in new], [accumulator(a, b) for _, a, b in carried])
 
 
-def add_products(form: Form, carried: list[tuple[jax.Array, Any, Any]]) -> list[jax.Array]:
+def add_products(sizes: KernelShape, carried: list[tuple[jax.Array, Any, Any]]) -> list[jax.Array]:
     """total + a b for each."""
-    return together(form, [], carried, lambda: ())[1]
+    return overlap_matmuls(sizes, [], carried, lambda: ())[1]
 
 
 def transposed(ref: Any) -> Any:
@@ -184,18 +184,18 @@ def columns_of(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(values, shape, [1])
 
 
-def part(tile: Any, group: Any, size: int, rows: int) -> Any:
+def warpgroup_rows(tile: Any, group: Any, size: int, rows: int) -> Any:
     """The rows of a tile that are a warpgroup's."""
     return pl.ds(tile * size + group * rows, rows)
 
 
-def place(order: Any) -> tuple[Any, Any, Any, Any]:
+def program_ids(order: Any) -> tuple[Any, Any, Any, Any]:
     """Warpgroup, batch, head, and the row of the schedule, of which all of the batch may share one."""
     group, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
     return group, batch, head, batch if order.shape[0] > 1 else 0
 
 
-def copy_tiles(form: Form, tile: Any, steps: Any, once: list[Any], once_ready: Any, moves: list[Any]) -> None:
+def copy_tiles(sizes: KernelShape, tile: Any, steps: Any, once: list[Any], once_ready: Any, moves: list[Any]) -> None:
     """What the copying warpgroup does for a tile of queries: (global, shared) `once`, and `moves` for each step.
 
     `moves` are (global, shared, barrier when it is there, barrier when it may be overwritten).
@@ -206,14 +206,14 @@ def copy_tiles(form: Form, tile: Any, steps: Any, once: list[Any], once_ready: A
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     for of in range(warpgroups):
         for ref, smem in once:
-            mine = part(tile, of, form.query_tile, rows)
+            mine = warpgroup_rows(tile, of, sizes.query_tile, rows)
             plgpu.copy_gmem_to_smem(ref.at[batch, head, mine], smem.at[of], once_ready.at[of])
 
     def copy(step: Any, _: None) -> None:
         slot = remainder(step, stages)
         for ref, smem, ready, free in moves:
             pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            keys = ref.at[batch, lax.div(head, jnp.int32(form.group)), pl.ds(step * form.key_tile, form.key_tile)]
+            keys = ref.at[batch, lax.div(head, jnp.int32(sizes.group)), pl.ds(step * sizes.key_tile, sizes.key_tile)]
             plgpu.copy_gmem_to_smem(keys, smem.at[slot], ready.at[slot])
 
     lax.fori_loop(0, steps, copy, None)
@@ -226,4 +226,4 @@ def mask(scores: jax.Array, end: jax.Array, first_key: jax.Array, key_axis: int)
 
 
 def arrays(*parts: Any) -> tuple[jax.Array, ...]:
-    return tuple(jnp.asarray(part) for part in parts)
+    return tuple(jnp.asarray(warpgroup_rows) for warpgroup_rows in parts)

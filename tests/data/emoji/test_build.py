@@ -1,4 +1,4 @@
-"""The picture set, built from packages made here in the layout of the real ones."""
+"""The image set, built from packages made here in the layout of the real ones."""
 
 import fnmatch
 import hashlib
@@ -19,8 +19,8 @@ from PIL import Image
 from hart_jax.data.emoji import packages
 from hart_jax.data.emoji.build import ALWAYS_TRAIN, SOURCES, build, is_test
 from hart_jax.data.emoji.clipart_sources import title_stem
-from hart_jax.data.emoji.emoji_sources import emoji_pictures, has_skin_tone, normalise, split_key
-from hart_jax.data.emoji.render import Picture, is_colourless, render
+from hart_jax.data.emoji.emoji_sources import emoji_images, has_skin_tone, normalise, split_key
+from hart_jax.data.emoji.render import SourceImage, is_colourless, render
 from hart_jax.data.mjhq import read_folder
 from hart_jax.errors import UserError
 from hart_jax.io import archives
@@ -77,7 +77,7 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     emojibase = {"en/data.json": to_json(entries), "en/messages.json": to_json(messages)}
     write_package(folder, packages.EMOJIBASE, emojibase)
 
-    # File names of the 3D set keep fe0f; one picture is no picture.
+    # File names of the 3D set keep fe0f; one image is no image.
     images = {f"assets/{code.lower()}.webp": webp((200, 30, 40, 255)) for code in [*LABELS, TONED]}
     images["assets/1f927.webp"] = b"RIFF but nothing else"
     write_package(folder, packages.FLUENT_3D, images)
@@ -161,9 +161,9 @@ def test_build_resumes_and_refuses_other_folders(package_folder: Path, tmp_path:
 
 
 def test_skin_tones_are_opt_in_and_share_the_concept(package_folder: Path):
-    plain = list(emoji_pictures("fluent3d", package_folder, skin_tones=False))
-    toned = list(emoji_pictures("fluent3d", package_folder, skin_tones=True))
-    extra = {picture.id: picture for picture in toned if picture not in plain}
+    plain = list(emoji_images("fluent3d", package_folder, skin_tones=False))
+    toned = list(emoji_images("fluent3d", package_folder, skin_tones=True))
+    extra = {source_image.id: source_image for source_image in toned if source_image not in plain}
     assert list(extra) == ["fluent3d-1f44b-1f3fb"]
     assert extra["fluent3d-1f44b-1f3fb"].concept == "1f44b"
     assert extra["fluent3d-1f44b-1f3fb"].captions[0] == "a 3D render of a waving hand with light skin tone"
@@ -278,15 +278,15 @@ def test_title_stems_ignore_numbers_and_plurals(title: str):
     assert stem == stem.lower() and " " not in stem
 
 
-def svg(body: str, width: int = 100, height: int = 100) -> Picture:
+def svg(body: str, width: int = 100, height: int = 100) -> SourceImage:
     data = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{body}</svg>'.encode()
-    return Picture("clipart-x", "clipart", "other", "clipart:x", ("a clip art drawing of x",), data, crop=True)
+    return SourceImage("clipart-x", "clipart", "other", "clipart:x", ("a clip art drawing of x",), data, crop=True)
 
 
 def test_clip_art_is_cropped_to_its_ink_and_kept_in_proportion():
     pytest.importorskip("cairosvg")
-    picture = svg('<rect x="10" y="10" width="20" height="10" fill="#222"/>', 300, 400)
-    image = np.asarray(render(picture, 100)).min(axis=2)
+    source_image = svg('<rect x="10" y="10" width="20" height="10" fill="#222"/>', 300, 400)
+    image = np.asarray(render(source_image, 100)).min(axis=2)
     rows, columns = np.where((image < 128).any(1))[0], np.where((image < 128).any(0))[0]
     assert abs(len(columns) - 92) <= 1 and abs(len(rows) - 46) <= 1
     assert abs(rows[0] + rows[-1] - 99) <= 1
@@ -312,7 +312,7 @@ GRADIENT = '<defs><{0} id="g" {1}><stop stop-color="red"/></{0}></defs>'
         ),
     ],
 )
-def test_drawings_that_cairo_cannot_draw_say_why(body: str, reason: str):
+def test_drawings_that_cairo_cannot_render_say_why(body: str, reason: str):
     pytest.importorskip("cairosvg")
     with pytest.raises(ValueError, match=reason):
         render(svg(body), 64)

@@ -29,7 +29,7 @@ def concepts_in_two_styles(count: int = 30) -> tuple[np.ndarray, list[ImageInfo]
     return textures, infos
 
 
-def test_it_finds_what_captions_ask_for_between_ceiling_and_floor():
+def test_it_finds_what_captions_ask_for_between_ceiling_and_lower_bound():
     textures, infos = concepts_in_two_styles()
     real = feature_set(normal(len(textures)), infos, textures=textures)
     assert attributes_of(real) == ["concept", "style"]

@@ -8,7 +8,7 @@ import numpy as np
 from hart_jax.errors import UserError
 
 
-class Window:
+class MetricsBuffer:
     """Collects steps until their means are logged, and stops a run whose steps are all skipped.
 
     It is stored in every checkpoint, so that a checkpoint may fall between two logged steps and a resumed run still
@@ -30,7 +30,7 @@ class Window:
         self._on_device.append((step, metrics))
 
     def stored(self) -> dict[str, Any]:
-        """The window as JSON values; waits for the device.
+        """The metrics as JSON values; waits for the device.
 
         Raises:
           UserError: too many steps in a row were skipped, or the parameters (`param_norm`) are not finite.
@@ -53,7 +53,7 @@ class Window:
         return {"steps": self._steps, "skipped_in_a_row": self._skipped_in_a_row}
 
     def close(self) -> dict[str, float]:
-        """What to log; the window is empty afterwards.
+        """What to log; the buffer is empty afterwards.
 
         `skipped_steps` is their number; of all else the mean over the steps that have it and were not skipped, or over
         all if every one was.

@@ -11,7 +11,7 @@ from hart_jax.config import TokenizerExperiment
 from hart_jax.io.images import from_uint8
 from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.tokenizer.discriminator import Discriminator
@@ -27,17 +27,17 @@ from hart_jax.training.tokenizer_step import (
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerProgram:
+class TokenizerFunctions:
     """`init` makes a state of images (B, H, W, 3) uint8, of which the first `count` (static) give the codebook its
-    start; `continued` one of parameters. `places` says where each of its arrays lies, `shapes` its shapes. `step` is
-    `make_tokenizer_step`'s. `reconstruct`, of parameters, images and a count, gives the discrete and the hybrid
-    reconstructions of the first so many, whole on every device.
+    start; `from_params` one of parameters. `shardings` says where each of its arrays lies, `abstract_state` its shapes.
+    `step` is `make_tokenizer_step`'s. `reconstruct`, of parameters, images and a count, gives the discrete and the
+    hybrid reconstructions of the first so many, whole on every device.
     """
 
     init: Program
-    continued: Program
-    shapes: TokenizerState
-    places: Any
+    from_params: Program
+    abstract_state: TokenizerState
+    shardings: Any
     step: Program
     reconstruct: Program
     tokenizer: Tokenizer
@@ -48,10 +48,10 @@ class TokenizerProgram:
         return tokenizer_flops(self.step.trace(*arguments), self.tokenizer, state, image)
 
 
-def tokenizer_program(experiment: TokenizerExperiment, placement: Placement) -> TokenizerProgram:
+def tokenizer_functions(experiment: TokenizerExperiment, layout: MeshLayout) -> TokenizerFunctions:
     """Builds them; nothing is computed or compiled yet."""
     train, loss, size = experiment.train, experiment.loss, experiment.tokenizer.image_size
-    dtype = compute_dtype(train.dtype, placement.platform)
+    dtype = compute_dtype(train.dtype, layout.platform)
     tokenizer, optimizer = Tokenizer(experiment.tokenizer, dtype), make_optimizer(experiment.optimizer, train.steps)
     key, freeze, adversarial = jax.random.key(train.seed), experiment.freeze, loss.adversarial > 0
 
@@ -59,7 +59,7 @@ def tokenizer_program(experiment: TokenizerExperiment, placement: Placement) -> 
         start = jax.random.fold_in(key, 0)
         return init_tokenizer_state(start, tokenizer, optimizer, images, freeze, adversarial, count)
 
-    def continued(params: Any) -> TokenizerState:
+    def from_params(params: Any) -> TokenizerState:
         return tokenizer_state(jax.random.fold_in(key, 0), params, optimizer, size, freeze, adversarial)
 
     def reconstruct(params: Any, images: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -75,17 +75,17 @@ def tokenizer_program(experiment: TokenizerExperiment, placement: Placement) -> 
     axes = dict(parameter_axes(boxed))
     if adversarial:
         axes = {**parameter_axes(jax.eval_shape(Discriminator().init, key, image)["params"]), **axes}
-    shapes = jax.eval_shape(continued, nn.unbox(boxed))
-    places = placement.state(shapes, axes)
+    abstract_state = jax.eval_shape(from_params, nn.unbox(boxed))
+    shardings = layout.state_shardings(abstract_state, axes)
     ema_decay = experiment.optimizer.ema_decay
-    return TokenizerProgram(
-        Program("tokenizer init", init, placement, dtype, static_argnums=1, out_shardings=places),
-        Program("tokenizer continued", continued, placement, dtype, out_shardings=places),
-        shapes,
-        places,
+    return TokenizerFunctions(
+        Program("tokenizer init", init, layout, dtype, static_argnums=1, out_shardings=shardings),
+        Program("tokenizer from params", from_params, layout, dtype, out_shardings=shardings),
+        abstract_state,
+        shardings,
         make_tokenizer_step(
-            tokenizer, optimizer, loss, ema_decay, (places, placement.whole), train.accumulate, placement
+            tokenizer, optimizer, loss, ema_decay, (shardings, layout.replicated), train.accumulate, layout
         ),
-        Program("tokenizer grid", reconstruct, placement, dtype, static_argnums=2, out_shardings=placement.whole),
+        Program("tokenizer grid", reconstruct, layout, dtype, static_argnums=2, out_shardings=layout.replicated),
         tokenizer,
     )

@@ -11,10 +11,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from hart_jax.config import MeshConfig, TokenizerExperiment, read_experiment
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.training import tokenizer_task
 from hart_jax.training.rounds import MAX_PIXELS
-from hart_jax.training.tokenizer_program import tokenizer_program
+from hart_jax.training.tokenizer_functions import tokenizer_functions
 from hart_jax.training.tokenizer_task import TokenizerTask
 from tests.tiny import TOKENIZER
 from tests.train_runs import ROOT, make_shards
@@ -33,7 +33,7 @@ def test_a_few_images_are_encoded_at_a_time():
     experiment = read_experiment(ROOT / "configs" / "var_tokenizer.py")
     assert isinstance(experiment, TokenizerExperiment)
     config = experiment.tokenizer
-    program = tokenizer_program(experiment, Placement.of(MeshConfig(), experiment.train.batch_size))
+    program = tokenizer_functions(experiment, MeshLayout.of(MeshConfig(), experiment.train.batch_size))
     images = jax.ShapeDtypeStruct((64, config.image_size, config.image_size, 3), jnp.uint8)
     traced = program.init.trace(images, 64)
     # The widest activations are those of the first level, of as many pixels as are encoded at a time.
@@ -61,15 +61,15 @@ def test_a_start_takes_the_same_images_of_a_large_batch(tmp_path, monkeypatch):
         def init(images, count):
             seen.update(shape=images.shape, count=count)
 
-        return dataclasses.replace(tokenizer_program(*arguments), init=init)
+        return dataclasses.replace(tokenizer_functions(*arguments), init=init)
 
-    monkeypatch.setattr(tokenizer_task, "tokenizer_program", recording)
-    TokenizerTask(experiment(tmp_path, 96), Placement.of(MeshConfig(), 96)).start()
+    monkeypatch.setattr(tokenizer_task, "tokenizer_functions", recording)
+    TokenizerTask(experiment(tmp_path, 96), MeshLayout.of(MeshConfig(), 96)).init_state()
     assert seen == {"shape": (64, 8, 8, 3), "count": 64}
 
 
 def test_images_that_fill_up_a_mesh_give_no_codes(tmp_path):
-    program = tokenizer_program(experiment(tmp_path, 4), Placement.of(MeshConfig(), 4))
+    program = tokenizer_functions(experiment(tmp_path, 4), MeshLayout.of(MeshConfig(), 4))
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
     filled = images.copy()
     filled[4:] = 0

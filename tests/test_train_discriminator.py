@@ -8,14 +8,14 @@ from hart_jax.training.metrics import SAMPLES_DIR, read_metrics
 from tests.train_runs import ROOT, run_to_end, write_tokenizer_config
 
 
-def test_the_judge_is_laid_out_saved_and_resumed(tmp_path):
+def test_the_discriminator_is_laid_out_saved_and_resumed(tmp_path):
     config = write_tokenizer_config(tmp_path / "inputs")
     write_shards(ROOT / "tests" / "emoji", tmp_path / "emoji", records_per_shard=8)
     settings = (
         f"--config={config}",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.train={tmp_path / 'emoji'}",
-        # The smallest that the discriminator judges.
+        # The smallest that the discriminator takes.
         "--config.tokenizer.image_size=24",
         "--config.tokenizer.patch_nums=(1, 4, 12)",
         "--config.loss.adversarial=0.1",

@@ -14,7 +14,7 @@ from hart_jax.config import HartExperiment, HartLossConfig
 from hart_jax.diffusion.schedule import Diffusion, Objective
 from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
-from hart_jax.parallel.mesh import Placement
+from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import parameter_axes
 from hart_jax.sampling.rules import HART_RULES, Rules
@@ -28,22 +28,22 @@ from hart_jax.transformer.model import Hart
 
 
 @dataclasses.dataclass(frozen=True)
-class HartProgram:
-    """`init` makes a state, `continued` one of parameters; `places` says where each of its arrays lies; `step` is
+class HartFunctions:
+    """`init` makes a state, `from_params` one of parameters; `shardings` says where each of its arrays lies; `step` is
     `make_hart_step`'s, `grid` `make_grid_sampler`'s."""
 
     hart: Hart
     tokenizer: Tokenizer
     optimizer: optax.GradientTransformation
     init: Program
-    continued: Program
-    places: Any
+    from_params: Program
+    shardings: Any
     step: Program
     grid: Program
     loss: HartLossConfig
     token_loss: TokenLoss
 
-    def flops(self, traced: Any, arguments: tuple[Any, ...], kept: int) -> StepFlops:
+    def flops(self, traced: Any, arguments: tuple[Any, ...], num_kept: int) -> StepFlops:
         """Of a step `traced` for these arguments, or their shapes; call it where the step is traced.
 
         The model is the transformer with its head; the tokenizer's encoder, which makes the tokens, is frozen.
@@ -52,7 +52,7 @@ class HartProgram:
         tokens, batch = source, len(jax.tree.leaves(condition)[0])
         if not isinstance(source, Tokens):
             tokens = jax.eval_shape(functools.partial(tokens_of, self.tokenizer), tokenizer_params, source)
-        kept_BN = jax.ShapeDtypeStruct((batch, kept), jnp.int32)
+        kept_BN = jax.ShapeDtypeStruct((batch, num_kept), jnp.int32)
         key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         forward = count_flops(
@@ -67,15 +67,15 @@ class HartProgram:
         return StepFlops(3 * forward, flops_of(traced.jaxpr.jaxpr))
 
 
-def hart_program(
+def hart_functions(
     experiment: HartExperiment,
-    placement: Placement,
+    layout: MeshLayout,
     *,
     mask: Mask | None = None,
     objective: Objective | None = None,
     token_loss: TokenLoss = token_losses,
     rules: Rules = HART_RULES,
-) -> HartProgram:
+) -> HartFunctions:
     """Builds it; nothing is computed or compiled yet.
 
     Args:
@@ -86,8 +86,8 @@ def hart_program(
       UserError: the mesh does not divide the model.
     """
     train, config = experiment.train, experiment.transformer
-    placement.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
-    dtype = compute_dtype(train.dtype, placement.platform)
+    layout.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
+    dtype = compute_dtype(train.dtype, layout.platform)
     hart = Hart(
         config, dtype, train.remat, train.attention, train.unroll, mask or ScaleCausal(), objective or Diffusion()
     )
@@ -101,31 +101,31 @@ def hart_program(
         if config.num_classes:
             condition = jnp.zeros(1, jnp.int32)
         latent = jnp.zeros((1, config.num_tokens - 1, config.latent_channels))
-        kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
-        return hart.init(jax.random.fold_in(key, 0), condition, latent, kept)["params"]
+        kept_BN = jnp.arange(config.patch_nums[-1] ** 2)[None]
+        return hart.init(jax.random.fold_in(key, 0), condition, latent, kept_BN)["params"]
 
     def init() -> TrainState:
         return new_state(nn.unbox(init_params()), optimizer)
 
     # Traced once, for its shapes and for running it.
-    program = Program("transformer init", init, placement, dtype)
-    places = placement.state(program.shapes(), parameter_axes(boxed_transformer(config)))
+    program = Program("transformer init", init, layout, dtype)
+    shardings = layout.state_shardings(program.shapes(), parameter_axes(boxed_transformer(config)))
     step = make_hart_step(
         hart,
         tokenizer,
         optimizer,
         experiment.loss,
         experiment.optimizer.ema_decay,
-        (places, placement.whole),
+        (shardings, layout.replicated),
         train.accumulate,
-        placement,
+        layout,
         token_loss,
     )
-    continued = Program(
-        "transformer continued", lambda params: new_state(params, optimizer), placement, dtype, out_shardings=places
+    from_params = Program(
+        "transformer from params", lambda params: new_state(params, optimizer), layout, dtype, out_shardings=shardings
     )
-    grid = make_grid_sampler(hart, tokenizer, experiment.sample, placement, rules)
-    init_there = program.giving(places)
-    return HartProgram(
-        hart, tokenizer, optimizer, init_there, continued, places, step, grid, experiment.loss, token_loss
+    grid = make_grid_sampler(hart, tokenizer, experiment.sample, layout, rules)
+    init_there = program.giving(shardings)
+    return HartFunctions(
+        hart, tokenizer, optimizer, init_there, from_params, shardings, step, grid, experiment.loss, token_loss
     )
