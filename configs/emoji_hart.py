@@ -1,16 +1,24 @@
-"""The bundled model: 64 px images from prompts, small enough to train on two CPU cores.
+"""The bundled model: 64 px images from prompts, small enough to train on two CPU cores, in four stages.
+
+Each stage starts from where the one before ends:
 
 python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart
+python train.py --config=configs/emoji_hart.py:stage=2 --workdir=runs/emoji_hart_2
+python train.py --config=configs/emoji_hart.py:stage=3 --workdir=runs/emoji_hart_3
+python train.py --config=configs/emoji_hart.py:stage=4 --workdir=runs/emoji_hart_4
 python sample.py --config=configs/emoji_hart.py --prompt="a 3D render of a red apple"
 """
 
 from ml_collections import ConfigDict
 
+from hart_jax.config import stage_of
+
 PATCH_NUMS = (1, 2, 3, 4, 6, 8)
 
 
-def get_config() -> ConfigDict:
-    return ConfigDict(
+def get_config(argument: str = "stage=1") -> ConfigDict:
+    stage = stage_of(argument, 4)
+    config = ConfigDict(
         {
             "tokenizer": {
                 "image_size": 64,
@@ -36,7 +44,7 @@ def get_config() -> ConfigDict:
                 "attn_l2_norm": True,
                 "diffusion": {"width": 192, "depth": 3, "batch_mul": 2},
             },
-            "tokenizer_from": "runs/emoji_tokenizer_longer",
+            "tokenizer_from": "runs/emoji_tokenizer_3",
             "text_encoder": "data/minilm",
             "precompute_tokens": True,
             "loss": {"keep_counts": 1, "condition_top_k": 1024, "condition_top_p": 1.0},
@@ -71,3 +79,25 @@ def get_config() -> ConfigDict:
             "model": "assets/emoji",
         }
     )
+    # Self-correction: some tokens are wrong, and finer scales learn to correct them.
+    if stage >= 2:
+        config.init_from = "runs/emoji_hart"
+        config.loss.mistakes = 0.6
+        config.optimizer.learning_rate = 8e-4
+        config.optimizer.muon_learning_rate = 3.2e-3
+        config.train.steps = 2000
+    # More of it in bfloat16, for CPUs with a matrix unit (AMX).
+    if stage >= 3:
+        config.init_from = "runs/emoji_hart_2"
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.muon_learning_rate = 4e-3
+        config.train.dtype = "bfloat16"
+        config.train.unroll = True
+        config.train.steps = 3700
+    # More of that, at half its rate.
+    if stage >= 4:
+        config.init_from = "runs/emoji_hart_3"
+        config.optimizer.learning_rate = 5e-4
+        config.optimizer.muon_learning_rate = 2e-3
+        config.train.steps = 5500
+    return config

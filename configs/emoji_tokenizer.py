@@ -1,13 +1,20 @@
-"""The bundled model's tokenizer: 64 px images in 8x8 latents, small enough for two CPU cores.
+"""The bundled model's tokenizer: 64 px images in 8x8 latents, small enough for two CPU cores, in three stages.
+
+Each stage starts from where the one before ends:
 
 python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer
+python train.py --config=configs/emoji_tokenizer.py:stage=2 --workdir=runs/emoji_tokenizer_2
+python train.py --config=configs/emoji_tokenizer.py:stage=3 --workdir=runs/emoji_tokenizer_3
 """
 
 from ml_collections import ConfigDict
 
+from hart_jax.config import stage_of
 
-def get_config() -> ConfigDict:
-    return ConfigDict(
+
+def get_config(argument: str = "stage=1") -> ConfigDict:
+    stage = stage_of(argument, 3)
+    config = ConfigDict(
         {
             "tokenizer": {
                 "image_size": 64,
@@ -47,3 +54,21 @@ def get_config() -> ConfigDict:
             },
         }
     )
+    # The decoding alone, without a discriminator; tokens stay as they are.
+    if stage >= 2:
+        config.init_from = "runs/emoji_tokenizer"
+        config.freeze = ("encoder", "quant_conv", "quantizer")
+        config.loss.restart_below = 0.0
+        config.loss.perceptual = 1.0
+        config.loss.adversarial = 0.0
+        config.optimizer.learning_rate = 3e-4
+        config.optimizer.warmup_steps = 200
+        config.optimizer.final_fraction = 0.03
+        config.optimizer.ema_decay = 0.998
+        config.train.steps = 4000
+    # More of it, at two thirds of its rate.
+    if stage >= 3:
+        config.init_from = "runs/emoji_tokenizer_2"
+        config.optimizer.learning_rate = 2e-4
+        config.train.steps = 2900
+    return config

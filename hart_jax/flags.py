@@ -7,12 +7,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hart_jax.config import CONFIG_FILE_HELP, Experiment, experiment_from, raised_in
+from hart_jax.config import CONFIG_FILE_HELP, Experiment, experiment_from, raised_in, read_config, split_config
 from hart_jax.errors import UserError
 
 # A setting that the file leaves at its default can be given too; `experiment_from` knows which settings there are.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="Experiment: a file in configs/.", lock_config=False, accept_new_attributes=True
+    "config",
+    help_string="Experiment: a file in configs/, or a stage of one: configs/emoji_hart.py:stage=2.",
+    lock_config=False,
+    accept_new_attributes=True,
 )
 
 
@@ -60,12 +63,19 @@ def experiment() -> Experiment:
 
 
 def _config_files(argv: list[str]) -> list[str]:
-    """Those of --config, checked here, because ml_collections reports a missing one late and at length."""
+    """Those of --config, checked here, because ml_collections reports what is missing late and at length."""
     files = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):
-            files.append(value if equals else following)
-            if not Path(files[-1]).is_file():
-                raise UserError(f"--config={files[-1]}: no such file; see configs/ for the experiments there are")
+            value = value if equals else following
+            file, stage = split_config(value)
+            files.append(file)
+            if not Path(file).is_file():
+                raise UserError(f"--config={file}: no such file; see configs/ for the experiments there are")
+            if stage:
+                try:
+                    read_config(value)
+                except UserError as error:
+                    raise UserError(f"--config={error}") from error
     return files

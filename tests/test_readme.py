@@ -4,7 +4,6 @@ scripts, and all others name programs, flags and settings that there are. What e
 import ast
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hart_jax.config import experiment_from
+from hart_jax.config import read_experiment, split_config
+from hart_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -116,6 +116,7 @@ def test_names_what_there_is(page, command):
         "python sample.py --config=configs/emoji_hart.py --promt=x",
         "python train.py --config=configs/nowhere.py --workdir=x",
         "python train.py --config=configs/emoji_hart.py --config.train.stepz=3 --workdir=x",
+        "python train.py --config=configs/emoji_hart.py:stage=5 --workdir=x",
         "python train.py --config.train.stepz=3",
         "python evaluate.py --what=pictures --picture=x",
         'pip install -e ".[cuda]"',
@@ -124,7 +125,7 @@ def test_names_what_there_is(page, command):
     ],
 )
 def test_what_is_not_there_is_found(wrong):
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, UserError)):
         check(wrong)
 
 
@@ -171,8 +172,8 @@ def check_python(words: list[str]) -> None:
     own = {flag for flag in flags if not flag.startswith("config.")}
     # absl's flags for yes and no.
     assert all(flag in known or flag.removeprefix("no") in known for flag in own), f"{words}: knows {sorted(known)}"
-    configs = [value for word in words for value in re.findall(r"configs/\w+\.py", word)]
-    assert all((ROOT / config).is_file() for config in configs), words
+    configs = [value for word in words for value in re.findall(r"configs/\w+\.py(?::[\w=]+)?", word)]
+    assert all((ROOT / split_config(config)[0]).is_file() for config in configs), words
     for config in configs or (["configs/emoji_hart.py"] if overrides else []):
         check_settings(config, overrides)
     if module in MAKES_A_FOLDER and "--out" in rest:
@@ -192,7 +193,7 @@ def source_of(module: str, is_module: bool) -> Path:
 
 
 def check_settings(config: str, names: set[str]) -> None:
-    settings = experiment_from(runpy.run_path(str(ROOT / config))["get_config"]().to_dict()).to_dict()
+    settings = read_experiment(ROOT / config).to_dict()
     for name in names:
         at = settings
         for part in name.split("."):

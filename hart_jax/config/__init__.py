@@ -11,7 +11,10 @@ from hart_jax.config.experiment import (
     TokenizerExperiment,
     experiment_from,
     raised_in,
+    read_config,
     read_experiment,
+    split_config,
+    stage_of,
 )
 from hart_jax.config.model import DiffusionConfig, TokenizerConfig, TransformerConfig, check_fit
 from hart_jax.config.settings import Settings
@@ -50,5 +53,8 @@ __all__ = [
     "check_fit",
     "experiment_from",
     "raised_in",
+    "read_config",
     "read_experiment",
+    "split_config",
+    "stage_of",
 ]

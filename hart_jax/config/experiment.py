@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import re
 import runpy
 import traceback
 from collections.abc import Mapping
@@ -191,29 +192,58 @@ def experiment_from(values: Mapping[str, Any]) -> Experiment:
     return kind.from_dict(values)
 
 
-def read_experiment(path: str | Path) -> Experiment:
-    """The experiment of a file in `configs/`, without overrides.
+def stage_of(argument: str, count: int) -> int:
+    """Which of a config's stages, 1 to `count`, `file.py:stage=N` asks for: `argument` is what follows the colon."""
+    found = re.fullmatch(r"stage=([0-9]{1,9})", argument)
+    if not found or not 1 <= int(found[1]) <= count:
+        known = ", ".join(f"stage={stage}" for stage in range(1, count + 1))
+        raise UserError(f"there is no {argument!r}; the stages are {known}")
+    return int(found[1])
+
+
+def split_config(value: str | Path) -> tuple[str, tuple[str, ...]]:
+    """The file of `file.py:stage=2`, and what its `get_config` is called with."""
+    path, colon, argument = str(value).partition(".py:")
+    return (f"{path}.py", (argument,)) if colon else (path, ())
+
+
+def read_experiment(config: str | Path) -> Experiment:
+    """The experiment of a file in `configs/`, or of one of its stages (`file.py:stage=2`), without overrides.
 
     Raises:
-      UserError: no such file, it raises something or has no `get_config`, or a value is wrong.
+      UserError: as `read_config` says, or a value is wrong.
     """
+    return experiment_from(read_config(config).to_dict())
+
+
+def read_config(config: str | Path) -> ConfigDict:
+    """What the file, or a stage of it, gives, unchecked.
+
+    Raises:
+      UserError: no such file or stage, or it raises something or has no `get_config`.
+    """
+    path, arguments = split_config(config)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file; see configs/")
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        values = get_config() if callable(get_config) else None
+        get_config = runpy.run_path(path).get("get_config")
+        values = get_config(*arguments) if callable(get_config) else None
     except Exception as error:
         raise UserError(raised_in(path, error) or f"{path}: raises {_described(error)}") from error
     if not isinstance(values, ConfigDict):
         raise UserError(f"{path}: {CONFIG_FILE_HELP}")
-    return experiment_from(values.to_dict())
+    return values
 
 
 def raised_in(path: str | Path, error: BaseException) -> str | None:
     """What a config file raised, and on which of its lines; None where it was not the file that did."""
+    if isinstance(error, TypeError) and str(error).startswith("get_config() takes 0 positional arguments"):
+        return f"{path}: has no stages; give the file alone"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _same_file(frame, path)]
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).absolute() == Path(path).absolute():
         lines.append(error.lineno or 0)
+    if lines and isinstance(error, UserError):
+        return f"{path}: {error}"
     return f"{path}: line {lines[-1]} raises {_described(error)}" if lines else None
 
 

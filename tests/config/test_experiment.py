@@ -1,7 +1,12 @@
 """Experiments: read from config files, checked as a whole."""
 
+import dataclasses
+import json
 import math
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +21,14 @@ from hart_jax.config import (
     TransformerConfig,
     experiment_from,
     read_experiment,
+    split_config,
 )
 from hart_jax.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "configs"
+STAGES = {"emoji_hart": 4, "emoji_tokenizer": 3}
+CONFIGS = sorted(FOLDER.glob("*.py"))
+LATER = [FOLDER / f"{name}.py:stage={stage}" for name, count in STAGES.items() for stage in range(2, count + 1)]
 SMALL = {"image_size": 16, "patch_nums": (1, 2, 4, 8), "channels": 32, "channel_multipliers": (1, 2)}
 
 
@@ -29,15 +38,73 @@ def config_file(folder: Path, body: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *LATER], ids=lambda path: path.name)
 def test_every_config_file_is_read_and_survives_a_round_trip(path):
     experiment = read_experiment(path)
     assert experiment_from(experiment.to_dict()) == experiment
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *LATER], ids=lambda path: path.name)
 def test_the_docstring_is_the_launch_command(path):
-    assert f"--config=configs/{path.name}" in path.read_text()
+    file, _ = split_config(path)
+    assert f"--config=configs/{path.name} " in Path(file).read_text()
+
+
+@pytest.mark.parametrize(("name", "count"), STAGES.items())
+def test_a_stage_starts_where_the_one_before_ends(name, count):
+    path = FOLDER / f"{name}.py"
+    workdirs = dict(re.findall(r"--config=configs/(\S+) --workdir=(\S+)", path.read_text()))
+    assert read_experiment(f"{path}:stage=1") == read_experiment(path) and not read_experiment(path).init_from
+    before = path.name
+    for stage in range(2, count + 1):
+        experiment = read_experiment(f"{path}:stage={stage}")
+        assert experiment.init_from == workdirs[before]
+        before = f"{path.name}:stage={stage}"
+    assert len(set(workdirs.values())) == count
+    tokenizer = read_experiment(FOLDER / "emoji_hart.py").tokenizer_from
+    assert tokenizer in (FOLDER / "emoji_tokenizer.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("emoji_hart.py:stage=5", "there is no 'stage=5'; the stages are stage=1, stage=2, stage=3, stage=4"),
+        ("emoji_hart.py:stage=0", "there is no 'stage=0'"),
+        ("emoji_hart.py:", "there is no ''"),
+        ("emoji_tokenizer.py:3", "there is no '3'; the stages are stage=1, stage=2, stage=3"),
+        ("hart_d20.py:stage=2", "has no stages"),
+    ],
+)
+def test_a_stage_that_is_not_there_is_one_error(config, message):
+    path = FOLDER / config.split(":")[0]
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path}: {message}')}"):
+        read_experiment(FOLDER / config)
+    run = command(f"--config={FOLDER / config}")
+    assert run.returncode == 2 and run.stderr.startswith(f"error: --config={path}: {message}")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_stage_can_be_changed_on_the_command_line():
+    run = command(f"--config={FOLDER / 'emoji_hart.py:stage=3'}", "--config.train.steps=7")
+    expected = read_experiment(FOLDER / "emoji_hart.py:stage=3")
+    expected = dataclasses.replace(expected, train=dataclasses.replace(expected.train, steps=7))
+    assert experiment_from(json.loads(run.stdout)) == expected, run.stderr
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that prints the experiment of its flags."""
+    code = """
+import json
+from hart_jax import flags
+from hart_jax.errors import run_cli
+
+def main():
+    flags.parse()
+    print(json.dumps(flags.experiment().to_dict()))
+
+run_cli(main)
+"""
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
