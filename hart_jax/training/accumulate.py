@@ -37,10 +37,10 @@ def accumulate_microbatches(compute: Callable[[Any], tuple[Any, Any]], batch: An
 
 def _split(x: jax.Array, count: int) -> jax.Array:
     """(B, ...) -> (count, B / count, ...): part i has rows i, i + count, ..., so that every device keeps its own."""
-    x = rearrange(x, "(rows parts) ... -> parts rows ...", count=count)
+    x = rearrange(x, "(rows count) ... -> count rows ...", count=count)
     return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
 
 
 def _join(x: jax.Array) -> jax.Array:
     """What `_split` takes apart."""
-    return rearrange(x, "parts rows ... -> (rows parts) ...")
+    return rearrange(x, "count rows ... -> (rows count) ...")
