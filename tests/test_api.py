@@ -32,6 +32,13 @@ def test_load_knows_the_settings_of_a_model(model):
     assert (hart_jax.load(folder, temperature=2.0, top_k=0)(1, seed=2) != expected).any()
 
 
+def test_settings_of_a_pipeline_are_seen_and_not_set(model):
+    pipe = hart_jax.load(model[0], cfg=3.0)
+    assert pipe.settings.cfg == 3.0 and pipe.settings.top_k == SETTINGS.top_k
+    with pytest.raises(AttributeError, match="settings"):
+        pipe.settings = SETTINGS
+
+
 def test_a_setting_that_is_not_one_is_named(model):
     with pytest.raises(UserError, match="unknown key temprature"):
         hart_jax.load(model[0], temprature=1.0)

@@ -1,14 +1,18 @@
 """Every notebook runs from top to bottom, at tiny size, and was committed with the outputs of its own code."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from hart_jax.checkpoints.model_folder import write_model
+from hart_jax.checkpoints.model_folder import read_sampling, write_model
+from hart_jax.config import SampleConfig, TokenizerConfig
 from hart_jax.text.minilm import import_minilm
 from notebooks.execute import FOLDER, code_cells, code_digest, executed, names, read
+from tests.quickly import ROOT
 from tests.tiny import tiny_model
 from tests.tiny_bert import write_published
 
@@ -57,3 +61,12 @@ def test_is_committed_with_its_outputs(name):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), again
     assert any(kind.startswith("image/") for cell in cells for kind in shown(cell))
     assert (FOLDER / f"{name}.ipynb").stat().st_size < LARGEST
+
+
+def test_what_one_says_of_sample_py_is_so():
+    notebook, own = read("generate"), read_sampling(ROOT / "assets" / "emoji", TokenizerConfig())
+    (settings,) = re.findall(r"^settings = (SampleConfig\(.*\))$", code_cells(notebook)[1].source, re.MULTILINE)
+    (said,) = [cell.source for cell in notebook.cells if "`sample.py`" in cell.source]
+    cfg, own_cfg = re.search(r"`--cfg=([\d.]+)`.* guidance is ([\d.]+)\.", said).groups()
+    assert float(own_cfg) == own.cfg
+    assert eval(settings, {"SampleConfig": SampleConfig}) == dataclasses.replace(own, cfg=float(cfg))

@@ -49,7 +49,7 @@ def commands_in(line: str) -> list[str]:
 
 COMMANDS = sorted({(page.name, command) for page in PAGES for line in lines_of(page) for command in commands_in(line)})
 RUN_HERE = ("python sample.py --config=configs/emoji", "python sample.py --checkpoint=assets/emoji")
-SAMPLING = sorted({command for _, command in COMMANDS if command.startswith(RUN_HERE)})
+SAMPLING = sorted({command for _, command in COMMANDS if command.startswith(RUN_HERE) and "--help" not in command})
 
 
 def test_commands_are_found():
@@ -167,7 +167,7 @@ def check_python(words: list[str]) -> None:
     flags = [word[2:].split("=")[0] for word in rest if word.startswith("--")]
     known = set(re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*\"(?:--)?(\w+)\"", source.read_text()))
     if "hart_flags" in source.read_text() or "flags.experiment" in source.read_text():
-        known.add("config")
+        known |= {"config", "help"}
     overrides = {flag.removeprefix("config.") for flag in flags if flag.startswith("config.")}
     own = {flag for flag in flags if not flag.startswith("config.")}
     # absl's flags for yes and no.

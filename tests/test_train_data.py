@@ -36,6 +36,7 @@ def test_one_percent_of_bad_records_is_counted_and_named(damaged, tmp_path):
     assert sorted(taken) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_too_many_bad_records_end_training(damaged, tmp_path):
     code, _, err = run_to_end(*damaged, "--config.data.max_bad_records=1", f"--workdir={tmp_path}")
     assert code == 2
@@ -43,6 +44,7 @@ def test_too_many_bad_records_end_training(damaged, tmp_path):
     assert all(f"'thing{number:03d}'" in err for number in BAD)
 
 
+@pytest.mark.slow
 def test_tokens_and_text_states_in_the_records(tmp_path):
     config = write_hart_config(tmp_path / "inputs", ahead=True)
     tokenizer, encoder = tmp_path / "inputs" / "tokenizer", tmp_path / "inputs" / "text_encoder"

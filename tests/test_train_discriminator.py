@@ -1,6 +1,7 @@
 """Training the tokenizer against the discriminator: laid out over a mesh, saved, and resumed on another one."""
 
 import numpy as np
+import pytest
 
 from hart_jax.checkpoints.orbax import load_params
 from hart_jax.data.shards import write_shards
@@ -8,6 +9,7 @@ from hart_jax.training.metrics import SAMPLES_DIR, read_metrics
 from tests.train_runs import ROOT, run_to_end, write_tokenizer_config
 
 
+@pytest.mark.slow
 def test_the_discriminator_is_laid_out_saved_and_resumed(tmp_path):
     config = write_tokenizer_config(tmp_path / "inputs")
     write_shards(ROOT / "tests" / "emoji", tmp_path / "emoji", records_per_shard=8)

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from hart_jax import flags as hart_flags
 from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, CONFIG_FILE
+from hart_jax.config import HartExperiment
+from hart_jax.errors import UserError
 from tests.train_runs import run_to_end, write_hart_config, write_tokenizer_config
 
 
@@ -169,7 +173,40 @@ def test_missing_perceptual_weights(tmp_path, config):
     assert "absent.tar.gz do not exist" in refused(tmp_path, *arguments, *perceptual, missing)
 
 
+def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path, config):
+    flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={tmp_path / 'nowhere'}")
+    for steps, warned in ((4, True), (5, False)):
+        _, _, err = run_to_end(*flags, f"--config.train.steps={steps}")
+        assert ("warning: optimizer.warmup_steps=4: the learning rate never reaches its peak" in err) == warned
+
+
 def test_help_names_the_flags():
     code, out, _ = run_to_end("--help")
     assert code == 0
     assert "--config" in out and "--workdir" in out
+
+
+def test_help_with_a_config_lists_its_settings_with_what_they_mean(hart_config):
+    code, out, _ = run_to_end(f"--config={hart_config}", "--config.train.steps=7", "--help")
+    assert code == 0
+    for line in (
+        "  --config.train.steps=7    (default: 100000)",
+        "  --config.transformer.diffusion.depth=1    (default: 6)",
+    ):
+        assert line in out.splitlines()
+    assert "Length, logging, checkpoints and precision of a training run." in out
+    assert set(re.findall(r"^  --config\.([\w.]+)=", out, re.MULTILINE)) == set(HartExperiment.names())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.image_size=128", "did you mean --config.tokenizer.image_size?"),
+        ("trian.steps=128", "did you mean --config.train.steps?"),
+        ("sample.cfg.late=1", "--config.sample.cfg.late: no such setting"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_named(config, override, said):
+    with pytest.raises(UserError, match="--help lists all") as error:
+        hart_flags.parse(["train.py", f"--config={config}", f"--config.{override}"])
+    assert said in str(error.value)

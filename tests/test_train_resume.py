@@ -87,6 +87,7 @@ def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_p
     assert all(sorted(records[first : first + 14]) == list(range(14)) for first in range(0, 126, 14))
 
 
+@pytest.mark.slow
 def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
     _, fields = EXPERIMENTS["tokenizer"]
     whole, settings = tokenizer

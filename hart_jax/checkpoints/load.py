@@ -14,7 +14,7 @@ from hart_jax.config import (
 )
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
-from hart_jax.io.paths import as_path
+from hart_jax.io.paths import as_path, is_remote
 
 
 def load_model(path: str | Path, cache: bool = True) -> Model:
@@ -63,7 +63,12 @@ def read_experiment_of(path: str | Path) -> HartExperiment:
 def _model_path(path: str | Path) -> Path:
     path = as_path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a training workdir, a model folder or the released layout")
+        raise UserError(
+            f"{path}: no such folder{'' if is_remote(path) or path.is_absolute() else f' in {Path.cwd()}'}; "
+            "give a training workdir, a model folder or the released layout"
+        )
+    if path.name in ("tokenizer", "transformer") and (path / CONFIG).is_file():
+        raise UserError(f"{path}: a part of a model; give the folder of the whole, {path.parent}")
     return path
 
 

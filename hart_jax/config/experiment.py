@@ -83,6 +83,8 @@ class SampleConfig(Settings):
 
     `decode_at_once` images of each device are decoded at a time, which changes memory, not images; 0: as many as
     have 2**20 pixels.
+
+    The defaults are the release's. What a loaded model is best sampled with is its `sample_config`.
     """
 
     cfg: float = 4.5
@@ -109,6 +111,7 @@ class SampleConfig(Settings):
         return {name: value for name, value in self.to_dict().items() if name not in _COMPUTED}
 
     def __post_init__(self) -> None:
+        self.require_types()
         checks = {
             f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
             f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
@@ -148,6 +151,7 @@ class HartExperiment(Settings):
     folder, or none);
     `init_from` the workdir or model folder of the curriculum's stage before, whose transformer a new run starts with;
     `precompute_text` and `precompute_tokens` keep text embeddings and image tokens on disk, computed once;
+    `sample_prompts` are what sample grids show (empty: some captions of the training data);
     `model` the folder that `sample.py` samples from if no checkpoint is given.
     """
 

@@ -1,6 +1,7 @@
 """What all settings have in common: they are frozen, built from mappings, and every value is checked once."""
 
 import dataclasses
+import inspect
 import json
 import math
 import typing
@@ -38,7 +39,7 @@ class Settings:
             elif kind is float and type(value) is int:
                 # What is too large for a float is not finite.
                 value = float(value) if abs(value) < 2**1023 else math.inf
-            require(type(value) is kind, f"{cls.__name__}.{name}={value!r}: expected {kind.__name__}")
+            cls._require_type(fields[name], value)
             if isinstance(value, tuple):
                 (item, _) = typing.get_args(fields[name].type)
                 if item is float:
@@ -52,6 +53,18 @@ class Settings:
         return cls(**arguments)
 
     @classmethod
+    def _require_type(cls, field: dataclasses.Field, value: Any) -> None:
+        kind = type(field.default)
+        require(type(value) is kind, f"{cls.__name__}.{field.name}={value!r}: expected {kind.__name__}")
+
+    def require_types(self) -> None:
+        """Raises `UserError` for a value of another type than its setting's; a whole number is a float, too."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (type(value) is int and isinstance(field.default, float)):
+                self._require_type(field, value)
+
+    @classmethod
     def read(cls, path: Path) -> Self:
         """The settings in a JSON file; `UserError`, naming the file, if it is missing or holds something else."""
         values = read_json(path)
@@ -59,6 +72,27 @@ class Settings:
             return cls.from_dict(values)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of all settings, nested ones as "train.steps"."""
+        found = []
+        for field in dataclasses.fields(cls):
+            nested = type(field.default).names() if isinstance(field.default, Settings) else [""]
+            found += [f"{field.name}.{name}".removesuffix(".") for name in nested]
+        return found
+
+    def listing(self, prefix: str = "") -> str:
+        """All settings with their values and defaults, group by group, each with what it means; for `--help`."""
+        lines, groups = [inspect.getdoc(type(self)) or "", ""], []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Settings):
+                groups.append(value.listing(f"{prefix}{field.name}."))
+                continue
+            default = "" if value == field.default else f"    (default: {field.default!r})"
+            lines.append(f"  {prefix}{field.name}={value}{default}")
+        return "\n\n".join(["\n".join(lines), *groups])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON writes them."""

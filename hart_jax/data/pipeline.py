@@ -230,6 +230,13 @@ def load_captions(shards: Folders, max_bad_records: int = 0) -> list[str]:
     return sorted(captions)
 
 
+def some_captions(shards: Folders, count: int) -> list[str]:
+    """First captions of so many records, evenly spaced, each once; damaged records are left out."""
+    captions = RecordSource(shards).captions
+    places = np.linspace(0, len(captions) - 1, min(count, len(captions))).astype(int).tolist()
+    return list(dict.fromkeys(about.captions[0] for place in places if (about := captions[place]) is not None))
+
+
 class _RandomView:
     """Picks one caption and perhaps mirrors the image."""
 

@@ -114,11 +114,15 @@ def _encode_all(encoder: TextEncoder, captions: Sequence[str], length: int, fold
     cut, starts = 0, range(0, len(captions), BATCH)
     with contextlib.ExitStack() as stack:
         new, write = stack.enter_context(new_cache(folder, len(captions))) if folder else (None, None)
-        for start in tqdm(starts, desc="text embeddings", unit_scale=BATCH, mininterval=5, disable=write is None):
-            states, masks, cut_here = embed_captions(encoder, captions[start : start + BATCH], length)
+        bar = tqdm(total=len(captions), desc="text embeddings", mininterval=5, disable=write is None)
+        stack.enter_context(bar)
+        for start in starts:
+            batch = captions[start : start + BATCH]
+            states, masks, cut_here = embed_captions(encoder, batch, length)
             if write is not None:
                 write(states=states, masks=masks)
             cut += cut_here
+            bar.update(len(batch))
         if new is not None:
             keys = caption_keys(captions)
             order = np.argsort(keys[:, 0], kind="stable")

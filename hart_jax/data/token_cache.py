@@ -106,8 +106,8 @@ def cache_tokens(
     tokens_of = TokenMaker(config, params)
     count = len(source)
     bad = BadRecords(source.records.name_of, max_bad_records, "it gets no tokens")
-    with new_cache(folder, count) as (new, write):
-        for start in tqdm(range(0, count, BATCH), desc="tokens", unit_scale=BATCH, mininterval=5):
+    with new_cache(folder, count) as (new, write), tqdm(total=count, desc="tokens", mininterval=5) as bar:
+        for start in range(0, count, BATCH):
             numbers = range(start, min(start + BATCH, count))
             images = np.zeros((len(numbers), config.image_size, config.image_size, 3), np.uint8)
             for row, number in enumerate(numbers):
@@ -116,5 +116,6 @@ def cache_tokens(
                 except UserError:
                     bad.add(number)
             write(**tokens_of(images))
+            bar.update(len(numbers))
         (new / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": bad.numbers}))
     return TokenCache(folder)

@@ -1,5 +1,6 @@
 """Signals that ask a run to end: it saves first, all its processes at the same step."""
 
+import os
 import signal
 from types import FrameType
 
@@ -9,8 +10,9 @@ import jax
 class StopSignals:
     """SIGTERM (a scheduler takes the machine back) and Ctrl-C, as a question to ask after every step.
 
-    A second signal ends the process at once. Where JAX is distributed, SIGTERM stays with JAX's own preemption service,
-    which tells every process of it and names a step that all of them still reach; Ctrl-C is handed on to it.
+    It is acknowledged at once; a second signal ends the process. Where JAX is distributed, SIGTERM stays with JAX's own
+    preemption service, which tells every process of it and names a step that all of them still reach; Ctrl-C is handed
+    on to it.
     """
 
     def __init__(self) -> None:
@@ -41,6 +43,8 @@ class StopSignals:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        # Not by `print`, which a signal may have interrupted.
+        os.write(2, f"\n{self.received.name}: saving after this step; again ends at once\n".encode())
         for ours in self._ours:
             signal.signal(ours, signal.SIG_DFL)
         if self._distributed:

@@ -146,6 +146,7 @@ class Pipeline:
         mask: Mask | None = None,
         objective: Objective | None = None,
     ):
+        self._settings = settings
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
         layout = sampling_layout(mesh or MeshConfig(), config, devices)
         self._devices = list(layout.mesh.devices.flat)
@@ -168,6 +169,11 @@ class Pipeline:
             with jax.default_device(self._devices[0]):
                 self._conditioner = conditioner_of(config, *text, self._layout, text_dtype)
             self._params = self._put(model, settings)
+
+    @property
+    def settings(self) -> SampleConfig:
+        """What it was made with. Other settings need another pipeline, as they are compiled into it."""
+        return self._settings
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
         narrow = functools.partial(cast_weights, dtype=compute_dtype(settings.dtype))

@@ -1,5 +1,7 @@
 """The hybrid tokenizer: image <-> multi-scale tokens and a continuous residual (SPEC.md section 1)."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,9 +46,9 @@ class Tokenizer(nn.Module):
         """See `Quantizer.corrupt`."""
         return self.quantizer.corrupt(tokens, corruption)
 
-    def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
-        """f_hat of one (B, p*p) index array per scale."""
-        return self.quantizer.decode_indices(indices)
+    def decode_indices(self, indices: Sequence[jax.Array], sampled: bool = False) -> jax.Array:
+        """The latent f_hat of one (B, p*p) index array per scale; see `Quantizer.decode_indices`."""
+        return self.quantizer.decode_indices(indices, sampled)
 
     def lookup(self, indices_BL: jax.Array) -> jax.Array:
         return self.quantizer.lookup(indices_BL)

@@ -1,6 +1,7 @@
 """Multi-scale residual quantizer with the continuous residual (SPEC.md section 1)."""
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -107,9 +108,14 @@ class Quantizer(nn.Module):
         code = code_BPC.reshape(code_BPC.shape[0], side, side, -1)
         return self._phi(bicubic(code, self.config.patch_nums[-1]), scale)
 
-    def decode_indices(self, indices: tuple[jax.Array, ...]) -> jax.Array:
-        """f_hat of one index array (B, p*p) per scale, phi at every scale, (B, h, w, C)."""
+    def decode_indices(self, indices: Sequence[jax.Array], sampled: bool = False) -> jax.Array:
+        """f_hat of one index array (B, p*p) per scale, (B, h, w, C).
+
+        phi is applied at every scale, as encoding does; with `sampled` at all but the last, as sampling does.
+        """
         parts = [self.contribution(self.lookup(index), scale) for scale, index in enumerate(indices)]
+        if sampled:
+            parts[-1] = self.lookup(indices[-1]).reshape(parts[-1].shape)
         return functools.reduce(jnp.add, parts)
 
     def quantize(self, f_BhwC: jax.Array) -> Quantized:

@@ -12,7 +12,7 @@ from hart_jax.checkpoints.class_names import CLASSES, class_names, read_classes,
 from hart_jax.checkpoints.workdir import load_tokenizer, load_transformer, previous_stage
 from hart_jax.config import HartExperiment, HartLossConfig
 from hart_jax.data.batches import Batches
-from hart_jax.data.pipeline import PlacedText, TextFunction, TokenFunction, load_captions, make_loader
+from hart_jax.data.pipeline import PlacedText, TextFunction, TokenFunction, load_captions, make_loader, some_captions
 from hart_jax.data.precomputed import (
     TEXTS,
     TOKENS,
@@ -43,7 +43,7 @@ from hart_jax.training.loop import Batch
 from hart_jax.training.state import TrainState
 from hart_jax.training.token_subsampling import draw_num_kept
 
-# Classes in a sample grid.
+# Classes in a sample grid, or captions of the data.
 SHOWN = 8
 
 
@@ -57,8 +57,6 @@ class HartTask:
     def __init__(self, experiment: HartExperiment, cache_folder: Path, layout: MeshLayout, **ideas: Any):
         train, config = experiment.train, experiment.transformer
         self._classes = config.num_classes
-        if not (experiment.sample_prompts or self._classes):
-            raise UserError("sample_prompts is empty: give the prompts that sample grids show")
         for prompt in experiment.sample_prompts:
             if not prompt.strip():
                 raise UserError(
@@ -196,9 +194,14 @@ class HartTask:
         self._last_loss = metrics["loss"]
         return state, {**metrics, **self._flops[num_kept].metrics()}
 
+    def shown(self) -> Sequence[Any]:
+        """What grids show: classes, the prompts that are given, or some of the data's captions."""
+        given = range(min(SHOWN, self._classes)) or self._config.sample_prompts
+        return given or some_captions(self._config.data.train_folders, SHOWN)
+
     def sample_grids(self, state: TrainState) -> dict[str, np.ndarray]:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
-        prompts: Sequence[Any] = range(min(SHOWN, self._classes)) or self._config.sample_prompts
+        prompts = self.shown()
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
         count = len(prompts)
         # Every device samples its own: of a mesh with more parts than prompts, the last one is sampled again.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hart_jax.checkpoints.orbax import Checkpoints, check_workdir
+from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, Checkpoints, check_workdir
 from hart_jax.checkpoints.restoring import first_line
 from hart_jax.config import TrainConfig, experiment_from
 from hart_jax.data.batches import Batches
@@ -20,7 +20,7 @@ from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import MeshLayout, gather_to_host, make_global_batch
 from hart_jax.parallel.stop import StopSignals
 from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests, keep_inputs
-from hart_jax.training.metrics import MetricsWriter, Progress
+from hart_jax.training.metrics import METRICS_FILE, SAMPLES_DIR, MetricsWriter, Progress
 from hart_jax.training.metrics_buffer import MetricsBuffer
 from hart_jax.training.timings import Profile, Stopwatch
 
@@ -123,6 +123,8 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
         main = jax.process_index() == 0
         if main:
             print(f"{workdir}: {'resuming at' if first else 'starting at'} step {first} of {train.steps}", flush=True)
+            if first < train.steps:
+                print("compiling; the first step takes longer than others", flush=True)
         append_manifest(workdir, first, train.steps)
         keep_inputs(workdir, digests)
         resumed_step = first if restored else None
@@ -173,11 +175,14 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
                     with stopwatch.waiting("checkpoint"):
                         checkpoints.save(step, state, batches, unlogged, values)
                 if due(train.sample_every, step) and (last or not stopping):
+                    progress.note(f"step {step}: sampling a grid of images")
                     with stopwatch.waiting("pictures"):
                         grids.write(writer, state, step)
                 if stopping and not last:
                     checkpoints.wait()
                     _stop(stop.received, f"{workdir}: saved step {step}; the same command resumes there")
+    if main:
+        print(f"{workdir}: done; {CHECKPOINT_DIR}/, {METRICS_FILE} and {SAMPLES_DIR}/ are there", flush=True)
 
 
 def _abstract(task: Task) -> Any:

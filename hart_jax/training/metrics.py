@@ -163,16 +163,19 @@ class Progress:
         self._images += images
         self._history.append((time.monotonic(), step, self._images))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {self.images_per_second:.1f} images/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}{self._rate_told()}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._last_line >= self._every_seconds or step == self._total:
             self._last_line = time.monotonic()
-            print(
-                f"step {step}/{self._total}, loss {loss:.4f}, {self.images_per_second:.1f} images/s, "
-                f"{_duration(self.seconds_left)} left",
-                file=self._stream,
-                flush=True,
-            )
+            left = f", {_duration(self.seconds_left)} left" if len(self._history) > 1 else ""
+            self._print(f"step {step}/{self._total}, loss {loss:.4f}{self._rate_told()}{left}")
+
+    def note(self, text: str) -> None:
+        """Says what is being done, where that takes long."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._print(text)
 
     @property
     def images_per_second(self) -> float:
@@ -196,6 +199,13 @@ class Progress:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def _rate_told(self) -> str:
+        """Nothing before there is one."""
+        return f", {self.images_per_second:.1f} images/s" if len(self._history) > 1 else ""
 
     def _rate(self, column: int) -> float:
         if len(self._history) < 2:

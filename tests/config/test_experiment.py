@@ -178,6 +178,13 @@ def test_bad_sampling_settings(values, named):
         SampleConfig(**values)
 
 
+@pytest.mark.parametrize(("name", "value"), [("cfg", "a"), ("top_k", 2.5), ("smooth", 1), ("dtype", None)])
+def test_sampling_settings_of_another_type(name, value):
+    with pytest.raises(UserError, match=rf"SampleConfig\.{name}={value!r}: expected"):
+        SampleConfig(**{name: value})
+    assert SampleConfig(cfg=3).cfg == 3.0
+
+
 @pytest.mark.parametrize("name", ["top_k", "top_k_late"])
 def test_top_k_over_the_vocabulary(name):
     SampleConfig(**{name: 4096}).check_fits(TokenizerConfig())

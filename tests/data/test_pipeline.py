@@ -18,7 +18,7 @@ from PIL import Image
 
 from hart_jax.data.batches import Batches
 from hart_jax.data.image_files import square_image
-from hart_jax.data.pipeline import load_captions, make_loader
+from hart_jax.data.pipeline import load_captions, make_loader, some_captions
 from hart_jax.data.shards import RecordSource, write_shards
 from hart_jax.errors import UserError
 from tests.data.conftest import make_folder, without_captions_files
@@ -238,6 +238,9 @@ def test_folders_without_weights_are_shuffled_together(shards: Path, more_shards
         )
     captions = load_captions([shards, more_shards])
     assert captions == load_captions(shards)
+    assert some_captions([shards, more_shards], 100) == [f"a thing {number}" for number in range(23)]
+    few = some_captions([shards, more_shards], 4)
+    assert 2 <= len(few) <= 4 and few == some_captions([shards, more_shards], 4) and set(few) <= set(captions)
 
 
 def test_weighted_folders_have_their_shares_and_epochs_of_their_own(shards: Path, more_shards: Path):

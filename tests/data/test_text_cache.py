@@ -29,7 +29,8 @@ def encoder(tmp_path_factory):
 
 def test_the_table_is_the_encoder(encoder, tmp_path, capsys):
     table = cache_texts(encoder, ABOUT, CAPTIONS, 6, tmp_path)
-    assert "3 captions, 1 cut to 6 positions" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "3 captions, 1 cut to 6 positions" in out and "100%" in err and "3/3" in err
     for caption in CAPTIONS:
         states = encoder([caption], 6)
         np.testing.assert_allclose(table(caption)["text"], np.asarray(states.states_BTD[0]), atol=2e-3)

@@ -30,8 +30,9 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(token_cache, "BATCH", 10)
 
 
-def test_the_table_is_the_tokenizer(shards, params, tmp_path):
+def test_the_table_is_the_tokenizer(shards, params, tmp_path, capsys):
     table = cache_tokens(TOKENIZER, params, shards, tmp_path)
+    assert "23/23" in capsys.readouterr().err
     for number in (0, 9, 10, 22):
         # What image `number` of the shards shows, see conftest.py.
         image = np.full((1, 8, 8, 3), (number, 2 * number, 3 * number), np.uint8)

@@ -70,6 +70,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(folder, whole):
     assert results(stopped) == results(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(folder, whole):
     code, _, err = run(folder, *GENERATION, "--efficientnet=Two", "--clip=x", "--out=two", processes=2)
     assert code == 0, err

@@ -40,7 +40,7 @@ DEAF = """
 
 def start(script: str, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("step")
     return process
 
@@ -49,9 +49,10 @@ def start(script: str, *arguments: str) -> subprocess.Popen:
 def test_one_process_stops_after_its_step(number):
     process = start(ASKING, "", "")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0
     assert out.splitlines()[-1].split()[-1] == number.name
+    assert f"{number.name}: saving after this step" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,9 +1,7 @@
 """One test item for every group of arrays of every golden case."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,12 +10,9 @@ from tests.parity.golden import find_cases
 PUBLISHED = Path(__file__).parent / "cases"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_well() -> Iterator[None]:
-    """As users' programs are compiled."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def as_users_compile(compile_well: None) -> None:
+    """In all modules here."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

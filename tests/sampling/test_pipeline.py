@@ -123,6 +123,7 @@ assert (images != one[2]).any()
 """
 
 
+@pytest.mark.slow
 def test_batches_and_devices_do_not_change_a_token(released):
     command = [sys.executable, "-c", _ON_DEVICES, str(released)]
     done = subprocess.run(command, cwd=ROOT, env=environment(released, 8), capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """The sampler: what it keeps, how it iterates, and that an image does not depend on its batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,6 +46,19 @@ def test_an_image_does_not_depend_on_its_batch():
     np.testing.assert_allclose(alone[0], together[1], atol=1e-4)
 
 
+def test_the_tokens_of_a_sample_decode_to_it():
+    image, tokens = sample(dataclasses.replace(ALL, discrete_only=True), [5], [0])
+    tokenizer, params = Tokenizer(TOKENIZER), {"params": MODEL.tokenizer}
+
+    def decoded(**how) -> np.ndarray:
+        latent = tokenizer.apply(params, tokens, method="decode_indices", **how)
+        return np.clip(tokenizer.apply(params, latent, method="decode"), -1, 1)
+
+    np.testing.assert_allclose(decoded(sampled=True), image, atol=1e-4)
+    # As the tokens of an image do.
+    assert np.abs(decoded() - image).max() > 0.1
+
+
 def test_seed_and_index_change_the_image():
     _, tokens = sample(ALL, [5, 5], [0, 1])
     _, other = sample(ALL, [5], [0], seed=1)
@@ -87,9 +101,9 @@ def test_every_option_changes_the_image_and_nothing_breaks(changes):
 @pytest.mark.parametrize(
     ("flags", "changes"),
     [
-        ({}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
         ({"disable_aln": False, "sep_aln_pooling_mode": "avg"}, {"smooth": True, "masked_iterations": 3, "top_k": 3}),
-        ({"shared_aln": True}, {"discrete_only": True}),
+        pytest.param({"shared_aln": True}, {"discrete_only": True}, marks=pytest.mark.slow),
     ],
 )
 def test_layer_by_layer_samples_the_same(flags, changes):

@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 
 from hart_jax.checkpoints.orbax import check_workdir
-from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TokenizerExperiment, TrainConfig
+from hart_jax.config import (
+    HartExperiment,
+    MeshConfig,
+    SampleConfig,
+    TokenizerExperiment,
+    TrainConfig,
+    read_experiment,
+)
 from hart_jax.data.batches import Batches
 from hart_jax.errors import UserError
 from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.training.hart_task import HartTask
 from hart_jax.training.loop import MAY_CHANGE, run
+from tests.train_runs import write_hart_config
 
 TRAIN = TrainConfig(steps=6, batch_size=2, log_every=1, save_every=2, sample_every=4)
 
@@ -92,7 +100,10 @@ def test_a_grid_that_fails_costs_a_warning(tmp_path, shards, capsys):
     train(tmp_path / "run", shards, at_grid=[ValueError("no such prompt"), ValueError("no such prompt")])
     assert steps(tmp_path / "run") == ["4", "6"]
     said = "warning: step 4: no sample grid (ValueError: no such prompt); training goes on"
-    assert [line for line in capsys.readouterr().err.splitlines() if "no sample grid" in line] == [said]
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if "no sample grid" in line] == [said]
+    assert "compiling" in out.splitlines()[1] and "step 4: sampling a grid" in err
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'run'}: done; ")
 
 
 def test_a_run_that_ends_within_a_grid_has_its_checkpoint_and_samples_the_grid_when_resumed(tmp_path, shards):
@@ -164,6 +175,15 @@ def test_what_cannot_matter_may_change(tmp_path):
     ):
         with pytest.raises(UserError, match="a run of another config"):
             allowed(**changes)
+
+
+def test_grids_show_captions_of_the_data_where_no_prompts_are_given(tmp_path):
+    given = read_experiment(write_hart_config(tmp_path))
+    layout = MeshLayout.of(given.mesh, given.train.batch_size, 1)
+    task = HartTask(given, tmp_path, layout)
+    assert task.shown() == given.sample_prompts
+    task = HartTask(dataclasses.replace(given, sample_prompts=()), tmp_path, layout)
+    assert len(task.shown()) == 8 and set(task.shown()) <= {f"thing {number}" for number in range(14)}
 
 
 def test_an_empty_prompt_is_an_error_at_the_start(tmp_path):

@@ -128,6 +128,7 @@ def test_progress_shows_loss_rate_and_time_left(stream):
     assert progress.images_per_second > 0 and progress.seconds_left == 0
     text = stream.getvalue()
     assert "20/20" in text and "loss 0.2500" in text and "images/s" in text
+    assert "0.0 images/s" not in text and "?" not in text.replace("?step/s", "").replace("<?", "")
 
 
 def test_progress_in_a_log_file_is_sparse_but_ends_with_the_last_step():

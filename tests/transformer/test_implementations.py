@@ -54,6 +54,7 @@ def expected():
     return losses_and_gradients("reference"), sampled("reference")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("implementation", ["xla", "tpu", "splash"])
 def test_losses_gradients_and_tokens_are_the_same(implementation):

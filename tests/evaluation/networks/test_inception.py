@@ -127,6 +127,7 @@ def test_clean_resizing_is_that_of_pillow(size):
     np.testing.assert_allclose(resized(images, "clean-fid"), expected.clip(0, 255) / 128 - 1, atol=2e-4)
 
 
+@pytest.mark.usefixtures("compile_well")
 @pytest.mark.parametrize("resize", ["pytorch-fid", "tensorflow", "clean-fid"])
 def test_gray_stays_gray(resize):
     for size in ((8, 13), (299, 299), (500, 333)):
