@@ -113,6 +113,7 @@ def adversarial_step():
     return step_with(2, adversarial=0.1, restart_below=0.99)
 
 
+@pytest.mark.slow
 def test_adversarial_step_trains_the_discriminator(state, initial, images):
     for _ in range(2):
         state, metrics = adversarial_step()(state, images, KEY, None, adversarial=True)
@@ -166,6 +167,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(initial, ima
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(same), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [4])
 def test_a_batch_in_parts_trains_as_the_whole_one_does(initial, images, accumulate):
     ends = []
