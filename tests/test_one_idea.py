@@ -120,8 +120,8 @@ def test_it_trains_and_samples(name):
     program = hart_functions(experiment(), where, **IDEAS[name])
     images = np.random.default_rng(0).integers(0, 255, (8, 8, 8, 3)).astype(np.uint8)
     batch = images, (np.tile(TEXT, (4, 1, 1)), np.tile(CONDITION[1], (4, 1)))
-    tokenizer = jax.device_put(MODEL.tokenizer, where.whole)
-    state, losses = program.from_params(jax.device_put(MODEL.transformer, where.whole)), []
+    tokenizer = jax.device_put(MODEL.tokenizer, where.replicated)
+    state, losses = program.from_params(jax.device_put(MODEL.transformer, where.replicated)), []
     for _ in range(12):
         state, metrics = program.step(state, tokenizer, *batch, jax.random.key(0), 8)
         losses.append(float(metrics["loss"]))

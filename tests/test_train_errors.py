@@ -49,7 +49,7 @@ def refused(folder: Path, *arguments: str, devices: int = 1) -> str:
     [
         (["--config.foo=1"], "unknown key foo; known: tokenizer, loss"),
         (["--config.train.foo=1"], "TrainConfig: unknown key foo; known: steps"),
-        (["--config.train.steps.more=1"], "no such section"),
+        (["--config.train.steps.more=1"], "no such setting; did you mean --config.train.steps?"),
         (["--config.train.steps=many"], "--config.train.steps=many"),
         (["--config.loss.mse=much"], "TokenizerLossConfig.mse='much': expected float"),
         (["--config.tokenizer.patch_nums=(1, 2, 3)"], "patch_nums=(1, 2, 3): the last entry"),

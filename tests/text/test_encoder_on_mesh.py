@@ -56,7 +56,7 @@ for name, length in LENGTHS.items():
     few = encoder(WORDS[:3], length).states_BTD
     assert few.sharding.is_fully_replicated
     np.savez(folder / f"{name}.npz", split=states, in_rounds=in_rounds, few=few)
-    by_rules = layout.state(encoder.params, parameter_axes(program._boxed(encoder.config)))
+    by_rules = layout.state_shardings(encoder.params, parameter_axes(program._boxed(encoder.config)))
     planned = program.encode_program(encoder.config, layout, BATCH, length, prefix_tokens=4)
     assert planned.trace().out_info.shape == states.shape
     params = flatten_dict(encoder.params, sep="/")
