@@ -27,6 +27,7 @@ from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.parallel.rules import AXES, RULES, parameter_axes
+from hart_jax.sampling.rules import HART_RULES, SampleNumbers
 from hart_jax.sampling.sampler import make_sampler
 from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import encode_program, make_key_values
@@ -163,7 +164,8 @@ def sampler(layout: MeshLayout, dtype: str, weights: str = "float", **settings: 
     networks = Hart(TRANSFORMER, compute), Tokenizer(TOKENIZER, compute)
     program = make_sampler(*networks, SampleConfig.from_dict({**SAMPLE, **settings}), layout)
     rows = (jax.ShapeDtypeStruct((BATCH,), kind) for kind in (jnp.uint32, jnp.int32))
-    return Call(program, (params, *at((condition(TRANSFORMER, BATCH), *rows), layout.batch)))
+    numbers = SampleNumbers.of(SampleConfig.from_dict({**SAMPLE, **settings}), HART_RULES, TRANSFORMER)
+    return Call(program, (params, *at((condition(TRANSFORMER, BATCH), *rows), layout.batch), numbers))
 
 
 def tokenizer_experiment(**changes: Any) -> TokenizerExperiment:

@@ -12,6 +12,7 @@ import pytest
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig
 from hart_jax.diffusion.schedule import RESIDUAL_SCALE, TRAIN_STEPS, Diffusion, DiffusionLoss
 from hart_jax.errors import UserError
+from hart_jax.nn.guidance import guide
 from hart_jax.parallel.mesh import MeshLayout, make_mesh
 from hart_jax.parallel.rules import RULES
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
@@ -69,7 +70,7 @@ class FlowMatching:
             t = jnp.round(time * TRAIN_STEPS - 0.5).astype(jnp.int32)[None]
             velocity, _ = jnp.split(network(jnp.tile(x_NC, (2, 1)), t, z_MW), 2, axis=-1)
             cond, uncond = jnp.split(velocity, 2)
-            return x_NC - ((1 + cfg) * cond - cfg * uncond) / steps, None
+            return x_NC - guide(cond, uncond, cfg) / steps, None
 
         times = 1 - (jnp.arange(steps) + 0.5) / steps
         x_NC, _ = jax.lax.scan(step, init_noise_NC, times)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hart_jax.nn.guidance import guide
+
 RESIDUAL_SCALE = 0.6
 TRAIN_STEPS = 1000
 
@@ -129,7 +131,8 @@ def sample_residual(
     Args:
       init_noise_NC: where both halves start.
       step_noise_SMC: noise of the k-th step taken, or None for none.
-      cfg: guidance t in (1 + t) eps_cond - t eps_uncond; both halves use the guided noise of the first half's x.
+      cfg: guidance t in (1 + t) eps_cond - t eps_uncond, as `guide` takes it; both halves use the guided noise of the
+        first half's x.
 
     Returns:
       Both halves; the first is the sample.
@@ -143,8 +146,8 @@ def sample_residual(
         doubled = jnp.concatenate([half_NC, half_NC])
         eps, interpolation = jnp.split(network(doubled, t[None], z_MW), 2, axis=-1)
         cond, uncond = jnp.split(eps, 2)
-        guided = (1 + cfg) * cond - cfg * uncond
-        eps = jnp.concatenate([guided, guided])
+        both = guide(cond, uncond, cfg)
+        eps = jnp.concatenate([both, both])
         x0 = jnp.clip(c["sqrt_recip_alpha_bar"] * x_MC - c["sqrt_recip_minus_one"] * eps, -1.0, 1.0)
         mean = c["mean_x0"] * x0 + c["mean_xt"] * x_MC
         spread = jnp.where(t == 0, 0.0, jnp.exp(0.5 * _log_variance(interpolation, c)))

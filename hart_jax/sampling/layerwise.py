@@ -114,8 +114,8 @@ def make_layered_sampler(
     """As `make_sampler`, layer by layer, on `split_layers` of the parameters; it waits for each stage to `watch`."""
     sampling = LayerwiseSampling(hart.clone(attention=settings.attention), tokenizer, settings, watch, rules)
 
-    def sample(params, condition, seed, indices_B):
-        out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False)
+    def sample(params, condition, seed, indices_B, numbers=None):
+        out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B), keep_logits=False, numbers=numbers)
         return out.image, out.indices
 
     return sample

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hart_jax.nn.int8 import quantize
 from hart_jax.parallel.mesh import MeshLayout, make_mesh, put_global, sampling_mesh
 from hart_jax.parallel.rules import parameter_axes, with_changes
 from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
-from hart_jax.sampling.rules import HART_RULES, Rules
+from hart_jax.sampling.rules import HART_RULES, NUMBERS, Rules, SampleNumbers
 from hart_jax.sampling.sampler import Sampler, make_sampler
 from hart_jax.text.conditioning import conditioner_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
@@ -126,7 +126,7 @@ def sampling_layout(
 
 
 class Pipeline:
-    """Samples images; compiled once per batch size.
+    """Samples images; compiled once per batch size, whatever the guidance, temperature, top-k and top-p.
 
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Images are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
@@ -146,7 +146,7 @@ class Pipeline:
         mask: Mask | None = None,
         objective: Objective | None = None,
     ):
-        self._settings = settings
+        self._settings, self._rules, self._config = settings, rules, model.transformer_config
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
         layout = sampling_layout(mesh or MeshConfig(), config, devices)
         self._devices = list(layout.mesh.devices.flat)
@@ -172,7 +172,7 @@ class Pipeline:
 
     @property
     def settings(self) -> SampleConfig:
-        """What it was made with. Other settings need another pipeline, as they are compiled into it."""
+        """What it was made with. A call takes other `NUMBERS`; the rest is compiled in and needs another pipeline."""
         return self._settings
 
     def _put(self, model: Model, settings: SampleConfig) -> Any:
@@ -199,36 +199,54 @@ class Pipeline:
         """Raises `UserError` for none, an empty prompt, or a label that the model does not have."""
         self._conditioner.check(prompts)
 
-    def batches(self, batches: Iterable[Sequence[SampleRequest]], size: int) -> Iterator[list[Sample]]:
+    def _numbers(self, changes: Mapping[str, Any]) -> SampleNumbers:
+        settings = SampleConfig.from_dict({**self._settings.to_dict(), **changes})
+        settings.check_fits(self._config)
+        if fixed := [name for name in changes if name not in NUMBERS]:
+            raise UserError(
+                f"{', '.join(fixed)}: compiled into the pipeline; give it to load or Pipeline. "
+                f"A call takes {', '.join(NUMBERS)}"
+            )
+        return SampleNumbers.of(settings, self._rules, self._config)
+
+    def batches(self, batches: Iterable[Sequence[SampleRequest]], size: int, **changes: Any) -> Iterator[list[Sample]]:
         """The images of each batch, of at most `size`; each depends on its request alone.
 
         Where the device's memory does not hold a batch, half of it is sampled at a time from then on. On an accelerator
-        the next batch is on its way while one is looked at.
+        the next batch is on its way while one is looked at. `changes` are of the settings `NUMBERS`; they compile
+        nothing.
 
         Raises:
-          UserError: the device has not enough memory for one image.
+          UserError: the device has not enough memory for one image, or a change is no such setting or does not fit.
         """
+        return self._batches(batches, size, self._numbers(changes))
+
+    def _batches(
+        self, batches: Iterable[Sequence[SampleRequest]], size: int, numbers: SampleNumbers
+    ) -> Iterator[list[Sample]]:
         before: tuple[Sequence[SampleRequest], list[jax.Array]] | None = None
         for batch in batches:
-            started = batch, self._start(batch, size)
+            started = batch, self._start(batch, size, numbers)
             if before is not None:
-                yield self._finish(*before, size)
+                yield self._finish(*before, size, numbers)
             before = started
             if self._devices[0].platform == "cpu":
-                yield self._finish(*started, size)
+                yield self._finish(*started, size, numbers)
                 before = None
         if before is not None:
-            yield self._finish(*before, size)
+            yield self._finish(*before, size, numbers)
 
-    def _start(self, batch: Sequence[SampleRequest], size: int) -> list[jax.Array]:
+    def _start(self, batch: Sequence[SampleRequest], size: int, numbers: SampleNumbers) -> list[jax.Array]:
         while True:
             each = min(size, self._at_once)
             try:
-                return [self._images(batch[at : at + each], each) for at in range(0, len(batch), each)]
+                return [self._images(batch[at : at + each], each, numbers) for at in range(0, len(batch), each)]
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 self._fewer(each, error)
 
-    def _finish(self, batch: Sequence[SampleRequest], images: list[jax.Array], size: int) -> list[Sample]:
+    def _finish(
+        self, batch: Sequence[SampleRequest], images: list[jax.Array], size: int, numbers: SampleNumbers
+    ) -> list[Sample]:
         while True:
             try:
                 arrays = to_uint8(np.concatenate(jax.device_get(images)))
@@ -237,7 +255,7 @@ class Pipeline:
                 ]
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 self._fewer(len(images[0]), error)
-                images = self._start(batch, size)
+                images = self._start(batch, size, numbers)
 
     def _fewer(self, size: int, error: Exception) -> None:
         """After an error while so many were sampled at a time: half of them, where memory was short."""
@@ -253,34 +271,41 @@ class Pipeline:
             self._at_once = fewer
             print(f"{size} images at a time do not fit in the device's memory; sampling {fewer}", file=sys.stderr)
 
-    def _images(self, batch: Sequence[SampleRequest], size: int) -> jax.Array:
+    def _images(self, batch: Sequence[SampleRequest], size: int, numbers: SampleNumbers) -> jax.Array:
         # A shorter batch is filled up, so that one compilation serves all.
         full = [*batch, *[batch[0]] * (size - len(batch))]
         seeds = np.array([request.seed for request in full], np.uint32)
         indices = np.array([request.index for request in full], np.int32)
         condition = self._conditioner([request.prompt for request in full])
         where = self._devices[0] if self._layout is None else self._layout.batch
-        return self._sample(self._params, *jax.device_put((condition, seeds, indices), where))[0]
+        return self._sample(self._params, *jax.device_put((condition, seeds, indices), where), numbers)[0]
 
     def sample(
-        self, prompts: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0
+        self, prompts: Sequence[str | int], num_images: int = 1, seed: int = 0, batch_size: int = 0, **changes: Any
     ) -> Iterator[list[Sample]]:
         """Batches of images, `num_images` of each prompt, or label for a class-conditional model.
 
-        An image depends on (prompt, seed, its index) alone.
+        An image depends on (prompt, seed, its index) and the settings alone. `changes`: see `batches`.
 
         Raises:
-          UserError: see `check`.
+          UserError: see `check` and `batches`.
         """
         self.check(prompts)
         requests = [SampleRequest(prompt, seed, index) for prompt in prompts for index in range(num_images)]
         size = self.batch_size(len(requests), batch_size)
-        return self.batches([requests[start : start + size] for start in range(0, len(requests), size)], size)
+        return self.batches(
+            [requests[start : start + size] for start in range(0, len(requests), size)], size, **changes
+        )
 
-    def __call__(self, prompts: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1) -> np.ndarray:
-        """All images at once, uint8 (N, H, W, 3), prompt by prompt (or label by label)."""
+    def __call__(
+        self, prompts: str | int | Sequence[str | int], seed: int = 0, num_images: int = 1, **changes: Any
+    ) -> np.ndarray:
+        """All images at once, uint8 (N, H, W, 3), prompt by prompt (or label by label); `pipe("a dog", cfg=3.0)` has
+        another guidance, see `batches`."""
         prompts = [prompts] if isinstance(prompts, str | int) else prompts
-        return np.stack([sample.image for batch in self.sample(prompts, num_images, seed) for sample in batch])
+        return np.stack(
+            [sample.image for batch in self.sample(prompts, num_images, seed, **changes) for sample in batch]
+        )
 
 
 @contextlib.contextmanager

@@ -4,28 +4,37 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import SampleConfig
+from hart_jax.config import SampleConfig, TransformerConfig
 
 
 def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Logits (..., V) with -inf outside the `top_k` largest (0: all) and the nucleus of mass `top_p` (1: all)."""
     if 0 < top_k < logits_V.shape[-1]:
-        logits_V = jnp.where(logits_V < kth_largest(logits_V, top_k), -jnp.inf, logits_V)
-    if top_p < 1:
-        ascending = jnp.sort(logits_V, axis=-1)
-        outside = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
-        # The largest always stays; the smallest that stays is the threshold.
-        outside = outside.at[..., -1].set(False)
-        threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
-        logits_V = jnp.where(logits_V < threshold, -jnp.inf, logits_V)
-    return logits_V
+        logits_V = keep_largest(logits_V, top_k)
+    return keep_nucleus(logits_V, 1 - top_p) if top_p < 1 else logits_V
 
 
-def kth_largest(x_V: jax.Array, k: int) -> jax.Array:
+def keep_largest(logits_V: jax.Array, k: int | jax.Array) -> jax.Array:
+    """Logits (..., V) with -inf outside the `k` largest, 1..V."""
+    return jnp.where(logits_V < kth_largest(logits_V, k), -jnp.inf, logits_V)
+
+
+def keep_nucleus(logits_V: jax.Array, tail: float | jax.Array) -> jax.Array:
+    """Logits (..., V) with -inf at the least likely codes, which have a mass of at most `tail` together."""
+    ascending = jnp.sort(logits_V, axis=-1)
+    outside = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= tail
+    # The largest always stays; the smallest that stays is the threshold.
+    outside = outside.at[..., -1].set(False)
+    threshold = jnp.min(jnp.where(outside, jnp.inf, ascending), axis=-1, keepdims=True)
+    return jnp.where(logits_V < threshold, -jnp.inf, logits_V)
+
+
+def kth_largest(x_V: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k-th largest of float32 values (..., V), exactly, as (..., 1): found bit by bit, where sorting costs more."""
     bits = jax.lax.bitcast_convert_type(x_V.astype(jnp.float32), jnp.int32)
     # As unsigned integers in the order of the floats.
@@ -82,3 +91,34 @@ class Rules:
 
 
 HART_RULES = Rules()
+
+
+# The settings that are numbers of a compiled sampler.
+NUMBERS = ("cfg", "temperature", "top_k", "top_k_late", "late_scale", "top_p")
+
+
+@flax.struct.dataclass
+class SampleNumbers:
+    """The settings `NUMBERS` as arrays, which a compiled sampler takes: other values compile nothing.
+
+    `guidance` (S, 2) float32 is 1 + t and t of each scale (`guide`), `temperature` float32, `top_k` (S,) int32 how many
+    codes stay at each scale, or None for all everywhere, `tail` float32 the mass outside the nucleus, or None for none.
+    """
+
+    guidance_S2: Any
+    temperature: Any
+    top_k_S: Any
+    tail: Any
+
+    @classmethod
+    def of(cls, settings: SampleConfig, rules: Rules, config: TransformerConfig) -> "SampleNumbers":
+        scales = range(len(config.patch_nums))
+        t_S = np.array([rules.guidance(settings, scale, len(scales)) for scale in scales], np.float64)
+        top_k = [settings.top_k if scale < settings.late_scale else settings.top_k_late for scale in scales]
+        top_k_S = np.array([k or config.vocab_size for k in top_k], np.int32)
+        return cls(
+            np.stack([1 + t_S, t_S], axis=1).astype(np.float32),
+            np.float32(settings.temperature),
+            top_k_S if any(top_k) else None,
+            np.float32(1 - settings.top_p) if settings.top_p < 1 else None,
+        )

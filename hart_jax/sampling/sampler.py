@@ -13,11 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from hart_jax.config import SampleConfig, TokenizerConfig
+from hart_jax.nn.guidance import guide
 from hart_jax.nn.rounds import in_rounds
 from hart_jax.parallel.mesh import MeshLayout
 from hart_jax.parallel.program import Program
 from hart_jax.sampling.noise import KeyedNoise, Noise
-from hart_jax.sampling.rules import HART_RULES, Rules, iteration_sizes, keep_top, progress
+from hart_jax.sampling.rules import (
+    HART_RULES,
+    Rules,
+    SampleNumbers,
+    iteration_sizes,
+    keep_largest,
+    keep_nucleus,
+    progress,
+)
 from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.resize import area
 from hart_jax.transformer.block import KVCache
@@ -64,21 +73,32 @@ def generate(
 class Sampling:
     """The steps of a generation, and `run`, which puts them together.
 
-    A step takes parameters, arrays, and settings by name. `hart_jax.sampling.layerwise` compiles each by itself.
+    A step takes parameters, arrays (`SampleNumbers` among them), and settings by name. `hart_jax.sampling.layerwise`
+    compiles each by itself.
     """
 
     def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules = HART_RULES):
         settings.check_fits(hart.config)
         self._hart, self._tokenizer, self._settings, self._rules = hart, tokenizer, settings, rules
         self._config, self._sides = hart.config, hart.config.patch_nums
+        self._numbers = SampleNumbers.of(settings, rules, hart.config)
         scales = len(self._sides)
         self._iterations = [rules.iterations(settings, scale, scales) for scale in range(scales)]
         for side, iterations in zip(self._sides, self._iterations, strict=True):
             if not 1 <= iterations <= side * side:
                 raise ValueError(f"rules.iterations gives {iterations} for a scale of {side} x {side} positions")
 
-    def run(self, params: Params, condition: Condition, noise: Noise, keep_logits: bool = True) -> Generated:
+    def run(
+        self,
+        params: Params,
+        condition: Condition,
+        noise: Noise,
+        keep_logits: bool = True,
+        numbers: SampleNumbers | None = None,
+    ) -> Generated:
+        """All scales and the decoder; `numbers` instead of those of the settings."""
         sides, last = self._sides, len(self._sides) - 1
+        numbers = numbers or self._numbers
         context, cond, uncond = self.context(params, condition)
         length = self._config.context_tokens + self._config.num_tokens - 1
         if self._iterations[last] == 1:
@@ -86,11 +106,11 @@ class Sampling:
             length -= sides[-1] ** 2
         hidden, cache = self._first(params, context, cond, uncond, length)
         f_hat = jnp.zeros((len(cond[0]), sides[-1], sides[-1], self._config.latent_channels))
-        index, code, guided = self._fill(params, hidden, context, noise, None, scale=0)
+        index, code, guided = self._fill(params, hidden, context, noise, numbers, None, scale=0)
         indices, logits = [index], [guided] if keep_logits else []
         for scale in range(1, len(sides)):
             f_hat = self.add(params, f_hat, code, scale=scale - 1)
-            (index, code, guided), cache = self._scale(params, f_hat, context, cache, noise, scale)
+            (index, code, guided), cache = self._scale(params, f_hat, context, cache, noise, numbers, scale)
             indices.append(index)
             logits += [guided] if keep_logits else []
         # An image's latent and colours are small beside these.
@@ -176,20 +196,29 @@ class Sampling:
         return self._apply(params, "scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
 
     def choose(
-        self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
+        self,
+        params: Params,
+        hidden: jax.Array,
+        context: Context,
+        noise: Noise,
+        numbers: SampleNumbers,
+        at_Bl: jax.Array | None,
+        scale: int,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Indices (B, l), what they add to the latent, the code (B, l, C) or its smooth version, the code itself, and
         the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
-        settings, ratio = self._settings, progress(scale, len(self._sides))
+        ratio = progress(scale, len(self._sides))
         cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
-        t = self._guidance(scale)
-        guided = (1 + t) * cond - t * uncond
+        guided = guide(cond, uncond, numbers.guidance_S2[scale])
         shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
-        top_k = settings.top_k if scale < settings.late_scale else settings.top_k_late
-        kept = keep_top(guided / settings.temperature, top_k, settings.top_p)
+        kept = guided / numbers.temperature
+        if numbers.top_k_S is not None:
+            kept = keep_largest(kept, numbers.top_k_S[scale])
+        if numbers.tail is not None:
+            kept = keep_nucleus(kept, numbers.tail)
         index = jnp.argmax(kept + _pick(noise.token(scale, shape), at_Bl), axis=-1).astype(jnp.int32)
         code = self._tokenize(params, "lookup", index)
-        if not settings.smooth:
+        if not self._settings.smooth:
             return index, code, code, guided
         tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
         noisy = kept * (1 + ratio) + _pick(noise.smooth(scale, shape), at_Bl)
@@ -208,7 +237,16 @@ class Sampling:
         at_once = images_decoded_at_once(self._tokenizer.config, self._settings)
         return in_rounds(functools.partial(self._tokenize, params, "decode"), f_hat, at_once)
 
-    def _scale(self, params: Params, f_hat: jax.Array, context: Context, cache: Any, noise: Noise, scale: int):
+    def _scale(
+        self,
+        params: Params,
+        f_hat: jax.Array,
+        context: Context,
+        cache: Any,
+        noise: Noise,
+        numbers: SampleNumbers,
+        scale: int,
+    ):
         """Indices, what they add to the latent (B, l, C) and guided logits of a scale, in its iterations; the cache."""
         before, count = self._filled(scale - 1), self._sides[scale] ** 2
         start, iterations = self._config.context_tokens + sum(before), self._iterations[scale]
@@ -219,7 +257,7 @@ class Sampling:
             hidden, cache = self._blocks(
                 params, x_all, cos_sin_all, context.pooled, cache, start=start, keep=keep, seen=seen
             )
-            return self._fill(params, hidden, context, noise, None, scale), cache
+            return self._fill(params, hidden, context, noise, numbers, None, scale), cache
         order_Bl = self.order(params, f_hat, noise, scale=scale)
         parts, places = [], []
         # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
@@ -229,7 +267,7 @@ class Sampling:
             filled, end = start + count - end, end - size
             seen = self._seen((*before, count - end), size)
             hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled, seen=seen)
-            parts.append(self._fill(params, hidden, context, noise, at_Bl, scale))
+            parts.append(self._fill(params, hidden, context, noise, numbers, at_Bl, scale))
             places.append(at_Bl)
         return self.scatter(params, places, parts), cache
 
@@ -241,12 +279,19 @@ class Sampling:
         return self._hart.mask.of_last(self._config.context_tokens, scale_sizes, count)
 
     def _fill(
-        self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None, scale: int
+        self,
+        params: Params,
+        hidden: jax.Array,
+        context: Context,
+        noise: Noise,
+        numbers: SampleNumbers,
+        at_Bl: jax.Array | None,
+        scale: int,
     ):
         """Indices, what they add to the latent and guided logits of these positions."""
         if scale == len(self._sides) - 1:
-            return self.fill(params, hidden, context, noise, at_Bl)
-        index, code, _, guided = self.choose(params, hidden, context, noise, at_Bl, scale=scale)
+            return self.fill(params, hidden, context, noise, numbers, at_Bl)
+        index, code, _, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale=scale)
         return index, code, guided
 
     def order(self, params: Params, f_hat: jax.Array, noise: Noise, scale: int) -> jax.Array:
@@ -258,11 +303,19 @@ class Sampling:
         at_Bl = jnp.sort(order_Bl[:, begin:end], axis=1)
         return at_Bl, _pick(x_all, at_Bl), _pick(cos_sin_all, at_Bl)
 
-    def fill(self, params: Params, hidden: jax.Array, context: Context, noise: Noise, at_Bl: jax.Array | None):
+    def fill(
+        self,
+        params: Params,
+        hidden: jax.Array,
+        context: Context,
+        noise: Noise,
+        numbers: SampleNumbers,
+        at_Bl: jax.Array | None,
+    ):
         """Indices, code plus residual and guided logits of these positions of the last scale."""
-        scale, settings = len(self._sides) - 1, self._settings
-        index, value, code, guided = self.choose(params, hidden, context, noise, at_Bl, scale=scale)
-        if settings.discrete_only:
+        scale = len(self._sides) - 1
+        index, value, code, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale=scale)
+        if self._settings.discrete_only:
             return index, value, guided
         shape = (len(index), self._sides[-1] ** 2, self._config.latent_channels)
         steps, channels = self._config.diffusion.sampling_steps, shape[-1]
@@ -278,7 +331,7 @@ class Sampling:
             embedded_NW,
             init_BlC.reshape(-1, channels),
             steps_SBlC,
-            self._guidance(scale),
+            numbers.guidance_S2[scale],
             steps,
         )
         return index, value + out[: len(out) // 2].reshape(code.shape), guided
@@ -295,9 +348,6 @@ class Sampling:
     def _tokenize(self, params: Params, method: str, *args: Any) -> jax.Array:
         return self._tokenizer.apply({"params": params["tokenizer"]}, *args, method=method)
 
-    def _guidance(self, scale: int) -> float:
-        return self._rules.guidance(self._settings, scale, len(self._sides))
-
 
 def images_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
     """By one device, where there are so many."""
@@ -312,7 +362,8 @@ def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(array, at_Bl.reshape(*at_Bl.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
-Sampler = Callable[[Params, Condition, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
+# (params, condition, seed, image indices (B,), numbers=None) -> (images, indices per scale)
+Sampler = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
 def make_sampler(
@@ -324,7 +375,8 @@ def make_sampler(
 ) -> Program:
     """The program (params, condition, seed, image indices (B,)) -> (images in [-1, 1], indices per scale).
 
-    The seed is one for all, or (B,) of their own. With a layout, everything lies on its mesh.
+    The seed is one for all, or (B,) of their own. A fifth argument, `SampleNumbers`, stands for those of the settings.
+    With a layout, everything lies on its mesh.
 
     An image depends on its condition, the seed and its index, never on the others of its batch.
     """
@@ -346,8 +398,8 @@ def make_grid_sampler(
 def _sampling(hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules) -> Sampler:
     sampling = Sampling(hart.clone(attention=settings.attention), tokenizer, settings, rules)
 
-    def sample(params, condition, seed, indices_B):
-        out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B))
+    def sample(params, condition, seed, indices_B, numbers=None):
+        out = sampling.run(params, condition, KeyedNoise.of(seed, indices_B), numbers=numbers)
         return out.image, out.indices
 
     return sample

@@ -1,4 +1,4 @@
-"""Painters: the same tokens in any batch on any devices, batch sizes by memory, where a text encoder comes from."""
+"""Pipelines: the same tokens in any batch on any devices, batch sizes by memory, where a text encoder comes from."""
 
 import dataclasses
 import json
@@ -130,7 +130,7 @@ def test_batches_and_devices_do_not_change_a_token(released):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_painter_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
+def test_a_pipeline_of_labels_rounds_its_batches_and_explains_too_little_memory(monkeypatch):
     pipe = Pipeline(LABELS, SETTINGS)
     assert pipe.batch_size(20, 3) == 3 and pipe.batch_size(2, 3) == 2
     assert pipe.batch_size(20) == MOST_IMAGES
@@ -209,3 +209,35 @@ def test_latents_are_decoded_in_parts():
     assert np.abs(others.astype(int) - images).max() <= 1
     with pytest.raises(UserError, match="decode_at_once=-1"):
         SampleConfig(decode_at_once=-1)
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_the_numbers_of_a_call_compile_nothing(layered, monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "samples_by_layers", lambda model: layered)
+    model = tiny_model(num_classes=3, context_tokens=1)
+    settings = SampleConfig(cfg=0.7, top_k=8, top_k_late=4, top_p=0.9)
+    other = {"cfg": 3.1, "temperature": 0.7, "top_k": 3, "top_k_late": 0, "late_scale": 1, "top_p": 0.8}
+    pipe = Pipeline(model, settings)
+    plain = pipe([0, 1])
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        changed = pipe([0, 1], **other)
+        assert not [record for record in caplog.records if "Compiling" in record.message]
+        expected = Pipeline(model, dataclasses.replace(settings, **other))([0, 1])
+        assert [record for record in caplog.records if "Compiling" in record.message]
+    np.testing.assert_array_equal(changed, expected)
+    assert (changed != plain).any()
+    np.testing.assert_array_equal(pipe([0, 1]), plain)
+    # None of all, and then some: another program, of the same pipeline.
+    everything = {"top_k": 0, "top_k_late": 0, "top_p": 1.0}
+    whole = Pipeline(model, dataclasses.replace(settings, **everything))([0, 1])
+    np.testing.assert_array_equal(pipe([0, 1], **everything), whole)
+
+
+def test_what_a_call_cannot_change_is_named():
+    pipe = Pipeline(tiny_model(num_classes=3, context_tokens=1), SampleConfig(top_k=8, top_k_late=4))
+    with pytest.raises(UserError, match="smooth: compiled into the pipeline; give it to load or Pipeline"):
+        pipe(0, smooth=True)
+    with pytest.raises(UserError, match="unknown key temprature"):
+        pipe(0, temprature=1.0)
+    with pytest.raises(UserError, match="top_k=17: the codebook has 16 codes"):
+        pipe(0, top_k=17)
