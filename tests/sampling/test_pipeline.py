@@ -158,10 +158,10 @@ def test_where_memory_ends_fewer_are_sampled_at_a_time(where, monkeypatch, capsy
         def __len__(self):
             return sizes[-1]
 
-    def limited(params, condition, seeds, indices):
+    def limited(params, condition, seeds, indices, numbers):
         sizes.append(len(seeds))
         if sizes[-1] <= 2:
-            return sample(params, condition, seeds, indices)
+            return sample(params, condition, seeds, indices, numbers)
         if where == "when it starts":
             raise too_much
         return (Lost(),)
