@@ -115,7 +115,12 @@ def experiment() -> HartExperiment:
     return HartExperiment.from_dict(values)
 
 
-@pytest.mark.parametrize("name", IDEAS)
+QUICK = ("mask", "objective")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in IDEAS]
+)
 def test_it_trains_and_samples(name):
     where = MeshLayout(make_mesh(MeshConfig(), 0, jax.devices()[:1]), RULES)
     program = hart_functions(experiment(), where, **IDEAS[name])
@@ -295,6 +300,7 @@ def test_iterations_at_every_scale_are_those_that_a_mask_describes():
         make_sampler(Hart(MODEL.transformer_config), NETWORK, SETTINGS, rules=Rules(iterations=lambda *_: 2))
 
 
+@pytest.mark.slow
 def test_layer_by_layer_all_ideas_draw_the_same():
     rules = Rules(constant_guidance, iterations_everywhere, IDEAS["guidance"]["rules"].negative)
     parts = Hart(MODEL.transformer_config, mask=Markov(), objective=FlowMatching()), NETWORK, SETTINGS

@@ -66,6 +66,7 @@ def test_sampling_commands_run(command, tmp_path):
     assert list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_snippets_of_the_api_run():
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL):
         shapes = re.findall(r"^(\w+) = .*  # .*?(\(\d[\d, ]*\))", snippet, re.MULTILINE)

@@ -25,6 +25,7 @@ def damaged(tmp_path_factory):
     return (f"--config={config}", f"--config.data.train={shards}", *epoch, "--config.train.log_records=True")
 
 
+@pytest.mark.slow
 def test_one_percent_of_bad_records_is_counted_and_named(damaged, tmp_path):
     code, _, err = run_to_end(*damaged, f"--workdir={tmp_path}")
     assert code == 0, err

@@ -114,6 +114,7 @@ def test_asked_to_end_it_saves_and_goes_on_where_it_was(tmp_path, tokenizer):
         jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, field), load_params(whole, field))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_torn_on_disk_is_passed_over(tmp_path, tokenizer):
     workdir = tmp_path / "run"
     shutil.copytree(tokenizer.workdir, workdir)

@@ -47,6 +47,7 @@ def evaluate(folder: Path, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_from_the_zip_to_the_row(folder):
     table = evaluate(folder, "--what=generation", "--config=tiny.py", "--clip=clip-vit", "--out=scores")
     found = json.loads((folder / "scores" / "results.json").read_text())

@@ -125,6 +125,7 @@ def test_a_dropped_condition_is_the_unconditional_one():
     np.testing.assert_array_equal(np.asarray(mask_out)[0], [1, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_every_sample_loses_its_condition_by_itself_one_time_in_ten(monkeypatch):
     drawn = []
 

@@ -105,6 +105,7 @@ def test_both_trainings_keep_float32():
         assert types(state) == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_first_losses_are_near_those_in_float32():
     model = tiny_model()
     images, condition = batch()
