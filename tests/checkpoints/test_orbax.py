@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,11 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
         assert lines[0] >= reached
         with Checkpoints(tmp_path, {"a": 1}) as checkpoints:
             restored = checkpoints.restore({"params": jnp.zeros((700, 1000))})
-            assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+            # Orbax removes what was not finished beside us; it waits for that before it saves.
+            ends = time.monotonic() + 60
+            while list((tmp_path / "checkpoints").glob("*tmp*")):
+                assert time.monotonic() < ends
+                time.sleep(0.05)
         if restored is not None:
             reached, state, _ = restored
             np.testing.assert_array_equal(state["params"], np.full((700, 1000), float(reached)))
