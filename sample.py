@@ -67,7 +67,7 @@ def described() -> Experiment:
     """The experiment of --config, or without one what the model of --checkpoint says of itself."""
     if hart_flags.given():
         return hart_flags.experiment()
-    if _CHECKPOINT.value is None:
+    if not _CHECKPOINT.value:
         raise UserError("no model: give --checkpoint=FOLDER, like --checkpoint=assets/emoji, or --config=FILE")
     from hart_jax.checkpoints.load import read_experiment_of
 

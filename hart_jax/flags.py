@@ -63,6 +63,8 @@ def _parse(argv: list[str], instead: Mapping[str, str]) -> None:
             raise UserError(f"there is no --{error.flagname}; {instead[error.flagname]}") from None
         if (sentence := _no_such_setting(argv)) is not None:
             raise UserError(sentence) from None
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config.") and not files:
+            raise UserError(f"--{error.flagname}: changes a setting of --config=FILE; give --config, too") from None
         if isinstance(error, KeyError):
             raise UserError(f"--config: the config file has no such section ({error.args[0]})") from None
         if isinstance(error, AttributeError):

@@ -71,8 +71,11 @@ def test_a_model_folder_says_by_itself_how_it_is_sampled_from(folder, tmp_path):
 
 
 def test_without_a_model_or_a_config(folder):
-    code, _, err = sample(folder, "--prompt=a red apple")
-    assert code == 2 and err.startswith("error: no model: give --checkpoint=FOLDER")
+    for nothing in ([], ["--checkpoint="]):
+        code, _, err = sample(folder, "--prompt=a red apple", *nothing)
+        assert code == 2 and err.startswith("error: no model: give --checkpoint=FOLDER")
+    code, _, err = sample(folder, "--prompt=a red apple", "--checkpoint=x", "--config.sample.cfg=2")
+    assert code == 2 and err == "error: --config.sample.cfg: changes a setting of --config=FILE; give --config, too\n"
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_reported(folder, tmp_path):

@@ -243,6 +243,9 @@ def raised_in(path: str | Path, error: BaseException) -> str | None:
     """What a config file raised, and on which of its lines; None where it was not the file that did."""
     if isinstance(error, TypeError) and str(error).startswith("get_config() takes 0 positional arguments"):
         return f"{path}: has no stages; give the file alone"
+    # On a command line the text of another error holds this one.
+    if "TypeError: get_config() missing 1 required positional argument" in _described(error):
+        return f"{path}: needs a stage; give {path}:stage=1"
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _same_file(frame, path)]
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).absolute() == Path(path).absolute():
         lines.append(error.lineno or 0)

@@ -84,6 +84,15 @@ def test_a_stage_that_is_not_there_is_one_error(config, message):
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_a_file_of_stages_alone_says_so(tmp_path):
+    path = tmp_path / "staged.py"
+    path.write_text("def get_config(argument): pass")
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path}: needs a stage; give {path}:stage=1')}$"):
+        read_experiment(path)
+    run = command(f"--config={path}")
+    assert run.returncode == 2 and run.stderr == f"error: --config={path}: needs a stage; give {path}:stage=1\n"
+
+
 def test_a_stage_can_be_changed_on_the_command_line():
     run = command(f"--config={FOLDER / 'emoji_hart.py:stage=3'}", "--config.train.steps=7")
     expected = read_experiment(FOLDER / "emoji_hart.py:stage=3")
