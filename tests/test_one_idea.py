@@ -300,6 +300,30 @@ def test_iterations_at_every_scale_are_those_that_a_mask_describes():
         make_sampler(Hart(MODEL.transformer_config), NETWORK, SETTINGS, rules=Rules(iterations=lambda *_: 2))
 
 
+LABELS = tiny_model(num_classes=3, context_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("rules", "model", "message"),
+    [
+        (Rules(guidance=lambda *_: float("nan")), MODEL, "rules.guidance gives nan for scale 0: give a finite number"),
+        (Rules(guidance=lambda *_: "3"), MODEL, "rules.guidance gives '3' for scale 0"),
+        (Rules(guidance=lambda *_: np.ones(2)), MODEL, "rules.guidance gives array"),
+        (Rules(guidance=lambda *_: None), MODEL, "rules.guidance gives None"),
+        (Rules(iterations=lambda *_: 1.0), MODEL, "rules.iterations gives 1.0 for scale 0: give a whole number"),
+        (Rules(iterations=lambda *_: None), MODEL, "rules.iterations gives None for scale 0"),
+        (Rules(negative="blurry"), MODEL, r"rules.negative has the shapes \[\(\)\]: .* text states \(1, 4, 8\)"),
+        (Rules(negative=(TEXT, CONDITION[1])), MODEL, r"rules.negative has the shapes \[\(2, 4, 8\), \(2, 4\)\]"),
+        (Rules(negative=2), LABELS, r"rules.negative=2: of this model it is a label, an array \(1,\) of 0 to 2"),
+        (Rules(negative=np.array([99])), LABELS, "rules.negative=array"),
+        (Rules(negative=(TEXT[:1], CONDITION[1][:1])), LABELS, "rules.negative="),
+    ],
+)
+def test_rules_that_cannot_be_are_an_error(rules, model, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(Hart(model.transformer_config), NETWORK, SETTINGS, rules=rules)
+
+
 @pytest.mark.slow
 def test_layer_by_layer_all_ideas_draw_the_same():
     rules = Rules(constant_guidance, iterations_everywhere, IDEAS["guidance"]["rules"].negative)

@@ -2,6 +2,7 @@
 
 from hart_jax.config.experiment import (
     CONFIG_FILE_HELP,
+    FLOAT32_END,
     MIN_DISCRIMINATOR_PX,
     TOKENIZER_MODULES,
     WEIGHTS,
@@ -33,6 +34,7 @@ __all__ = [
     "ATTENTION",
     "CONFIG_FILE_HELP",
     "DTYPES",
+    "FLOAT32_END",
     "MIN_DISCRIMINATOR_PX",
     "TOKENIZER_MODULES",
     "WEIGHTS",

@@ -2,7 +2,6 @@
 # ruff: noqa: RUF009 - settings are frozen, so a shared default is safe
 
 import dataclasses
-import math
 import re
 import runpy
 import traceback
@@ -71,6 +70,8 @@ class TokenizerExperiment(Settings):
             )
 
 
+# The sampler computes with float32: from here on a number may not be finite there, and below 2 / this it may be 0.
+FLOAT32_END = 2.0**127
 # Of `SampleConfig`: how it is computed.
 _COMPUTED = ("attention", "weights", "dtype", "decode_at_once")
 
@@ -117,8 +118,10 @@ class SampleConfig(Settings):
             f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
             f"late_scale={self.late_scale}: must be 0 or more": self.late_scale >= 0,
             f"top_p={self.top_p}: must be in (0, 1]": 0 < self.top_p <= 1,
-            f"temperature={self.temperature}: must be above 0 and finite": 0 < self.temperature < math.inf,
-            f"cfg={self.cfg}: must be 0 or more and finite": 0 <= self.cfg < math.inf,
+            f"temperature={self.temperature}: must be above 0 and finite, as float32": (
+                2 / FLOAT32_END <= self.temperature < FLOAT32_END
+            ),
+            f"cfg={self.cfg}: must be 0 or more and finite, as float32": 0 <= self.cfg < FLOAT32_END,
             f"masked_iterations={self.masked_iterations}: must be 1 or more": self.masked_iterations >= 1,
             f"attention={self.attention!r}: must be one of {', '.join(ATTENTION)}": self.attention in ATTENTION,
             f"weights={self.weights!r}: must be one of {', '.join(WEIGHTS)}": self.weights in WEIGHTS,

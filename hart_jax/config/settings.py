@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from hart_jax.errors import UserError
 from hart_jax.io.files import read_json
 from hart_jax.io.fingerprint import differences, told
@@ -32,6 +34,9 @@ class Settings:
         arguments = {}
         for name, value in values.items():
             kind = type(fields[name].default)
+            if isinstance(value, np.generic):
+                # Of an array that one goes through, like `np.linspace`.
+                value = value.item()
             if issubclass(kind, Settings) and isinstance(value, Mapping):
                 value = kind.from_dict(value)
             elif isinstance(value, list):

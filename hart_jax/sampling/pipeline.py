@@ -128,6 +128,8 @@ def sampling_layout(
 class Pipeline:
     """Samples images; compiled once per batch size, whatever the guidance, temperature, top-k and top-p.
 
+    Only keeping all codes (`top_k` 0 at every scale, `top_p` 1) is a program of its own, which compiles once.
+
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Images are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
     `rules` are the sampler's; `mask` and `objective` must be those that the model was trained with, None for HART's.
@@ -207,17 +209,27 @@ class Pipeline:
                 f"{', '.join(fixed)}: compiled into the pipeline; give it to load or Pipeline. "
                 f"A call takes {', '.join(NUMBERS)}"
             )
+        sides = self._config.patch_nums
+        compiled, wanted = (self._rules.iterations_of(each, sides) for each in (self._settings, settings))
+        if wanted != compiled:
+            raise UserError(
+                f"{', '.join(changes)}: rules.iterations gives {wanted} then, not the {compiled} that are compiled "
+                "into the pipeline; give them to load or Pipeline"
+            )
         return SampleNumbers.of(settings, self._rules, self._config)
 
-    def batches(self, batches: Iterable[Sequence[SampleRequest]], size: int, **changes: Any) -> Iterator[list[Sample]]:
+    def batches(
+        self, batches: Iterable[Sequence[SampleRequest]], size: int, /, **changes: Any
+    ) -> Iterator[list[Sample]]:
         """The images of each batch, of at most `size`; each depends on its request alone.
 
         Where the device's memory does not hold a batch, half of it is sampled at a time from then on. On an accelerator
         the next batch is on its way while one is looked at. `changes` are of the settings `NUMBERS`; they compile
-        nothing.
+        nothing, see `Pipeline`.
 
         Raises:
-          UserError: the device has not enough memory for one image, or a change is no such setting or does not fit.
+          UserError: the device has not enough memory for one image, or a change is no such setting, does not fit, or
+            changes what `rules.iterations` gives.
         """
         return self._batches(batches, size, self._numbers(changes))
 
@@ -288,9 +300,12 @@ class Pipeline:
         An image depends on (prompt, seed, its index) and the settings alone. `changes`: see `batches`.
 
         Raises:
-          UserError: see `check` and `batches`.
+          UserError: see `check` and `batches`, or a number is out of range.
         """
         self.check(prompts)
+        _check_whole("num_images", num_images, 1)
+        _check_whole("seed", seed, 0, 2**32)
+        _check_whole("batch_size", batch_size, 0)
         requests = [SampleRequest(prompt, seed, index) for prompt in prompts for index in range(num_images)]
         size = self.batch_size(len(requests), batch_size)
         return self.batches(
@@ -306,6 +321,11 @@ class Pipeline:
         return np.stack(
             [sample.image for batch in self.sample(prompts, num_images, seed, **changes) for sample in batch]
         )
+
+
+def _check_whole(name: str, value: Any, least: int, end: int = 2**63) -> None:
+    if not isinstance(value, int | np.integer) or not least <= value < end:
+        raise UserError(f"{name}={value!r}: must be a whole number from {least} to 2**{end.bit_length() - 1} - 1")
 
 
 @contextlib.contextmanager

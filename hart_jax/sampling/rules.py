@@ -1,6 +1,7 @@
 """Rules of sampling: which codes stay, how strong guidance is, what an iteration fills (SPEC.md section 3)."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import SampleConfig, TransformerConfig
+from hart_jax.config import FLOAT32_END, SampleConfig, TransformerConfig
 
 
 def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -89,6 +90,46 @@ class Rules:
     iterations: Callable[[SampleConfig, int, int], int] = iterations_of_the_last
     negative: Any = None
 
+    def guidance_of(self, settings: SampleConfig, scales: int) -> np.ndarray:
+        """t of each scale, float64; `ValueError` for what is no finite number."""
+        found = [self.guidance(settings, scale, scales) for scale in range(scales)]
+        for scale, t in enumerate(found):
+            if np.ndim(t) or np.asarray(t).dtype.kind not in "iuf" or not abs(t) < FLOAT32_END:
+                raise ValueError(f"rules.guidance gives {t!r} for scale {scale}: give a finite number (float32)")
+        return np.array(found, np.float64)
+
+    def iterations_of(self, settings: SampleConfig, sides: tuple[int, ...]) -> list[int]:
+        """Iterations of each scale; `ValueError` for what is no whole number, or more than there are positions."""
+        found = []
+        for scale, side in enumerate(sides):
+            given = self.iterations(settings, scale, len(sides))
+            try:
+                found.append(operator.index(given))
+            except TypeError:
+                raise ValueError(f"rules.iterations gives {given!r} for scale {scale}: give a whole number") from None
+            if not 1 <= found[-1] <= side * side:
+                raise ValueError(f"rules.iterations gives {given} for a scale of {side} x {side} positions")
+        return found
+
+    def check_negative(self, config: TransformerConfig) -> None:
+        """Raises `ValueError` where the negative condition is not one of this model."""
+        if self.negative is None:
+            return
+        if config.num_classes:
+            label, last = self.negative, config.num_classes - 1
+            is_label = isinstance(label, np.ndarray | jax.Array) and label.shape == (1,) and label.dtype.kind in "iu"
+            if not is_label or not (isinstance(label, jax.core.Tracer) or 0 <= int(label[0]) <= config.num_classes):
+                raise ValueError(f"rules.negative={label!r}: of this model it is a label, an array (1,) of 0 to {last}")
+            return
+        tokens, width = config.context_tokens, config.context_dim
+        pair = self.negative if isinstance(self.negative, tuple | list) else (self.negative,)
+        found, wanted = [np.shape(part) for part in pair], [(1, tokens, width), (1, tokens)]
+        if found != wanted:
+            raise ValueError(
+                f"rules.negative has the shapes {found}: of this model it is text states {wanted[0]} and a mask "
+                f"{wanted[1]}, as `conditioner_of` gives them for one prompt"
+            )
+
 
 HART_RULES = Rules()
 
@@ -112,9 +153,9 @@ class SampleNumbers:
 
     @classmethod
     def of(cls, settings: SampleConfig, rules: Rules, config: TransformerConfig) -> "SampleNumbers":
-        scales = range(len(config.patch_nums))
-        t_S = np.array([rules.guidance(settings, scale, len(scales)) for scale in scales], np.float64)
-        top_k = [settings.top_k if scale < settings.late_scale else settings.top_k_late for scale in scales]
+        scales = len(config.patch_nums)
+        t_S = rules.guidance_of(settings, scales)
+        top_k = [settings.top_k if scale < settings.late_scale else settings.top_k_late for scale in range(scales)]
         top_k_S = np.array([k or config.vocab_size for k in top_k], np.int32)
         return cls(
             np.stack([1 + t_S, t_S], axis=1).astype(np.float32),

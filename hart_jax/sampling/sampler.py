@@ -82,11 +82,8 @@ class Sampling:
         self._hart, self._tokenizer, self._settings, self._rules = hart, tokenizer, settings, rules
         self._config, self._sides = hart.config, hart.config.patch_nums
         self._numbers = SampleNumbers.of(settings, rules, hart.config)
-        scales = len(self._sides)
-        self._iterations = [rules.iterations(settings, scale, scales) for scale in range(scales)]
-        for side, iterations in zip(self._sides, self._iterations, strict=True):
-            if not 1 <= iterations <= side * side:
-                raise ValueError(f"rules.iterations gives {iterations} for a scale of {side} x {side} positions")
+        self._iterations = rules.iterations_of(settings, self._sides)
+        rules.check_negative(hart.config)
 
     def run(
         self,

@@ -72,8 +72,8 @@ class ClassConditioner:
         if not prompts:
             raise UserError("there is no label; give at least one")
         for label in prompts:
-            if not 0 <= label < self._count:
-                raise UserError(f"label {label}: the model has labels 0 to {self._count - 1}")
+            if not isinstance(label, int | np.integer) or not 0 <= label < self._count:
+                raise UserError(f"label {label!r}: the model has labels 0 to {self._count - 1}")
 
     def __call__(self, prompts: Sequence[Any]) -> Any:
         return jnp.asarray(np.array(prompts, np.int32))

@@ -17,6 +17,8 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise UserError("there is no prompt; give at least one")
     for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt {prompt!r} is not a string; the model takes prompts in words, not labels")
         if not prompt.strip():
             where = "the prompt" if len(prompts) == 1 else f"prompt {index + 1} of {len(prompts)}"
             raise UserError(f"{where} is empty ({prompt!r}); describe the image in words")

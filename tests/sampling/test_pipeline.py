@@ -15,6 +15,7 @@ from hart_jax.config import HartExperiment, SampleConfig, read_experiment
 from hart_jax.errors import UserError
 from hart_jax.sampling import pipeline
 from hart_jax.sampling.pipeline import MOST_IMAGES, Pipeline, text_source
+from hart_jax.sampling.rules import Rules
 from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
@@ -241,3 +242,42 @@ def test_what_a_call_cannot_change_is_named():
         pipe(0, temprature=1.0)
     with pytest.raises(UserError, match="top_k=17: the codebook has 16 codes"):
         pipe(0, top_k=17)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"seed": -1}, r"seed=-1: must be a whole number from 0 to 2\*\*32 - 1"),
+        ({"seed": 2**32}, "seed=4294967296: must be"),
+        ({"num_images": 0}, "num_images=0: must be a whole number from 1"),
+        ({"num_images": 2.0}, "num_images=2.0: must be"),
+        ({"batch_size": -1}, "batch_size=-1: must be"),
+        ({"size": 64}, "unknown key size"),
+        ({"cfg": 1e39}, r"cfg=1e\+39: must be 0 or more and finite, as float32"),
+        ({"temperature": 1e-39}, "temperature=1e-39: must be above 0 and finite, as float32"),
+        (
+            {"late_scale": 1},
+            r"late_scale: rules.iterations gives \[1, 3, 3\] then, not the \[1, 1, 3\] that are compiled",
+        ),
+    ],
+)
+def test_what_a_call_cannot_be_made_with_is_named(call, message):
+    def finer_late(settings, scale, scales):
+        return 3 if scale >= settings.late_scale else 1
+
+    settings = SampleConfig(top_k=8, top_k_late=4, late_scale=2)
+    pipe = Pipeline(tiny_model(num_classes=3, context_tokens=1), settings, rules=Rules(iterations=finer_late))
+    with pytest.raises(UserError, match=message):
+        pipe(0, **call)
+
+
+def test_a_call_takes_numbers_of_arrays():
+    pipe = Pipeline(LABELS, SETTINGS)
+    for cfg in np.linspace(1.0, 2.0, 2):
+        np.testing.assert_array_equal(pipe(0, cfg=cfg, top_k=np.int64(4)), pipe(0, cfg=float(cfg), top_k=4))
+
+
+@pytest.mark.parametrize("label", ["a dog", 0.5])
+def test_what_is_no_label_is_named(label):
+    with pytest.raises(UserError, match=f"label {label!r}: the model has labels 0 to 2"):
+        Pipeline(LABELS, SETTINGS)([label])
