@@ -154,6 +154,7 @@ def test_dead_codes_become_latents_of_the_batch(state, images):
     assert after.code_usage_V[3] == 1.0
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(initial, images):
     disc = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), initial.disc.params)
     state = jax.tree.map(jnp.array, initial.replace(disc=initial.disc.replace(params=disc)))
