@@ -190,3 +190,6 @@ class Diffusion:
 
     loss = staticmethod(diffusion_loss)
     sample = staticmethod(sample_residual)
+
+
+DIFFUSION = Diffusion()

@@ -29,7 +29,6 @@ _STEPS = (
     "context",
     "last_position",
     "scale_input",
-    "choose",
     "add",
     "decode",
     "order",

@@ -19,7 +19,7 @@ import numpy as np
 from hart_jax.checkpoints.load import load_model
 from hart_jax.checkpoints.model_folder import Model, boxed_transformer
 from hart_jax.config import HartExperiment, MeshConfig, SampleConfig, TransformerConfig
-from hart_jax.diffusion.schedule import Diffusion, Objective
+from hart_jax.diffusion.schedule import DIFFUSION, Objective
 from hart_jax.errors import UserError
 from hart_jax.io.cache_dir import cache_folder
 from hart_jax.io.images import to_uint8
@@ -35,7 +35,7 @@ from hart_jax.text.conditioning import conditioner_of
 from hart_jax.text.encoder import SYSTEM_PROMPT_FILE, text_options
 from hart_jax.text.system_prompt import read_system_prompt
 from hart_jax.tokenizer.model import Tokenizer
-from hart_jax.transformer.mask import Mask, ScaleCausal
+from hart_jax.transformer.mask import SCALE_CAUSAL, Mask
 from hart_jax.transformer.model import Hart
 
 # A CPU samples layer by layer from larger models, whose weights do not stay in its caches anyway.
@@ -132,7 +132,7 @@ class Pipeline:
 
     `text_encoder` replaces the folder that the model names, `system_prompt` the file of its system prompt. Images are
     shared out over the devices, all of this process if not given; only `tensor` and `rules` of the mesh count.
-    `rules` are the sampler's; `mask` and `objective` must be those that the model was trained with, None for HART's.
+    `rules` are the sampler's; `mask` and `objective` must be those that the model was trained with.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         *,
         rules: Rules = HART_RULES,
-        mask: Mask | None = None,
-        objective: Objective | None = None,
+        mask: Mask = SCALE_CAUSAL,
+        objective: Objective = DIFFUSION,
     ):
         self._settings, self._rules, self._config = settings, rules, model.transformer_config
         config, dtype = model.transformer_config, compute_dtype(settings.dtype)
@@ -160,7 +160,7 @@ class Pipeline:
         self._at_once = sys.maxsize
         text_dtype = "int8" if settings.weights == "int8" else settings.dtype
         text = text_encoder or model.text_encoder, system_prompt or model.system_prompt
-        hart = Hart(config, dtype, mask=mask or ScaleCausal(), objective=objective or Diffusion())
+        hart = Hart(config, dtype, mask=mask, objective=objective)
         networks = hart, Tokenizer(model.tokenizer_config, dtype)
         self._sample: Sampler = (
             make_layered_sampler(*networks, settings, rules=rules)
@@ -347,8 +347,8 @@ def load(
     *,
     cache: bool = True,
     rules: Rules = HART_RULES,
-    mask: Mask | None = None,
-    objective: Objective | None = None,
+    mask: Mask = SCALE_CAUSAL,
+    objective: Objective = DIFFUSION,
     **changes: Any,
 ) -> Pipeline:
     """A pipeline of the model at a path (see `load_model`), with the sampling settings that it brings along.

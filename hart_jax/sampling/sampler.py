@@ -103,7 +103,7 @@ class Sampling:
             length -= sides[-1] ** 2
         hidden, cache = self._first(params, context, cond, uncond, length)
         f_hat = jnp.zeros((len(cond[0]), sides[-1], sides[-1], self._config.latent_channels))
-        index, code, guided = self._fill(params, hidden, context, noise, numbers, None, scale=0)
+        index, code, guided = self.fill(params, hidden, context, noise, numbers, None, scale=0)
         indices, logits = [index], [guided] if keep_logits else []
         for scale in range(1, len(sides)):
             f_hat = self.add(params, f_hat, code, scale=scale - 1)
@@ -204,7 +204,6 @@ class Sampling:
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Indices (B, l), what they add to the latent, the code (B, l, C) or its smooth version, the code itself, and
         the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
-        ratio = progress(scale, len(self._sides))
         cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
         guided = guide(cond, uncond, numbers.guidance_S2[scale])
         shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
@@ -217,6 +216,7 @@ class Sampling:
         code = self._tokenize(params, "lookup", index)
         if not self._settings.smooth:
             return index, code, code, guided
+        ratio = progress(scale, len(self._sides))
         tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
         noisy = kept * (1 + ratio) + _pick(noise.smooth(scale, shape), at_Bl)
         smooth = jax.nn.softmax(noisy / tau, axis=-1) @ params["tokenizer"]["quantizer"]["codebook"]
@@ -254,7 +254,7 @@ class Sampling:
             hidden, cache = self._blocks(
                 params, x_all, cos_sin_all, context.pooled, cache, start=start, keep=keep, seen=seen
             )
-            return self._fill(params, hidden, context, noise, numbers, None, scale), cache
+            return self.fill(params, hidden, context, noise, numbers, None, scale=scale), cache
         order_Bl = self.order(params, f_hat, noise, scale=scale)
         parts, places = [], []
         # The last of the order is filled first: what an iteration leaves for later is the order's beginning.
@@ -264,7 +264,7 @@ class Sampling:
             filled, end = start + count - end, end - size
             seen = self._seen((*before, count - end), size)
             hidden, cache = self._blocks(params, x, cos_sin, context.pooled, cache, start=filled, seen=seen)
-            parts.append(self._fill(params, hidden, context, noise, numbers, at_Bl, scale))
+            parts.append(self.fill(params, hidden, context, noise, numbers, at_Bl, scale=scale))
             places.append(at_Bl)
         return self.scatter(params, places, parts), cache
 
@@ -274,22 +274,6 @@ class Sampling:
 
     def _seen(self, scale_sizes: tuple[int, ...], count: int) -> DenseMask | None:
         return self._hart.mask.of_last(self._config.context_tokens, scale_sizes, count)
-
-    def _fill(
-        self,
-        params: Params,
-        hidden: jax.Array,
-        context: Context,
-        noise: Noise,
-        numbers: SampleNumbers,
-        at_Bl: jax.Array | None,
-        scale: int,
-    ):
-        """Indices, what they add to the latent and guided logits of these positions."""
-        if scale == len(self._sides) - 1:
-            return self.fill(params, hidden, context, noise, numbers, at_Bl)
-        index, code, _, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale=scale)
-        return index, code, guided
 
     def order(self, params: Params, f_hat: jax.Array, noise: Noise, scale: int) -> jax.Array:
         last = scale == len(self._sides) - 1
@@ -308,11 +292,12 @@ class Sampling:
         noise: Noise,
         numbers: SampleNumbers,
         at_Bl: jax.Array | None,
+        scale: int,
     ):
-        """Indices, code plus residual and guided logits of these positions of the last scale."""
-        scale = len(self._sides) - 1
-        index, value, code, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale=scale)
-        if self._settings.discrete_only:
+        """Indices, what they add to the latent, at the last scale with the residual, and guided logits of the positions
+        `at` of a scale; None: all."""
+        index, value, code, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale)
+        if self._settings.discrete_only or scale < len(self._sides) - 1:
             return index, value, guided
         shape = (len(index), self._sides[-1] ** 2, self._config.latent_channels)
         steps, channels = self._config.diffusion.sampling_steps, shape[-1]

@@ -11,7 +11,7 @@ import optax
 
 from hart_jax.checkpoints.model_folder import boxed_transformer
 from hart_jax.config import HartExperiment, HartLossConfig
-from hart_jax.diffusion.schedule import Diffusion, Objective
+from hart_jax.diffusion.schedule import DIFFUSION, Objective
 from hart_jax.nn.dtypes import compute_dtype
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
 from hart_jax.parallel.mesh import MeshLayout
@@ -23,7 +23,7 @@ from hart_jax.tokenizer.model import Tokenizer
 from hart_jax.tokenizer.quantizer import Tokens
 from hart_jax.training.hart_step import TokenLoss, make_hart_step, make_loss, token_losses, tokens_of
 from hart_jax.training.state import TrainState, make_optimizer, new_state
-from hart_jax.transformer.mask import Mask, ScaleCausal
+from hart_jax.transformer.mask import SCALE_CAUSAL, Mask
 from hart_jax.transformer.model import Hart
 
 
@@ -71,15 +71,15 @@ def hart_functions(
     experiment: HartExperiment,
     layout: MeshLayout,
     *,
-    mask: Mask | None = None,
-    objective: Objective | None = None,
+    mask: Mask = SCALE_CAUSAL,
+    objective: Objective = DIFFUSION,
     token_loss: TokenLoss = token_losses,
     rules: Rules = HART_RULES,
 ) -> HartFunctions:
     """Builds it; nothing is computed or compiled yet.
 
     Args:
-      mask: who sees whom, `objective` how the residual is learned and sampled: None for HART's.
+      mask: who sees whom, `objective` how the residual is learned and sampled.
       token_loss: of the indices; `rules`: of the samples that are drawn on the way.
 
     Raises:
@@ -88,9 +88,7 @@ def hart_functions(
     train, config = experiment.train, experiment.transformer
     layout.check_divides({"heads": config.heads, "mlp": config.mlp_width, "vocab": config.vocab_size})
     dtype = compute_dtype(train.dtype, layout.platform)
-    hart = Hart(
-        config, dtype, train.remat, train.attention, train.unroll, mask or ScaleCausal(), objective or Diffusion()
-    )
+    hart = Hart(config, dtype, train.remat, train.attention, train.unroll, mask, objective)
     tokenizer = Tokenizer(experiment.tokenizer, dtype)
     optimizer = make_optimizer(experiment.optimizer, train.steps)
     key = jax.random.key(train.seed)

@@ -194,6 +194,7 @@ class HartTask:
         self._last_loss = metrics["loss"]
         return state, {**metrics, **self._flops[num_kept].metrics()}
 
+    @functools.cached_property
     def shown(self) -> Sequence[Any]:
         """What grids show: classes, the prompts that are given, or some of the data's captions."""
         given = range(min(SHOWN, self._classes)) or self._config.sample_prompts
@@ -201,7 +202,7 @@ class HartTask:
 
     def sample_grids(self, state: TrainState) -> dict[str, np.ndarray]:
         """A grid of the fixed prompts (or the first classes), from the averages, always with the same noise."""
-        prompts = self.shown()
+        prompts = self.shown
         params = {"transformer": state.ema, "tokenizer": self._tokenizer_params}
         count = len(prompts)
         # Every device samples its own: of a mesh with more parts than prompts, the last one is sampled again.

@@ -4,6 +4,7 @@ HART's mask is scale-causal, and costs one number per query. Any other pattern i
 its own; attention then computes all pairs and leaves out what is not seen.
 """
 
+import abc
 import dataclasses
 
 import numpy as np
@@ -43,16 +44,16 @@ class DenseMask:
         return bits.reshape(self.shape).astype(bool)
 
 
-class Mask:
+class Mask(abc.ABC):
     """Which positions each position sees, for any scales; subclasses define `seen`."""
 
+    @abc.abstractmethod
     def seen(self, context_tokens: int, scale_sizes: tuple[int, ...]) -> np.ndarray:
         """Booleans (Q, Q), rows queries, columns keys: the context's positions, then `scale_sizes` of scales 1, 2, ...
 
         The context sees itself alone, and no scale a later one: sampling does not have what comes later. The last scale
         may be there in part: training leaves tokens out, and masked iterations fill it bit by bit.
         """
-        raise NotImplementedError
 
     def of_all(self, context_tokens: int, scale_sizes: tuple[int, ...]) -> Segments | DenseMask:
         """As attention over all positions takes it.
@@ -96,3 +97,6 @@ class ScaleCausal(Mask):
 
     def of_last(self, context_tokens: int, scale_sizes: tuple[int, ...], count: int) -> None:
         return None
+
+
+SCALE_CAUSAL = ScaleCausal()

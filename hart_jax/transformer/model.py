@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from hart_jax.config import TransformerConfig
 from hart_jax.diffusion.head import DiffusionHead
-from hart_jax.diffusion.schedule import Diffusion, Objective
+from hart_jax.diffusion.schedule import DIFFUSION, Objective
 from hart_jax.nn.layers import MATMUL_OUTPUT, RMSNorm, TimestepEmbed, dense, shard_batch, width_init
 from hart_jax.nn.rotary import context_angles, image_angles, rotary_cos_sin
 from hart_jax.transformer.block import Block, KVCache
-from hart_jax.transformer.mask import DenseMask, Mask, ScaleCausal
+from hart_jax.transformer.mask import SCALE_CAUSAL, DenseMask, Mask
 from pallas_kernels.attention import Segments
 
 # What is kept of a block's forward pass: all of it; the results of its weights' products; nothing but its input.
@@ -65,8 +65,8 @@ class Hart(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     unroll: bool = False
-    mask: Mask = ScaleCausal()
-    objective: Objective = Diffusion()
+    mask: Mask = SCALE_CAUSAL
+    objective: Objective = DIFFUSION
 
     def setup(self):
         cfg = self.config

@@ -181,9 +181,9 @@ def test_grids_show_captions_of_the_data_where_no_prompts_are_given(tmp_path):
     given = read_experiment(write_hart_config(tmp_path))
     layout = MeshLayout.of(given.mesh, given.train.batch_size, 1)
     task = HartTask(given, tmp_path, layout)
-    assert task.shown() == given.sample_prompts
+    assert task.shown == given.sample_prompts
     task = HartTask(dataclasses.replace(given, sample_prompts=()), tmp_path, layout)
-    assert len(task.shown()) == 8 and set(task.shown()) <= {f"thing {number}" for number in range(14)}
+    assert len(task.shown) == 8 and set(task.shown) <= {f"thing {number}" for number in range(14)}
 
 
 def test_an_empty_prompt_is_an_error_at_the_start(tmp_path):
