@@ -8,6 +8,7 @@ Writes results.json, results.md (rows for a table) and PNGs into --out; the same
 Sampling settings are the config's: --config.sample.discrete_only=True leaves the residual out.
 """
 
+import dataclasses
 import signal
 import sys
 
@@ -15,6 +16,7 @@ from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.config import HartExperiment
+from hart_jax.config.scale_lists import parse_scales
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path
 
@@ -39,6 +41,10 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images scored at a time.")
 _DRAW_BATCH_SIZE = flags.DEFINE_integer(
     "draw_batch_size", 0, "Images sampled at a time, halved where they do not fit; 0: eight."
 )
+_SCALES = flags.DEFINE_string(
+    "scales", None, "Scales to sample in: how many, like 5, or their sides in tokens, like 1,2,4,8."
+)
+_UNTRAINED_SCALES = flags.DEFINE_bool("untrained_scales", False, "--scales may be ones that the model never saw.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results and images.")
 
 
@@ -61,6 +67,11 @@ def main() -> None:
         raise UserError("--reference is missing: give shards or a folder of real images")
     if _WHAT.value == "generation" and not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
+    if _SCALES.value is not None:
+        if _WHAT.value != "generation" or not isinstance(experiment, HartExperiment):
+            raise UserError(f"--scales={_SCALES.value}: belongs to --what=generation")
+        sample = dataclasses.replace(experiment.sample, scales=parse_scales(_SCALES.value))
+        experiment = dataclasses.replace(experiment, sample=sample)
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax.evaluation.run import Request, evaluate
     from hart_jax.parallel.launch import join_processes
@@ -89,6 +100,7 @@ def main() -> None:
         by_given=_BY.present,
         batch_size=_BATCH_SIZE.value,
         draw_batch_size=_DRAW_BATCH_SIZE.value,
+        untrained_scales=_UNTRAINED_SCALES.value,
         out=as_path(_OUT.value, "--out"),
     )
     table, warnings = evaluate(request)

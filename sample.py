@@ -14,12 +14,14 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
 from hart_jax import flags as hart_flags
-from hart_jax.config import WEIGHTS, Experiment, HartExperiment, SampleConfig
+from hart_jax.config import WEIGHTS, Experiment, HartExperiment, SampleConfig, Shape
+from hart_jax.config.scale_lists import parse_scales
+from hart_jax.config.sizes import image_shape_of, one_size
 from hart_jax.errors import UserError, run_cli
 from hart_jax.io.paths import as_path
 
@@ -30,10 +32,18 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to sample; may be given 
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     None,
-    'A prompt or SEED<tab>prompt per line, # is no comment; of a .jsonl, {"prompt": "x", "seed": 3}.',
+    'A prompt or SEED<tab>prompt per line, # is no comment; of a .jsonl, {"prompt": "x", "seed": 3, "size": "2:3"}.',
 )
 _LABELS = flags.DEFINE_list("labels", [], "Classes to sample, for a class-conditional model: --labels=3,17.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Images of each prompt or label.")
+_SIZE = flags.DEFINE_string("size", None, "Width x height in pixels, like 768x1152, instead of the model's own size.")
+_ASPECT_RATIO = flags.DEFINE_string(
+    "aspect_ratio", None, "Width to height, like 2:3, at about the model's own number of pixels."
+)
+_SCALES = flags.DEFINE_string(
+    "scales", None, "Scales to sample in: how many, like 5, or their sides in tokens, like 1,2,4,8."
+)
+_UNTRAINED_SCALES = flags.DEFINE_bool("untrained_scales", False, "--scales may be ones that the model never saw.")
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed, another image.")
 _CFG = flags.DEFINE_float("cfg", None, "Classifier-free guidance; 0 is none.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Codes kept at every scale; 0 keeps all.")
@@ -58,9 +68,17 @@ _INSTEAD = {
     "guidance": "the strength of guidance is --cfg",
     "guidance_scale": "the strength of guidance is --cfg",
     "negative_prompt": "a negative prompt is given from Python: docs/api.md",
+    "width": "width and height are --size=WIDTHxHEIGHT",
+    "height": "width and height are --size=WIDTHxHEIGHT",
     "output": "the folder or file to write is --out",
     "model": "the model is --checkpoint",
 }
+
+
+def read_experiment_of(checkpoint: str) -> HartExperiment:
+    from hart_jax.checkpoints import load
+
+    return load.read_experiment_of(checkpoint)
 
 
 def described() -> Experiment:
@@ -69,8 +87,6 @@ def described() -> Experiment:
         return hart_flags.experiment()
     if not _CHECKPOINT.value:
         raise UserError("no model: give --checkpoint=FOLDER, like --checkpoint=assets/emoji, or --config=FILE")
-    from hart_jax.checkpoints.load import read_experiment_of
-
     return read_experiment_of(_CHECKPOINT.value)
 
 
@@ -86,46 +102,73 @@ def settings(experiment: HartExperiment) -> SampleConfig:
         "discrete_only": _DISCRETE_ONLY.value,
         "masked_iterations": _ITERATIONS.value,
         "weights": _WEIGHTS.value,
+        "scales": None if _SCALES.value is None else parse_scales(_SCALES.value),
     }
     changed = dataclasses.replace(experiment.sample, **{k: v for k, v in changes.items() if v is not None})
     changed.check_fits(experiment.tokenizer)
-    return changed
+    if not changed.scales:
+        return changed
+    # The model itself knows what it was trained on.
+    model = read_experiment_of(_CHECKPOINT.value or experiment.model)
+    return changed.of_model(model.transformer, _UNTRAINED_SCALES.value)
 
 
-def requested(experiment: HartExperiment) -> list[tuple[str | int, int]]:
-    """The prompts of the command line, or its labels for a class-conditional model, each with its seed."""
+class Wanted(NamedTuple):
+    """A prompt, or label, with its seed and with the height and width of its images, None for the model's own."""
+
+    prompt: str | int
+    seed: int
+    shape: Shape | None
+
+
+def requested(experiment: HartExperiment) -> list[Wanted]:
+    """The prompts of the command line, or its labels for a class-conditional model; sizes are those of its scales."""
     classes, prompted = experiment.transformer.num_classes, _PROMPT.value or _PROMPTS_FILE.value is not None
+    size = one_size(_SIZE.value, _ASPECT_RATIO.value)
     if classes:
         if prompted or not _LABELS.value:
             raise UserError(f"--config: a model of {classes} classes, not of prompts; give --labels=3,17")
         if not all(re.fullmatch("[0-9]{1,9}", label) and int(label) < classes for label in _LABELS.value):
             raise UserError(f"--labels={','.join(_LABELS.value)}: needs numbers from 0 to {classes - 1}")
-        return [(int(label), _SEED.value) for label in _LABELS.value]
+        return [Wanted(int(label), _SEED.value, other_shape(size, experiment)) for label in _LABELS.value]
     if _LABELS.value:
         raise UserError("--labels: this config's model takes prompts, not classes; give --prompt")
-    from hart_jax.text.prompts import check_prompts, read_seeded_prompts
+    from hart_jax.text.prompts import PromptLine, check_prompts, read_prompt_lines
 
-    found: list[tuple[str, int | None]] = [(prompt, None) for prompt in _PROMPT.value]
+    found = [PromptLine(prompt) for prompt in _PROMPT.value]
     if _PROMPTS_FILE.value is not None:
-        found += read_seeded_prompts(_PROMPTS_FILE.value)
+        found += read_prompt_lines(_PROMPTS_FILE.value)
     if not found:
         raise UserError('nothing to sample: give --prompt="a flat icon of a dog" or --prompts_file=FILE')
-    check_prompts([prompt for prompt, _ in found])
-    return [(prompt, _SEED.value if seed is None else seed) for prompt, seed in found]
+    check_prompts([line.prompt for line in found])
+    return [
+        Wanted(
+            line.prompt,
+            _SEED.value if line.seed is None else line.seed,
+            other_shape(size if line.size is None else line.size, experiment),
+        )
+        for line in found
+    ]
 
 
-def allowed(requests: list[tuple[str | int, int]]) -> list[tuple[str | int, int]]:
+def other_shape(size: str | None, experiment: HartExperiment) -> Shape | None:
+    """Height and width of a size; None for the model's own."""
+    shape = image_shape_of(size, experiment.tokenizer)
+    return None if shape == experiment.tokenizer.image_shape else shape
+
+
+def allowed(requests: list[Wanted]) -> list[Wanted]:
     """Those that --prompt_filter lets through; the others are named."""
     if _FILTER.value == "off":
         return requests
     from hart_jax.text.prompt_filter import load_prompt_filter
 
     is_allowed = load_prompt_filter(_FILTER.value, _ALLOWS.value)
-    kept = [(prompt, seed) for prompt, seed in requests if is_allowed(str(prompt))]
-    through = {prompt for prompt, _ in kept}
-    for prompt, _ in requests:
-        if prompt not in through:
-            print(f"refused by --prompt_filter, not sampled: {prompt!r}", file=sys.stderr)
+    kept = [one for one in requests if is_allowed(str(one.prompt))]
+    through = {one.prompt for one in kept}
+    for one in requests:
+        if one.prompt not in through:
+            print(f"refused by --prompt_filter, not sampled: {one.prompt!r}", file=sys.stderr)
     return kept
 
 
@@ -137,10 +180,11 @@ def main() -> None:
     for flag, least in ((_NUM_IMAGES, 1), (_BATCH_SIZE, 0)):
         if flag.value < least:
             raise UserError(f"--{flag.name}={flag.value}: must be {least} or more")
-    given, chosen, out = requested(experiment), settings(experiment), as_path(_OUT.value, "--out")
-    for _, seed in given:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed {seed}: must be from 0 to 2**32 - 1")
+    chosen, out = settings(experiment), as_path(_OUT.value, "--out")
+    given = requested(dataclasses.replace(experiment, sample=chosen).sampled())
+    for one in given:
+        if not 0 <= one.seed < 2**32:
+            raise UserError(f"seed {one.seed}: must be from 0 to 2**32 - 1")
     # After the checks, so that a wrong flag is reported at once.
     from hart_jax.parallel.launch import check_devices
     from hart_jax.sampling import output
@@ -149,7 +193,11 @@ def main() -> None:
     output.check_out(out, len(given) * _NUM_IMAGES.value, _RESUME.value)
     check_text(_TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     kept = allowed(given)
-    requests = [SampleRequest(prompt, seed, index) for prompt, seed in kept for index in range(_NUM_IMAGES.value)]
+    requests = [
+        SampleRequest(one.prompt, one.seed, index, shape=one.shape)
+        for one in kept
+        for index in range(_NUM_IMAGES.value)
+    ]
     if requests:
         check_devices()
         use_compilation_cache()
@@ -170,9 +218,11 @@ def sample_images(experiment: HartExperiment, chosen: SampleConfig, requests: "l
     text = text_source(model, experiment, _TEXT_ENCODER.value, _SYSTEM_PROMPT.value)
     # A single image has no record of its run.
     about = output.identity(model, chosen, text) if len(requests) > 1 or _RESUME.value else {}
-    pipe = Pipeline(model, chosen, *text, mesh=experiment.mesh)
+    pipe = Pipeline(model, chosen, *text, mesh=experiment.mesh, untrained_scales=_UNTRAINED_SCALES.value)
     # The pipeline has its own copy.
     del model
+    for shape in {request.shape for request in requests}:
+        pipe.prepare(shape)
     size_of = functools.partial(pipe.batch_size, len(requests))
     output_run = output.open_run(out, requests, about, _BATCH_SIZE.value, size_of, _RESUME.value)
     kind = "label" if experiment.transformer.num_classes else "prompt"

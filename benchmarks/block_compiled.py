@@ -34,7 +34,7 @@ def block_programs(
     found = read_topology(topology)
     devices, chip = found.devices, found.chip
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:1])
-    segments = scale_causal_segments(config.context_tokens, tuple(side * side for side in config.patch_nums[1:]))
+    segments = scale_causal_segments(config.context_tokens, config.sizes[1:])
     length = segments[-1][1]
     block = Block(config, segments, dtype=jnp.bfloat16, attention="gpu" if topology.startswith("h") else "tpu")
     x = jax.ShapeDtypeStruct((batch, length, config.width), jnp.bfloat16)

@@ -123,7 +123,7 @@ def of_model(model: Model, repeats: int, sampling: dict[str, Any]) -> Iterator[t
     yield "their PSNR, dB (10 %, median, 90 %)", f"{low:.1f}, {middle:.1f}, {high:.1f}"
     encode = jax.jit(functools.partial(Tokenizer(model.tokenizer_config).apply, method="tokens"))
     tokens = encode({"params": jax.device_put(model.tokenizer)}, images)
-    kept = jnp.tile(jnp.arange(config.patch_nums[-1] ** 2), (len(PROMPTS), 1))
+    kept = jnp.tile(jnp.arange(config.sizes[-1]), (len(PROMPTS), 1))
     indices = jnp.concatenate([index.reshape(len(PROMPTS), -1) for index in tokens.indices], axis=1)
     yield from teacher_forced(config, model.transformer, small, (condition, tokens.ar_input_BLC, kept), indices)
 
@@ -145,7 +145,7 @@ def of_wide(depth: int, repeats: int) -> list[tuple[str, str]]:
     text = random.standard_normal((1, config.context_tokens, config.context_dim), np.float32)
     condition = text, np.ones((1, config.context_tokens), np.int32)
     inputs = random.standard_normal((1, config.num_tokens - 1, config.latent_channels), np.float32)
-    kept = np.arange(config.patch_nums[-1] ** 2)[None]
+    kept = np.arange(config.sizes[-1])[None]
     rows = memory(params, small) + teacher_forced(config, params, small, (condition, inputs, kept), None)
     hart = Hart(config, compute_dtype("auto"))
     forward = jax.jit(lambda weights: hart.apply({"params": weights}, condition, inputs, kept).logits)

@@ -102,7 +102,7 @@ def initial(hart: Hart):
     """Parameters of a shallow model, zero in none of its parts."""
     config = hart.config
     latent = jnp.zeros((1, config.num_tokens - 1, config.latent_channels))
-    kept = jnp.arange(config.patch_nums[-1] ** 2)[None]
+    kept = jnp.arange(config.sizes[-1])[None]
     shapes = jax.eval_shape(hart.init, jax.random.key(0), condition(config), latent, kept)
     random = np.random.default_rng(0)
     fill: Callable = lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
@@ -118,10 +118,9 @@ def condition(config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
 
 def tokens_of(config: TokenizerConfig) -> Tokens:
     random = np.random.default_rng(0)
-    sizes = [side * side for side in config.patch_nums]
-    indices = tuple(jnp.asarray(random.integers(0, config.vocab_size, (1, size)), jnp.int32) for size in sizes)
-    inputs = jnp.asarray(random.standard_normal((1, sum(sizes) - 1, config.latent_channels)), jnp.float32)
-    return Tokens(indices, jnp.zeros((1, sizes[-1], config.latent_channels)), inputs)
+    indices = tuple(jnp.asarray(random.integers(0, config.vocab_size, (1, size)), jnp.int32) for size in config.sizes)
+    inputs = jnp.asarray(random.standard_normal((1, config.num_tokens - 1, config.latent_channels)), jnp.float32)
+    return Tokens(indices, jnp.zeros((1, config.sizes[-1], config.latent_channels)), inputs)
 
 
 def report(size: int, shares: dict[int, float], costs: dict[int, Cost]) -> None:
@@ -155,7 +154,7 @@ def main() -> None:
         raise UserError(f"--width={arguments.width}: must be a multiple of 64, the heads' width")
     print("| px | last-scale tokens kept | TFLOP | s/step | GiB |\n|---|---|---|---|---|")
     for size in arguments.sizes:
-        positions = experiment_of(size).transformer.patch_nums[-1] ** 2
+        positions = experiment_of(size).transformer.sizes[-1]
         shares = bucket_probabilities(positions, HartLossConfig())
         counts = [*shares, positions]
         if arguments.cpu:

@@ -49,7 +49,7 @@ def report(experiment: HartExperiment, batch: int, steps: int) -> None:
     image = jnp.asarray(generator.integers(0, 256, (batch, side, side, 3), np.uint8))
     text = jnp.asarray(generator.standard_normal((batch, length, config.context_dim), np.float32))
     condition = jnp.zeros(batch, jnp.int32) if config.num_classes else (text, jnp.ones((batch, length), jnp.int32))
-    num_kept = kept_counts(config.patch_nums[-1] ** 2, experiment.loss)[-1]
+    num_kept = kept_counts(config.sizes[-1], experiment.loss)[-1]
     data = jax.device_put((tokenizer, image, condition), layout.replicated)
     arguments, key = (state, *data), jax.random.key(0)
     with layout.activate():

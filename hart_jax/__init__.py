@@ -29,7 +29,7 @@ _PUBLIC = {
         "hart_jax.transformer.attention_weights": "attention_weights",
         "hart_jax.text.conditioning": "conditioner_of",
         "hart_jax.data.mjhq": "read_folder",
-        "hart_jax.data.pipeline": "square_image",
+        "hart_jax.data.pipeline": "cropped_image",
         "hart_jax.data.shards": "write_shards",
         "hart_jax.training.hart_task": "HartTask",
         "hart_jax.training.loop": "run",

@@ -88,7 +88,8 @@ def get_config():
     return config
 END
 else
-  attention=(--batch 1 --repeats 3 --write)
+  shapes=(256 "256 half" 512 "512 half" 1024 "1024 half" "1024 decode")
+  attention=(--shapes "${shapes[@]}" --batch 1 --repeats 3 --write)
   cases=()
   configs=(configs/hart_0p7b_256.py configs/hart_0p7b_512.py configs/hart_0p7b_1024.py)
   batches=(64 24 4) repeats=3

@@ -9,6 +9,7 @@ are equal to the last bit.
 import argparse
 import collections
 import dataclasses
+import functools
 import random
 import subprocess
 import tempfile
@@ -21,12 +22,21 @@ import numpy as np
 
 from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, load_params
 from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, SAMPLES_DIR, read_metrics
-from tests.train_runs import logged_steps, outcome, run_to_end, start_job, write_hart_config, write_tokenizer_config
+from tests.train_runs import (
+    BUCKETS,
+    logged_steps,
+    outcome,
+    run_to_end,
+    start_job,
+    write_hart_config,
+    write_tokenizer_config,
+)
 
 # What writes a config file, and the fields of its state to compare.
 EXPERIMENTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "tokenizer": (write_tokenizer_config, ("model.params", "model.ema", "code_usage_V")),
     "hart": (write_hart_config, ("params", "ema")),
+    "buckets": (functools.partial(write_hart_config, ahead=True, buckets=BUCKETS), ("params", "ema")),
 }
 # A step is a few milliseconds, a save some hundred: so often that a good part of the kills falls into one.
 SAVE_EVERY = 8

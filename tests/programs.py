@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transformer
-from hart_jax.config import HartExperiment, SampleConfig, TokenizerConfig, TokenizerExperiment, TransformerConfig
+from hart_jax.config import (
+    HartExperiment,
+    SampleConfig,
+    Scale,
+    Shape,
+    TokenizerConfig,
+    TokenizerExperiment,
+    TransformerConfig,
+)
 from hart_jax.data.token_cache import TokenMaker
 from hart_jax.evaluation.feature_cache import row_program
 from hart_jax.evaluation.features import FeatureExtractor
@@ -59,7 +67,11 @@ TRANSFORMER = TransformerConfig.from_dict(
         "diffusion": {"width": 32, "depth": 1, "sampling_steps": 2},
     }
 )
+# Another list of scales.
+OTHER = (1, 8, 16)
 SAMPLE = {"top_k": 8, "top_k_late": 8}
+# Height and width in pixels of images in a bucket.
+BUCKET = (40, 26)
 KEPT = kept_counts(256, HartExperiment.from_dict({}).loss)
 
 
@@ -105,8 +117,8 @@ def condition(config: TransformerConfig, rows: int) -> Any:
     return text, shape((rows, config.context_tokens), jnp.int32)
 
 
-def images(rows: int = BATCH, side: int = TOKENIZER.image_size) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
+def images(rows: int = BATCH, shape: Shape = TOKENIZER.image_shape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *shape, 3), jnp.uint8)
 
 
 def transformer_init(layout: MeshLayout, dtype: str) -> Call:
@@ -119,15 +131,24 @@ def transformer_from_params(layout: MeshLayout, dtype: str) -> Call:
 
 
 def transformer_step(
-    layout: MeshLayout, dtype: str, num_kept: int, accumulate: int, remat: str, tokens: bool = False
+    layout: MeshLayout,
+    dtype: str,
+    num_kept: int,
+    accumulate: int,
+    remat: str,
+    tokens: bool = False,
+    shape: Shape = TOKENIZER.image_shape,
+    scales: tuple[int, ...] = (),
 ) -> Call:
-    """`tokens`: computed ahead, of a class-conditional model."""
+    """`tokens`: computed ahead, of a class-conditional model; `shape`: of the images, a bucket's; `scales`: the list
+    that is trained on, another one than the tokens are of."""
     config = dataclasses.replace(TRANSFORMER, num_classes=3, context_tokens=1) if tokens else TRANSFORMER
-    program = hart_functions(experiment(config, dtype=dtype, accumulate=accumulate, remat=remat), layout)
-    source: Any = images()
+    functions = hart_functions(experiment(config, dtype=dtype, accumulate=accumulate, remat=remat), layout)
+    program = functions.at(shape, scales)
+    source: Any = images(shape=shape)
     if tokens:
         params = abstract_tokenizer(TOKENIZER)
-        encode = functools.partial(Tokenizer(TOKENIZER).apply, method="tokens")
+        encode = functools.partial(program.base.apply, method="tokens")
         source = jax.eval_shape(encode, {"params": params}, jnp.zeros(source.shape))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
@@ -141,8 +162,8 @@ def transformer_step(
     return Call(program.step, arguments)
 
 
-def sample_grid(layout: MeshLayout, dtype: str) -> Call:
-    program = hart_functions(experiment(dtype=dtype), layout)
+def sample_grid(layout: MeshLayout, dtype: str, shape: Shape = TOKENIZER.image_shape) -> Call:
+    program = hart_functions(experiment(dtype=dtype), layout).at(shape)
     params = {
         "transformer": at(program.init.shapes().ema, program.shardings.ema),
         "tokenizer": at(abstract_tokenizer(TOKENIZER), layout.replicated),
@@ -153,7 +174,14 @@ def sample_grid(layout: MeshLayout, dtype: str) -> Call:
     return Call(program.grid, (params, at(condition(TRANSFORMER, rows), layout.batch), 0, indices, 1))
 
 
-def sampler(layout: MeshLayout, dtype: str, weights: str = "float", **settings: Any) -> Call:
+def sampler(
+    layout: MeshLayout,
+    dtype: str,
+    weights: str = "float",
+    latent: tuple[int, int] = TRANSFORMER.shapes[-1],
+    scales: tuple[Scale, ...] = TRANSFORMER.patch_nums,
+    **settings: Any,
+) -> Call:
     compute, boxed = jnp.dtype(dtype), boxed_transformer(TRANSFORMER)
     narrow = quantize if weights == "int8" else functools.partial(cast_weights, dtype=compute)
     transformer = jax.eval_shape(narrow, nn.unbox(boxed))
@@ -161,10 +189,11 @@ def sampler(layout: MeshLayout, dtype: str, weights: str = "float", **settings: 
         "transformer": at(transformer, layout.state_shardings(transformer, parameter_axes(boxed))),
         "tokenizer": at(abstract_tokenizer(TOKENIZER), layout.replicated),
     }
-    networks = Hart(TRANSFORMER, compute), Tokenizer(TOKENIZER, compute)
+    config, tokenizer = (each.of_list(scales).of_latent(*latent) for each in (TRANSFORMER, TOKENIZER))
+    networks = Hart(config, compute), Tokenizer(tokenizer, compute)
     program = make_sampler(*networks, SampleConfig.from_dict({**SAMPLE, **settings}), layout)
     rows = (jax.ShapeDtypeStruct((BATCH,), kind) for kind in (jnp.uint32, jnp.int32))
-    numbers = SampleNumbers.of(SampleConfig.from_dict({**SAMPLE, **settings}), HART_RULES, TRANSFORMER)
+    numbers = SampleNumbers.of(SampleConfig.from_dict({**SAMPLE, **settings}), HART_RULES, config)
     return Call(program, (params, *at((condition(TRANSFORMER, BATCH), *rows), layout.batch), numbers))
 
 
@@ -184,12 +213,12 @@ def tokenizer_from_params(layout: MeshLayout, dtype: str) -> Call:
     return Call(program.from_params, (at(abstract_tokenizer(TOKENIZER), layout.replicated),))
 
 
-def tokenizer_step(layout: MeshLayout, dtype: str, accumulate: int) -> Call:
-    program = tokenizer_functions(tokenizer_experiment(dtype=dtype, accumulate=accumulate), layout)
+def tokenizer_step(layout: MeshLayout, dtype: str, accumulate: int, shape: Shape = TOKENIZER.image_shape) -> Call:
+    program = tokenizer_functions(tokenizer_experiment(dtype=dtype, accumulate=accumulate), layout).at(shape)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
         at(program.abstract_state, program.shardings),
-        at(images(), layout.batch),
+        at(images(shape=shape), layout.batch),
         at(key, layout.replicated),
         at(abstract_lpips(), layout.replicated),
         True,
@@ -267,7 +296,7 @@ def extractor_of(name: str) -> FeatureExtractor:
 def features(layout: MeshLayout, dtype: str, network: str, blurred: bool = False) -> Call:
     extractor = extractor_of(network)
     program = row_program("features, blurred" if blurred else "features", extractor.function(blurred=blurred), layout)
-    return Call(program, (at(extractor.network.params, layout.replicated), at(images(side=64), layout.batch)))
+    return Call(program, (at(extractor.network.params, layout.replicated), at(images(shape=(64, 64)), layout.batch)))
 
 
 def reconstructions(layout: MeshLayout, dtype: str) -> Call:
@@ -300,17 +329,25 @@ PROGRAMS: dict[str, list[Callable[[MeshLayout, str], Call]]] = {
         functools.partial(transformer_step, num_kept=KEPT[0], accumulate=1, remat="none"),
         functools.partial(transformer_step, num_kept=KEPT[1], accumulate=2, remat="dots"),
         functools.partial(transformer_step, num_kept=KEPT[-1], accumulate=1, remat="full", tokens=True),
-        functools.partial(transformer_step, num_kept=KEPT[2], accumulate=2, remat="full"),
+        functools.partial(transformer_step, num_kept=KEPT[2], accumulate=2, remat="full", shape=BUCKET),
+        functools.partial(
+            transformer_step, num_kept=KEPT[-1], accumulate=2, remat="dots", tokens=True, shape=BUCKET, scales=OTHER
+        ),
     ],
-    "sample grid": [sample_grid],
+    "sample grid": [sample_grid, functools.partial(sample_grid, shape=BUCKET)],
     "sampler": [
         sampler,
         functools.partial(sampler, weights="int8", top_p=0.9),
         functools.partial(sampler, masked_iterations=2, smooth=True),
+        functools.partial(sampler, latent=(20, 13)),
+        functools.partial(sampler, latent=(20, 13), scales=OTHER),
     ],
     "tokenizer init": [tokenizer_init],
     "tokenizer from params": [tokenizer_from_params],
-    "tokenizer step": [functools.partial(tokenizer_step, accumulate=count) for count in (1, 2)],
+    "tokenizer step": [
+        functools.partial(tokenizer_step, accumulate=1),
+        functools.partial(tokenizer_step, accumulate=2, shape=BUCKET),
+    ],
     "tokenizer grid": [tokenizer_grid],
     "text encoder": [
         text_encoder,

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from pallas_kernels.attention.shapes import SHAPES
 from tests.train_runs import ROOT, quick_environment
 
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -65,6 +67,12 @@ def test_the_limits_add_up_to_less_than_nine_minutes():
     limits["conformance-"] *= 4
     limits["step-"] *= 3
     assert sum(limits.values()) <= int(re.search(r"^total=(\d+)$", text, re.MULTILINE)[1]) <= 540 - 10
+
+
+def test_the_shapes_that_are_measured_there_are():
+    """Named, so that more of them do not take more time."""
+    (named,) = re.findall(r"^  shapes=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
+    assert len(shlex.split(named)) == 7 and set(shlex.split(named)) < set(SHAPES)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((), "usage: "), (("x", "--fast"), "--fast: unknown")])

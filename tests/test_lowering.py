@@ -59,8 +59,10 @@ def cases() -> Iterator[Any]:
                     turns = [*MESHES] if len(ways) == 1 else ["8 devices", [*MESHES][2 * (number % 2)]]
                     layouts = [(mesh, "bfloat16") for mesh in turns] + layouts[: number == 0]
                 for mesh, dtype in layouts:
+                    # Quickly, each on one mesh.
+                    marks = [pytest.mark.slow] if mesh != "8 devices" else []
                     yield pytest.param(
-                        name, way, platform, mesh, dtype, id=f"{name} {number}-{platform}-{mesh}-{dtype}"
+                        name, way, platform, mesh, dtype, id=f"{name} {number}-{platform}-{mesh}-{dtype}", marks=marks
                     )
 
 

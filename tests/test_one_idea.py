@@ -161,7 +161,7 @@ def taught(out, mask) -> np.ndarray:
     for scale, side in enumerate(PATCH_NUMS[1:]):
         code = tokenize(out.indices[scale], method="lookup")
         f_hat += tokenize(code, scale, method="contribution")
-        inputs.append(area(f_hat, side).reshape(2, side * side, 4))
+        inputs.append(area(f_hat, (side, side)).reshape(2, side * side, 4))
     hart = Hart(MODEL.transformer_config, mask=mask)
     kept = np.tile(np.arange(16), (2, 1))
     variables = {"params": MODEL.transformer}

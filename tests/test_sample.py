@@ -159,7 +159,7 @@ class Counted(str):
 
 hart_jax.text.prompt_filter.load_prompt_filter = lambda *_: lambda prompt: prompt != "7"
 flags.FLAGS(["sample.py", "--prompt_filter=x"])
-kept = sample.allowed([(Counted(number), 0) for number in range(200)])
+kept = sample.allowed([sample.Wanted(Counted(number), 0, None) for number in range(200)])
 print(len(kept), Counted.looked_up)
 """
 

@@ -77,5 +77,5 @@ def test_a_complete_run_stays_and_others_are_told_apart(folder, whole, tmp_path)
     code, _, err = sample(folder, *flags(folder, out, "--resume", "--cfg=1", "--seed=3"))
     assert code == 2 and "settings.cfg is 4.5 there, 1.0 here" in err
     code, _, err = sample(folder, *flags(folder, out, "--resume", "--num_images=1"))
-    assert code == 2 and "other prompts, seeds or numbers of images" in err
+    assert code == 2 and "other prompts, seeds, sizes or numbers of images" in err
     assert contents(out) == whole

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from hart_jax import flags as hart_flags
+from hart_jax.checkpoints.class_names import DATASET_FILE
 from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, CONFIG_FILE
-from hart_jax.config import HartExperiment
+from hart_jax.checkpoints.workdir import find_tokenizer
+from hart_jax.config import HartExperiment, read_experiment
+from hart_jax.data.precomputed import TOKENS, describe_tokens
 from hart_jax.errors import UserError
 from tests.train_runs import run_to_end, write_hart_config, write_tokenizer_config
 
@@ -111,6 +114,45 @@ def test_stages_before_of_another_kind_or_shape(tmp_path, config, hart_config):
     error = refused(tmp_path, *tokenizer, f"--config.init_from={inputs / 'tokenizer'}")
     assert "cannot start from it" in error
     assert "tokenizer.vocab_size is 16, the config says 32" in error
+
+
+@pytest.mark.parametrize("kind", ["hart", "tokenizer"])
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        (("1:1", "7"), "data.buckets: ratio '7': write it as width:height in whole numbers, like 2:3"),
+        (("2:3", "3:4"), "data.buckets: 2:3 and 3:4 both give 6x10; leave one of them out"),
+        (("1:1", "1:5"), "data.buckets: ratio 1:5: at most 4:1 is possible"),
+        (("1:1", "2:3"), "data.buckets: 2:3 (6x10) has 0 of the 14 images, fewer than the batch of 4; leave this"),
+        ((1, 2), "DataConfig.buckets=(1, 2): expected a tuple of str"),
+    ],
+)
+def test_buckets_that_there_are_not(tmp_path, config, hart_config, kind, buckets, message):
+    arguments = (f"--config={hart_config if kind == 'hart' else config}", f"--workdir={tmp_path / 'run'}")
+    assert message in refused(tmp_path, *arguments, f"--config.data.buckets={buckets!r}")
+
+
+def test_a_label_beyond_the_classes_in_a_bucket(tmp_path, hart_config):
+    classes = ("--config.transformer.num_classes=1", "--config.transformer.context_tokens=1")
+    arguments = (f"--config={hart_config}", f"--workdir={tmp_path / 'run'}", *classes)
+    error = refused(tmp_path, *arguments, "--config.data.buckets=('1:1',)")
+    assert "transformer.num_classes=1: the shards hold a label 1 (things)" in error
+
+
+def test_tokens_of_other_buckets_in_the_records(tmp_path, hart_config):
+    """Found before text embeddings are computed."""
+    experiment, folder = read_experiment(hart_config), hart_config.parent
+    config, params = find_tokenizer(folder / "tokenizer")
+    shards = shutil.copytree(folder / "train" / "shards", tmp_path / "shards")
+    about = json.loads((shards / DATASET_FILE).read_text())
+    about["precomputed"] = {TOKENS: describe_tokens(config, params, ("1:1", "2:1"))}
+    (shards / DATASET_FILE).write_text(json.dumps(about))
+    arguments = (f"--config={hart_config}", f"--workdir={tmp_path / 'run'}", f"--config.data.train={shards}")
+    ahead = ("--config.precompute_tokens=True", "--config.data.flip=False")
+    assert experiment.tokenizer == config
+    for buckets in ("()", "('1:1',)"):
+        error = refused(tmp_path, *arguments, *ahead, f"--config.data.buckets={buckets}")
+        assert f"{shards}: the tokens in its records were computed with another buckets" in error
 
 
 def test_missing_flags(tmp_path, config):

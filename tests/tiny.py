@@ -45,6 +45,7 @@ def experiment_values(**changes) -> dict:
         "loss": {"condition_top_k": 8, "min_kept": 4},
         "sample": {"top_k": 8, "top_k_late": 8},
         "mesh": {},
+        "data": {},
         "train": {},
     }
 

@@ -1,18 +1,22 @@
 """Runs of `train.py` in processes of their own, on a few synthetic images; shared by tests."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +24,8 @@ from PIL import Image
 from hart_jax.checkpoints.model_folder import write_part
 from hart_jax.data import shards
 from hart_jax.text.minilm import import_minilm
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.transformer.model import Hart
 from tests.in_process import run_here
 from tests.quickly import QUICKLY, xla_flags
 from tests.tiny import tiny_model
@@ -28,6 +34,9 @@ from tests.tiny_bert import write_published
 ROOT = Path(__file__).parent.parent
 METRICS = "metrics.jsonl"
 CATEGORIES = ("animals", "things")
+# Ratios of five shapes of 4 x 4 tokens, and widths and heights of images with how many have them.
+BUCKETS = ("1:1", "2:3", "3:2", "1:2", "2:1")
+SIZES = (((16, 16), 6), ((12, 18), 9), ((27, 18), 7), ((10, 20), 5), ((20, 10), 4))
 # Of one run, on a machine that does much else.
 LIMIT_SECONDS = 3600
 
@@ -51,7 +60,7 @@ def get_config():
             "loss": {{"perceptual": 0.0, "adversarial": 0.0, "restart_below": 0.95}},
             "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4}},
             "mesh": {{}},
-            "data": {{"train": {train!r}, "test": {test!r}}},
+            "data": {{"train": {train!r}, "test": {test!r}, "buckets": {buckets!r}}},
             "train": {{"steps": 32, "batch_size": 4, "log_every": 2, "save_every": 4, "sample_every": 16}},
         }}
     )
@@ -70,7 +79,7 @@ def get_config():
             "loss": {{"condition_top_k": 8, "min_kept": 4, "keep_counts": {keep_counts}}},
             "optimizer": {{"learning_rate": 1e-3, "warmup_steps": 4, "muon_learning_rate": {muon!r}}},
             "mesh": {{}},
-            "data": {{"train": {train!r}, "test": {train!r}, "cache": True, "flip": not {ahead!r}}},
+            "data": {data!r},
             "precompute_tokens": {ahead!r},
             "train": {{"steps": 32, "batch_size": 4, "log_every": 2, "save_every": 4, "sample_every": 16}},
             "sample": {{"top_k": 8, "top_k_late": 8}},
@@ -82,8 +91,11 @@ def get_config():
 """
 
 
-def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) -> Path:
-    """Shards of random images of 16 px with captions; of the numbers in `bad`, half the file is missing."""
+def make_shards(
+    folder: Path, count: int, seed: int, bad: Collection[int] = (), sizes: Sequence[tuple[int, int]] = ()
+) -> Path:
+    """Shards of random images of 16 px, or of these widths and heights, with captions; of the numbers in `bad`, half
+    the file is missing."""
     rng = np.random.default_rng(seed)
     entries = {}
     for category in CATEGORIES:
@@ -92,7 +104,7 @@ def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) 
         name, category = f"thing{number:03d}", CATEGORIES[number % 2]
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         path = folder / "source" / category / f"{name}.png"
-        Image.fromarray(coarse).resize((16, 16)).save(path)
+        Image.fromarray(coarse).resize(sizes[number] if sizes else (16, 16)).save(path)
         if number in bad:
             os.truncate(path, path.stat().st_size // 2)
         captions = [f"thing {number}", f"a picture of thing {number}"]
@@ -105,28 +117,67 @@ def make_shards(folder: Path, count: int, seed: int, bad: Collection[int] = ()) 
     return folder / "shards"
 
 
-def write_tokenizer_config(folder: Path) -> Path:
+def bucket_members(buckets: Sequence[str] = BUCKETS) -> dict[str, list[int]]:
+    """The numbers of the images in each of these buckets, as `make_training_shards` mixes them."""
+    members: dict[str, list[int]] = {bucket: [] for bucket in buckets}
+
+    def elongated(width: int | str, height: int | str) -> float:
+        return math.log(int(width) / int(height))
+
+    for number, size in enumerate(_mixed_sizes()):
+        nearest = min(buckets, key=lambda bucket: abs(elongated(*bucket.split(":")) - elongated(*size)))
+        members[nearest].append(number)
+    return members
+
+
+def _mixed_sizes() -> list[tuple[int, int]]:
+    every = [size for size, count in SIZES for _ in range(count)]
+    return [every[place] for place in np.random.default_rng(0).permutation(len(every))]
+
+
+def make_training_shards(folder: Path, buckets: Sequence[str] = ()) -> Path:
+    """14 squares, or images of `SIZES`, mixed."""
+    sizes = _mixed_sizes() if buckets else [(16, 16)] * 14
+    return make_shards(folder, len(sizes), seed=0, sizes=sizes)
+
+
+def assert_epochs_of_buckets(workdir: Path, buckets: Sequence[str] = BUCKETS) -> None:
+    """Every image comes once in each epoch of its bucket, of which each has had at least one."""
+    lines = [json.loads(line) for line in (workdir / "records.jsonl").read_text().splitlines()]
+    for bucket, members in bucket_members(buckets).items():
+        taken = [index for line in lines if line["bucket"] == bucket for index in line["index"]]
+        epochs = [taken[start : start + len(members)] for start in range(0, len(taken), len(members))]
+        assert len(epochs) > 1, bucket
+        assert all(sorted(epoch) == members for epoch in epochs[:-1]), bucket
+        assert len(set(epochs[-1])) == len(epochs[-1]) and set(epochs[-1]) <= set(members), bucket
+
+
+def write_tokenizer_config(folder: Path, *, buckets: Sequence[str] = ()) -> Path:
     """A config file of a tiny tokenizer beside its data."""
-    train, test = (make_shards(folder / name, count, seed) for name, count, seed in (("train", 14, 0), ("test", 3, 1)))
+    train, test = make_training_shards(folder / "train", buckets), make_shards(folder / "test", 3, seed=1)
     path = folder / "tiny_tokenizer.py"
-    path.write_text(TOKENIZER_CONFIG.format(train=str(train), test=str(test)))
+    path.write_text(TOKENIZER_CONFIG.format(train=str(train), test=str(test), buckets=tuple(buckets)))
     return path
 
 
-def write_hart_config(folder: Path, *, ahead: bool = False, muon: float = 0.0, keep_counts: int = 1) -> Path:
+def write_hart_config(
+    folder: Path, *, ahead: bool = False, muon: float = 0.0, keep_counts: int = 1, buckets: Sequence[str] = ()
+) -> Path:
     """A config file of a tiny transformer beside its data, tokenizer and text encoder; `ahead` precomputes tokens.
 
-    For each of `keep_counts` a step is compiled.
+    For each of `keep_counts`, and of `buckets`, a step is compiled.
     """
     model = tiny_model(context_tokens=6, context_dim=24)
     write_part(folder / "tokenizer", model.tokenizer_config, model.tokenizer)
     import_minilm(write_published(folder / "published"), folder / "text_encoder")
+    train = str(make_training_shards(folder / "train", buckets))
+    data = {"train": train, "test": train, "cache": True, "flip": not ahead, "buckets": tuple(buckets)}
     path = folder / "tiny_hart.py"
     path.write_text(
         HART_CONFIG.format(
             tokenizer_settings=dataclasses.asdict(model.tokenizer_config),
             transformer_settings=dataclasses.asdict(model.transformer_config),
-            train=str(make_shards(folder / "train", 14, seed=0)),
+            data=data,
             tokenizer=str(folder / "tokenizer"),
             text_encoder=str(folder / "text_encoder"),
             ahead=ahead,
@@ -202,6 +253,18 @@ def undisturbed(folder: Path, *settings: str) -> Run:
     code, _, err = run_to_end(*settings, f"--workdir={folder / 'whole'}")
     assert code == 0, err
     return Run(folder / "whole", settings)
+
+
+def blank_grid(hart: Hart, tokenizer: Tokenizer, *_: Any) -> Callable[..., jax.Array]:
+    """Instead of a sampler, which takes long to compile."""
+    return lambda params, condition, seed, indices, count: jnp.zeros((count, *tokenizer.config.image_shape, 3))
+
+
+@contextlib.contextmanager
+def without_sampling() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hart_jax.training.hart_functions.make_grid_sampler", blank_grid)
+        yield
 
 
 def kill_when(process: subprocess.Popen, due: Callable[[], bool]) -> None:

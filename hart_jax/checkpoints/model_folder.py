@@ -54,7 +54,7 @@ class Model:
 
 def abstract_tokenizer(config: TokenizerConfig) -> Any:
     """Shapes of the tokenizer's parameters, without computing any."""
-    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
     variables = jax.eval_shape(Tokenizer(config).init, jax.random.key(0), image)
     return nn.unbox(variables["params"])
 
@@ -74,7 +74,7 @@ def boxed_transformer(config: TransformerConfig) -> Any:
     if config.num_classes:
         condition = shape((1,), jnp.int32)
     latent = shape((1, config.num_tokens - 1, config.latent_channels), jnp.float32)
-    kept = shape((1, config.patch_nums[-1] ** 2), jnp.int32)
+    kept = shape((1, config.sizes[-1]), jnp.int32)
     return jax.eval_shape(Hart(config).init, jax.random.key(0), condition, latent, kept)["params"]
 
 

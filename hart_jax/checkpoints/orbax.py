@@ -13,6 +13,7 @@ The digests are looked at when a checkpoint is read (`hart_jax.checkpoints.diges
 damage. One that was saved without them is read as it is.
 """
 
+import copy
 import fnmatch
 import functools
 import json
@@ -117,12 +118,14 @@ class Checkpoints:
           step: number of finished training steps; later than that of any checkpoint there is.
           state: pytree of arrays; its buffers may be donated to the next step at once.
           data_iterator: a Grain iterator (or anything Orbax calls a stateful checkpointable); its position is stored.
-          log: JSON values to store beside them.
+          log: JSON values to store beside them; they may change as soon as this returns.
           metrics: what this state measures up to, for `keep_best`.
 
         Raises:
           UserError: `metrics` lack `keep_best`.
         """
+        # Orbax writes in the background, while the run goes on adding to its log.
+        log = copy.deepcopy(log)
         items = {"state": state, "data": data_iterator, "log": log, "digests": digests_of(state, data_iterator, log)}
         items = {name: item for name, item in items.items() if item is not None}
         self._orbax.save_checkpointables_async(step, items, force=True, metrics=self._measured(metrics))

@@ -1,6 +1,5 @@
 """Models out of training workdirs."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
     """The (averaged) parameters of the tokenizer in a workdir, a model folder, its `tokenizer/`, or a release.
 
     A release is a released HART, its `tokenizer/`, or VAR's tokenizer file. The tokenizer may be of another image size:
-    one serves all, so `image_size` and `patch_nums` may differ.
+    one serves all, so `image_size`, `patch_nums` and `levels` may differ.
 
     Raises:
       UserError: there is none, or its settings are not `expected`.
@@ -52,7 +51,7 @@ def load_tokenizer(source: str | Path, expected: TokenizerConfig) -> Any:
         config, params = read_released_tokenizer(path, expected)
     else:
         config, params = find_tokenizer(path)
-    same_size = dataclasses.replace(config, image_size=expected.image_size, patch_nums=expected.patch_nums)
+    same_size = config.with_scales(expected.patch_nums, expected.levels)
     expected.check_same(same_size, path, "tokenizer")
     check_tree(params, abstract_tokenizer(expected), f"tokenizer in {path}")
     return params
@@ -80,7 +79,8 @@ def find_tokenizer(source: str | Path) -> tuple[TokenizerConfig, Any]:
 def load_transformer(source: str | Path, expected: TransformerConfig) -> Any:
     """The (averaged) parameters of the transformer in a workdir, a model folder, or its `transformer/`.
 
-    It may have been trained at another resolution: relative positions carry over, so `patch_nums` may differ.
+    It may have been trained at another resolution: relative positions carry over, so `patch_nums`, `levels` and
+    `scale_lists` may differ.
 
     Raises:
       UserError: there is none, its settings are not `expected`, or it has learned something of each scale
@@ -94,7 +94,7 @@ def load_transformer(source: str | Path, expected: TransformerConfig) -> Any:
         config, params = experiment.transformer, load_params(path, "ema")
     else:
         config, params = read_transformer(path / "transformer" if (path / "transformer").is_dir() else path)
-    expected.check_same(dataclasses.replace(config, patch_nums=expected.patch_nums), path, "transformer")
+    expected.check_same(config.with_scales(expected.patch_nums, expected.levels), path, "transformer")
     check_tree(params, abstract_transformer(expected), f"transformer in {path}")
     return params
 

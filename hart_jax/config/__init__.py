@@ -18,6 +18,7 @@ from hart_jax.config.experiment import (
     stage_of,
 )
 from hart_jax.config.model import DiffusionConfig, TokenizerConfig, TransformerConfig, check_fit
+from hart_jax.config.scales import Scale, Shape, scale_shapes
 from hart_jax.config.settings import Settings
 from hart_jax.config.training import (
     ATTENTION,
@@ -46,7 +47,9 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "SampleConfig",
+    "Scale",
     "Settings",
+    "Shape",
     "TokenizerConfig",
     "TokenizerExperiment",
     "TokenizerLossConfig",
@@ -57,6 +60,7 @@ __all__ = [
     "raised_in",
     "read_config",
     "read_experiment",
+    "scale_shapes",
     "split_config",
     "stage_of",
 ]

@@ -12,8 +12,11 @@ from typing import Any, Self
 
 from ml_collections import ConfigDict
 
-from hart_jax.config.model import TokenizerConfig, TransformerConfig, check_fit
-from hart_jax.config.settings import Settings
+from hart_jax.config.buckets import bucket_shapes
+from hart_jax.config.model import TokenizerConfig, TransformerConfig, check_fit, check_list
+from hart_jax.config.scale_lists import list_of
+from hart_jax.config.scales import Scale, as_list
+from hart_jax.config.settings import LATER, Settings
 from hart_jax.config.training import (
     ATTENTION,
     DTYPES,
@@ -59,7 +62,8 @@ class TokenizerExperiment(Settings):
             raise UserError(f"freeze={self.freeze}: needs init_from, a trained tokenizer to start from")
         if "quantizer" in self.freeze and self.loss.restart_below > 0:
             raise UserError("loss.restart_below: a frozen quantizer's codes do not restart; set it to 0")
-        size, loss = self.tokenizer.image_size, self.loss
+        shapes = self.tokenizer.image_shape, *bucket_shapes(self.data.buckets, self.tokenizer)
+        size, loss = min(map(min, shapes)), self.loss
         if loss.adversarial > 0 and size < MIN_DISCRIMINATOR_PX:
             raise UserError(
                 f"image_size={size}: the discriminator needs {MIN_DISCRIMINATOR_PX} px or more; set loss.adversarial=0"
@@ -83,7 +87,9 @@ class SampleConfig(Settings):
     matrices.
 
     `decode_at_once` images of each device are decoded at a time, which changes memory, not images; 0: as many as
-    have 2**20 pixels.
+    have 2**20 pixels. `scales` is the list of scales that is sampled, or the number of them, which names a list that
+    the model was trained on (`hart_jax.config.scale_lists`); empty: the model's `patch_nums`. `late_scale` and what
+    else counts scales counts those of `patch_nums`, of which each scale of another list stands for the nearest.
 
     The defaults are the release's. What a loaded model is best sampled with is its `sample_config`.
     """
@@ -101,6 +107,7 @@ class SampleConfig(Settings):
     weights: str = "float"
     dtype: str = "auto"
     decode_at_once: int = 0
+    scales: int | tuple[Scale, ...] = dataclasses.field(default=(), metadata=LATER)
 
     @classmethod
     def default(cls, vocab_size: int) -> Self:
@@ -111,8 +118,20 @@ class SampleConfig(Settings):
         """Those that say which image is sampled, not how it is computed."""
         return {name: value for name, value in self.to_dict().items() if name not in _COMPUTED}
 
+    def of_model(self, config: TransformerConfig, untrained: bool = False) -> Self:
+        """These settings with `scales` as a list of that model: empty where it is `patch_nums`.
+
+        Raises:
+          UserError: see `list_of`, which knows what `untrained` is.
+        """
+        scales = list_of(self.scales, config, untrained)
+        return dataclasses.replace(self, scales=() if scales == config.patch_nums else scales)
+
     def __post_init__(self) -> None:
         self.require_types()
+        if self.scales and not isinstance(self.scales, int):
+            object.__setattr__(self, "scales", as_list(self.scales, "scales"))
+            check_list(self.scales, "scales")
         checks = {
             f"top_k={self.top_k}: must be 0 (all) or more": self.top_k >= 0,
             f"top_k_late={self.top_k_late}: must be 0 (all) or more": self.top_k_late >= 0,
@@ -134,7 +153,7 @@ class SampleConfig(Settings):
 
     def check_fits(self, config: TokenizerConfig | TransformerConfig) -> None:
         """Raises `UserError` if top-k keeps more codes than there are, or there are more iterations than positions."""
-        vocab_size, positions = config.vocab_size, config.patch_nums[-1] ** 2
+        vocab_size, positions = config.vocab_size, config.sizes[-1]
         if self.masked_iterations > positions:
             raise UserError(
                 f"masked_iterations={self.masked_iterations}: the last scale has {positions} positions; "
@@ -179,7 +198,9 @@ class HartExperiment(Settings):
         for name in ("tokenizer_from", "init_from", "text_encoder", "system_prompt", "model"):
             check_path(getattr(self, name), name)
         check_fit(self.tokenizer, self.transformer)
+        bucket_shapes(self.data.buckets, self.tokenizer)
         self.sample.check_fits(self.tokenizer)
+        self.sample.of_model(self.transformer, untrained=True)
         if self.precompute_tokens and self.data.flip:
             raise UserError("precompute_tokens=True keeps tokens of images as they are: set data.flip=False")
         if self.loss.condition_top_k > self.tokenizer.vocab_size:
@@ -187,6 +208,13 @@ class HartExperiment(Settings):
                 f"loss.condition_top_k={self.loss.condition_top_k}: the codebook has {self.tokenizer.vocab_size} codes"
             )
             raise UserError(message)
+
+    def sampled(self) -> Self:
+        """With the settings of both networks at the list that `sample.scales` names, trained or not."""
+        scales = list_of(self.sample.scales, self.transformer, untrained=True)
+        tokenizer, transformer = self.tokenizer.of_list(scales), self.transformer.of_list(scales)
+        sample = dataclasses.replace(self.sample, scales=())
+        return dataclasses.replace(self, tokenizer=tokenizer, transformer=transformer, sample=sample)
 
 
 Experiment = TokenizerExperiment | HartExperiment

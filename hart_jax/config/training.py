@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from hart_jax.config.settings import Settings, require
+from hart_jax.config.settings import LATER, Settings, require
 from hart_jax.io.paths import check_path
 
 # What is computed in: see `hart_jax.nn.dtypes.compute_dtype`.
@@ -73,6 +73,9 @@ class DataConfig(Settings):
     Training images come from `train`, or from several folders, `sources`: in proportion to `weights`, by size without.
     Of them, `max_bad_records` may turn out not to decode: others take their places. Shards in a bucket are
     copied to this machine as they are read, up to `stage_gib` of them at a time.
+
+    `buckets` are ratios, width to height, as ("1:1", "2:3", "3:2"): each image goes to the nearest, and a batch has
+    images of one, of the model's number of pixels. Empty: all have the model's size.
     """
 
     train: str = ""
@@ -84,6 +87,7 @@ class DataConfig(Settings):
     workers: int = 0
     max_bad_records: int = 100
     stage_gib: float = 64.0
+    buckets: tuple[str, ...] = dataclasses.field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         for name, folders in (("train", (self.train,)), ("sources", self.sources), ("test", (self.test,))):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from hart_jax.data.bad_records import BadRecords
@@ -18,8 +19,8 @@ class Batches(grain.DatasetIterator):
     or workers.
 
     Args:
-      batches: dicts of arrays. `wanted` (B,), where there, is taken out; where it differs from `index` (B,), a record
-        was replaced, which is reported on stderr, once.
+      batches: dicts of arrays, and of `bucket`, where there are several. `wanted` (B,), where there, is taken out;
+        where it differs from `index` (B,), a record was replaced, which is reported on stderr, once.
       workers: processes that make them; 0 makes them in threads.
       name_of: number of a record -> what to call it.
       max_bad_records: how many different records may be replaced, since the start of this process and in its batches.
@@ -123,3 +124,21 @@ class ProcessRows(grain.MapDataset):
             return self.slice(index)
         batch, row = divmod(index, len(self._rows))
         return self._parent[batch * self._batch_size + self._rows[row]]
+
+
+class BucketBatches(grain.MapDataset):
+    """Batches of several buckets, each its own data set of batches, in the order that says for each step which bucket
+    it has and how many steps before had it. `bucket` is added to a batch."""
+
+    def __init__(self, parents: Sequence[grain.MapDataset], order: Callable[[int], tuple[int, int]]):
+        super().__init__(parents)
+        self._order = order
+
+    def __len__(self) -> int:
+        return min(map(len, self._parents))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        bucket, place = self._order(index)
+        return {**self._parents[bucket][place], "bucket": np.int32(bucket)}

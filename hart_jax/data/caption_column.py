@@ -1,11 +1,12 @@
-"""Captions and categories of shards without their images: a file beside each shard, one JSON line for each record.
+"""What records say, and how large their images are, without the images: a file beside each shard, a JSON line a record.
 
 `train-00000-of-00012.array_record` has its lines in `train-00000-of-00012.captions.jsonl`:
 
-    {"category": "animals", "captions": ["a red fox", "a fox, forest"]}
+    {"category": "animals", "captions": ["a red fox", "a fox, forest"], "size": [640, 480]}
 
-or `null` where the record cannot be read. They are read from the file whenever they are asked for, so that no process
-holds the captions of a whole set.
+or `null` where the record cannot be read. `size` is the image's width and height as it is shown, `null` where it is no
+image; files that an earlier version wrote do not have it. Lines are read from the file whenever they are asked for, so
+that no process holds the captions of a whole set.
 """
 
 import atexit
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from hart_jax.data.image_files import known_size
 from hart_jax.data.staging import Shard
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
@@ -37,7 +39,8 @@ class Captioned(NamedTuple):
 def caption_line(record: bytes) -> bytes:
     """The line of a packed record."""
     try:
-        about = _captioned(msgpack.unpackb(record))._asdict()
+        fields = msgpack.unpackb(record)
+        about = {**_captioned(fields)._asdict(), "size": known_size(fields["image"])}
     except (ValueError, TypeError, KeyError, msgpack.UnpackException):
         about = None
     # In ASCII, whatever a caption may hold: a line ends where its record does.
@@ -76,14 +79,33 @@ class CaptionColumn:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Captioned | None:
+        number, about = self._line(index)
+        try:
+            return None if about is None else _captioned(about)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._damaged(number) from error
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Width and height of a record's image as it is shown; (0, 0) where it cannot be read, None where the file does
+        not say."""
+        number, about = self._line(index)
+        try:
+            if about is None or ("size" in about and about["size"] is None):
+                return 0, 0
+            width, height = about.get("size", (None, None))
+            return None if width is None else (int(width), int(height))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(number) from error
+
+    def _line(self, index: int) -> tuple[int, Any]:
+        """In which file the line of a record is, and what it says."""
         number = bisect_right(self._starts, range(len(self))[index]) - 1
         content, ends = self._opened[number] if number in self._opened else self._open(number)
         line = index - self._starts[number]
         start = ends[line - 1] if line else 0
         try:
-            about = json.loads(content[start : ends[line]].tobytes())
-            return None if about is None else _captioned(about)
-        except (ValueError, TypeError, KeyError) as error:
+            return number, json.loads(content[start : ends[line]].tobytes())
+        except ValueError as error:
             raise self._damaged(number) from error
 
     def __reduce__(self) -> tuple:

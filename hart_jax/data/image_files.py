@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from hart_jax.config.scales import Scale, shape_of
 from hart_jax.data import png
 from hart_jax.errors import UserError
 
@@ -56,36 +57,55 @@ def shown_size(data: bytes) -> tuple[int, int]:
         return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
-def square_image(data: bytes, size: int) -> np.ndarray:
-    """Decodes an image file to uint8 (size, size, 3): the centre square of its short side, resized with antialiasing.
+def known_size(data: bytes) -> tuple[int, int] | None:
+    """As `shown_size`; None of what is no image."""
+    try:
+        return shown_size(data)
+    except UserError:
+        return None
 
-    A side that is a multiple of `size` is averaged over whole blocks; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its
-    size, where that is whole and still at least twice `size`: much faster, and within a grey level on average.
+
+def cropped_image(data: bytes, size: Scale) -> np.ndarray:
+    """Decodes an image file to uint8 (H, W, 3): the largest part of the ratio H:W around its centre, resized with
+    antialiasing; `size` is (H, W), or the side of a square.
+
+    Sides that are the same multiple of H and of W are averaged over whole blocks; a JPEG is then decoded at 1/2, 1/4 or
+    1/8 of its size, where that is whole and still at least twice as large: much faster, and within a grey level on
+    average.
 
     Raises:
       UserError: as `rgb_image`.
     """
+    height, width = shape_of(size)
     with _opened(data) as (file, orientation):
-        width, height = file.size
-        side = min(width, height)
+        sideways = orientation in _SIDEWAYS
+        shown = file.size[::-1] if sideways else file.size
+        part = _largest_part(*shown, width, height)
+        factor = part[0] // width if part[0] * height == part[1] * width and part[0] % width == 0 else 0
+        corner = [(whole - cut) // 2 for whole, cut in zip(shown, part, strict=True)]
         for scale in _DRAFT_SCALES:
-            aligned = not ((width - side) // 2 % scale or (height - side) // 2 % scale)
-            # Of an image that is mirrored, the far edges must be whole, too.
-            whole = orientation == _UPRIGHT or not (width % scale or height % scale)
-            if side % (2 * scale * size) == 0 and aligned and whole:
-                file.draft(None, (width // scale, height // scale))
+            aligned = not any(place % scale for place in corner)
+            # Of an image that is turned, the far edges must be whole, too.
+            whole = orientation == _UPRIGHT or not any(side % scale for side in shown)
+            if factor and factor % (2 * scale) == 0 and aligned and whole:
+                file.draft(None, (file.width // scale, file.height // scale))
                 break
-        scale = round(width / file.width)
+        scale = round(shown[0] / (file.height if sideways else file.width))
         image = _turned(_rgb(file, data), orientation)
-    if orientation in _SIDEWAYS:
-        width, height = height, width
-    left, top, side = (width - side) // 2 // scale, (height - side) // 2 // scale, side // scale
-    box = (left, top, left + side, top + side)
-    if side % size == 0:
-        square = image.reduce(side // size, box) if side > size else image.crop(box)
+    left, top, wide, high = (side // scale for side in (*corner, *part))
+    box = (left, top, left + wide, top + high)
+    if factor:
+        cut = image.reduce(factor // scale, box) if factor > 1 else image.crop(box)
     else:
-        square = image.resize((size, size), Image.Resampling.LANCZOS, box)
-    return np.asarray(square, dtype=np.uint8)
+        cut = image.resize((width, height), Image.Resampling.LANCZOS, box)
+    return np.asarray(cut, dtype=np.uint8)
+
+
+def _largest_part(whole_width: int, whole_height: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of the largest part of an image that has the ratio of the others, in whole pixels."""
+    if whole_width * height >= whole_height * width:
+        return max(1, round(whole_height * width / height)), whole_height
+    return whole_width, max(1, round(whole_width * height / width))
 
 
 def is_plain(data: bytes) -> bool:

@@ -1,7 +1,5 @@
 """Batches from shards, with Grain: shuffled, resized, one caption each, resumable to the exact batch."""
 
-import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -9,9 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from hart_jax.config.scales import Scale, area_of, as_setting, shape_of
+from hart_jax.data.aspect_buckets import AspectBuckets, BucketOrder
 from hart_jax.data.bad_records import BadRecords
-from hart_jax.data.batches import Batches, ProcessRows
-from hart_jax.data.image_files import square_image
+from hart_jax.data.batches import Batches, BucketBatches, ProcessRows
+from hart_jax.data.image_files import cropped_image
 from hart_jax.data.shards import Folders, RecordSource, as_paths
 from hart_jax.errors import UserError
 from hart_jax.io.host_memory import GIB, available_bytes
@@ -34,21 +34,24 @@ _CHANNELS = 3
 
 
 class ImageSource:
-    """Random access to {image: uint8 (S, S, 3), captions, index, label} of shard folders.
+    """Random access to {image: uint8 (H, W, 3), captions, index, label} of shard folders.
 
-    With `cache`, each resized image is kept in memory (count x S x S x 3 bytes in all) and decoded only once.
+    All images have one size, or each that of its bucket. With `cache`, each resized image is kept in memory (H x W x 3
+    bytes) and decoded only once.
     """
 
-    def __init__(self, shards: Folders, image_size: int, *, cache: bool = False):
+    def __init__(
+        self, shards: Folders, image_size: Scale, *, buckets: AspectBuckets | None = None, cache: bool = False
+    ):
         self.records = RecordSource(shards)
-        self._size = image_size
         count = len(self.records)
+        self._buckets = buckets or AspectBuckets.of_one_size(image_size, count)
         self._known: list[dict[str, Any] | None] = [None] * count if cache else []
-        # Pages are only taken from the system when an image is written to them.
-        shape = (count if cache else 0, image_size, image_size, _CHANNELS)
         if cache:
-            _check_memory(shape)
-        self._images = np.empty(shape, np.uint8)
+            _check_memory(self._buckets)
+        # Pages are only taken from the system when an image is written to them.
+        shapes = [(number, *shape) for number, shape in zip(self._buckets.counts, self._buckets.shapes, strict=True)]
+        self._images = [np.empty((*shape, _CHANNELS), np.uint8) for shape in shapes] if cache else []
         self._cache = cache
 
     def __len__(self) -> int:
@@ -56,29 +59,32 @@ class ImageSource:
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         index = int(index)
+        bucket = self._buckets.of_record[index]
         known = self._known[index] if self._cache else None
         if known is not None:
-            image = self._images[index]
+            image = self._images[bucket][self._buckets.places[index]]
         else:
             record = self.records[index]
             known = _without_image(record)
             try:
-                image = square_image(record["image"], self._size)
+                image = cropped_image(record["image"], self._buckets.shapes[bucket])
             except UserError as error:
                 raise UserError(f"image {record['id']!r} of the shards: {error}") from error
             if self._cache:
-                self._images[index] = image
+                self._images[bucket][self._buckets.places[index]] = image
                 # Set last: another thread that sees this finds the image complete.
                 self._known[index] = known
         return {"image": image, **known, "index": np.int32(index)}
 
 
-def _check_memory(shape: tuple[int, int, int, int]) -> None:
-    needed, free = math.prod(shape), available_bytes()
+def _check_memory(buckets: AspectBuckets) -> None:
+    kept = list(zip(buckets.counts, buckets.shapes, strict=True))
+    needed, free = sum(count * area_of(shape) * _CHANNELS for count, shape in kept), available_bytes()
     if needed > free:
+        told = " and ".join(f"{count} images of {as_setting(shape)} px" for count, shape in kept)
         raise UserError(
-            f"data.cache=True keeps {shape[0]} images of {shape[1]} px, {needed / GIB:.1f} GiB, and this machine has "
-            f"{free / GIB:.1f} GiB left: set data.cache=False, and data.workers to as many as decode fast enough"
+            f"data.cache=True keeps {told}, {needed / GIB:.1f} GiB, and this machine has {free / GIB:.1f} GiB left: "
+            "set data.cache=False, and data.workers to as many as decode fast enough"
         )
 
 
@@ -110,32 +116,35 @@ def _without_image(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class ReplacingSource:
-    """Random access to a source's items, the next readable one instead of one that is not; `wanted` is the index asked.
+    """Random access to some of a source's items, by their places among `numbers`, the next readable one of them
+    instead of one that is not; `wanted` is the number of the one that was asked for.
 
     A place is so filled with the same image in every run and process.
     """
 
-    def __init__(self, source: ImageSource | TokenSource, attempts: int):
-        self._source, self._attempts = source, attempts
+    def __init__(self, source: ImageSource | TokenSource, numbers: Sequence[int] | np.ndarray, attempts: int):
+        self._source, self._numbers, self._attempts = source, numbers, attempts
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        count = len(self)
-        for number in range(int(index), int(index) + self._attempts):
+    def __getitem__(self, place: Any) -> dict[str, Any]:
+        numbers, count = self._numbers, len(self)
+        wanted = {"wanted": np.int32(numbers[int(place)])}
+        for number in range(int(place), int(place) + self._attempts):
             try:
-                return {**self._source[number % count], "wanted": np.int32(index)}
+                return {**self._source[numbers[number % count]], **wanted}
             except UserError:
                 continue
-        return {**self._source[(int(index) + self._attempts) % count], "wanted": np.int32(index)}
+        return {**self._source[numbers[(int(place) + self._attempts) % count]], **wanted}
 
 
 def make_loader(
     shards: Folders,
     *,
     weights: Sequence[float] = (),
-    image_size: int,
+    image_size: Scale,
+    buckets: AspectBuckets | None = None,
     batch_size: int,
     seed: int = 0,
     train: bool = True,
@@ -158,7 +167,9 @@ def make_loader(
       shards: folder, or folders, written by `hart_jax.data.shards`.
       weights: in training, the share of each folder in the batches; each then has epochs of its own. Without, all
         folders are shuffled together.
-      image_size: side S of the images.
+      image_size: height and width of the images, or the side of squares.
+      buckets: in training, those of the records: each batch then has images of one, at its size instead of
+        `image_size`. Which one is drawn from the seed, in proportion to the images.
       batch_size: B, of all processes together.
       seed: of order, captions and flips.
       train: as described above.
@@ -170,47 +181,62 @@ def make_loader(
       cache: keep the resized images in memory; without `workers` only.
       rows: in training, the n rows of each batch that this process has, ascending; None for all of them.
       workers: processes that decode; 0 decodes in threads.
-      epochs: passes over the images; None is without end for training, one otherwise.
+      epochs: passes over the images; None is without end for training, one otherwise. Buckets have no common ones.
       max_bad_records: in training, how many records may not decode; the next that does takes the place of each.
 
     Returns:
-      An iterator of dicts: `image` uint8 (n, S, S, 3), `index` int32 (n,), the image's place in the shards, `label`
+      An iterator of dicts: `image` uint8 (n, H, W, 3), `index` int32 (n,), the image's place in the shards, `label`
       int32 (n,), that of its category among the sorted ones, where the shards have labels, and what `text` gives,
-      stacked to (n, ...); n is B without `rows`.
+      stacked to (n, ...); n is B without `rows`. With `buckets` also `bucket`, the number of the batch's.
 
     Raises:
       UserError: a bad argument, shards that are missing or damaged, or, while reading, images that do not decode.
     """
     _check_arguments(image_size, batch_size, workers, cache, epochs)
+    if buckets and (not train or epochs is not None):
+        raise UserError("buckets are for training without end: each has epochs of its own")
     if flip and tokens is not None:
         raise UserError("flip=True needs images; tokens computed ahead are of images as they are (set data.flip=False)")
-    source: Any = TokenSource(shards, tokens) if tokens else ImageSource(shards, image_size, cache=cache)
+    source: Any = (
+        TokenSource(shards, tokens) if tokens else ImageSource(shards, image_size, buckets=buckets, cache=cache)
+    )
     records = source.records
     if train and len(source) < batch_size:
-        folders = ", ".join(map(str, as_paths(shards)))
-        raise UserError(f"batch_size {batch_size} is more than the {len(source)} images in {folders}")
-    ranges = list(itertools.pairwise(records.folder_starts))
-    if weights and (len(weights) != len(ranges) or min(weights) <= 0):
-        raise UserError(f"weights {tuple(weights)} must be above 0, one for each of the {len(ranges)} folders")
-    if train and max_bad_records:
-        source = ReplacingSource(source, max_bad_records)
-    items = grain.MapDataset.source(source)
-    if train and weights:
-        parts = [items[start:stop].seed(seed + number).shuffle() for number, (start, stop) in enumerate(ranges)]
-        items = grain.MapDataset.mix(parts, weights)
-    elif train:
-        items = items.seed(seed).shuffle()
-    # This takes all; Grain derives a step's seed from the number of steps before it, which must stay.
-    items = items[:]
-    if train or epochs is not None:
-        items = items.repeat(epochs)
-    views = items.random_map(_RandomView(flip)) if train else items.map(_plain_view)
-    examples = views.map(_AddText(text))
-    if train:
-        rows = range(batch_size) if rows is None else rows
-        examples, batch_size = ProcessRows(examples, batch_size, rows), len(rows)
-    batches = examples.batch(batch_size, drop_remainder=train)
+        named = ", ".join(map(str, as_paths(shards)))
+        raise UserError(f"batch_size {batch_size} is more than the {len(source)} images in {named}")
+    folders = len(records.folder_starts) - 1
+    if weights and (len(weights) != folders or min(weights) <= 0):
+        raise UserError(f"weights {tuple(weights)} must be above 0, one for each of the {folders} folders")
+    if not train:
+        # A slice takes all; Grain derives a step's seed from the number of steps before it, which must stay.
+        items = grain.MapDataset.source(source)[:]
+        views = (items.repeat(epochs) if epochs is not None else items).map(_plain_view)
+        examples = views.map(_AddText(text)).batch(batch_size, drop_remainder=False)
+        return Batches(examples, workers, records.name_of, max_bad_records)
+    rows = range(batch_size) if rows is None else rows
+    given = buckets or AspectBuckets.of_one_size(image_size, len(source))
+    given.check_full(batch_size)
+    shares = given.shares(records.folder_starts, weights)
+    parts = []
+    for bucket, numbers in enumerate(given.records):
+        items = grain.MapDataset.source(ReplacingSource(source, numbers, max_bad_records))
+        if weights:
+            ends = np.searchsorted(numbers, records.folder_starts)
+            items = _mixed(items, ends, shares[bucket], seed + bucket * folders)
+        else:
+            items = items.seed((seed + bucket) % 2**32).shuffle()
+        views = items[:].repeat(epochs).random_map(_RandomView(flip))
+        parts.append(ProcessRows(views.map(_AddText(text)), batch_size, rows).batch(len(rows), drop_remainder=True))
+    order = BucketOrder(seed, tuple(shares.sum(axis=1).tolist()))
+    batches = BucketBatches(parts, order) if buckets else parts[0]
     return Batches(batches, workers, records.name_of, max_bad_records)
+
+
+def _mixed(items: grain.MapDataset, ends: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Items of several folders, between `ends`, each shuffled for itself; folders without any are left out."""
+    there = [number for number in range(len(weights)) if ends[number] < ends[number + 1]]
+    parts = [items[ends[number] : ends[number + 1]].seed((seed + number) % 2**32).shuffle() for number in there]
+    return grain.MapDataset.mix(parts, [weights[number] for number in there])
 
 
 def load_captions(shards: Folders, max_bad_records: int = 0) -> list[str]:
@@ -273,8 +299,8 @@ class _AddText:
         return {**view, **self._text(caption)}
 
 
-def _check_arguments(image_size: int, batch_size: int, workers: int, cache: bool, epochs: int | None) -> None:
-    if image_size < 1 or batch_size < 1:
+def _check_arguments(image_size: Scale, batch_size: int, workers: int, cache: bool, epochs: int | None) -> None:
+    if min(shape_of(image_size)) < 1 or batch_size < 1:
         raise UserError(f"image_size {image_size} and batch_size {batch_size} must be at least 1")
     if workers < 0 or (workers and cache):
         raise UserError(f"workers {workers} must be 0 with cache=True (each would keep its own) and never negative")

@@ -6,7 +6,8 @@
 copies a shard folder and adds to each record
 
     tokens    of its image as it is, not mirrored: `indices` uint16 (of more than 65,536 codes uint32), `f_rest` and
-              `ar_input` float16; None for an image that does not decode
+              `ar_input` float16; None for an image that does not decode. With `--buckets=1:1,2:3,3:2` of an image
+              of its bucket's size, as `data.buckets` has it
     texts     of each of its captions: `text` float16 and `mask` int32
 
 Training with `precompute_tokens` and `precompute_text` takes them from there; with another tokenizer or text encoder it
@@ -15,7 +16,7 @@ does not change; a damaged one stays damaged.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 from hart_jax.config import TokenizerConfig
+from hart_jax.config.buckets import bucket_shapes
+from hart_jax.config.sizes import at_shape
 from hart_jax.data import text_cache, token_cache
+from hart_jax.data.aspect_buckets import nearest_shape
 from hart_jax.data.bad_records import BadRecords
-from hart_jax.data.image_files import square_image
+from hart_jax.data.image_files import cropped_image, known_size
 from hart_jax.data.precomputed import TEXTS, TOKENS, describe_texts, describe_tokens, pack
+from hart_jax.data.record_sizes import UNKNOWN
 from hart_jax.data.shards import (
     RecordSource,
     begin,
@@ -51,32 +56,45 @@ _DAMAGED = b"\xc1"
 
 
 class AddTokens:
-    """Adds `tokens` to records; `about` is what the shards say of them."""
+    """Adds `tokens` to records, of images in `buckets` (ratios; without: all of the tokenizer's size); `about` is what
+    the shards say of them."""
 
     field = TOKENS
 
-    def __init__(self, config: TokenizerConfig, params: Any):
-        self.about = describe_tokens(config, params)
-        self._size, self._tokens_of = config.image_size, token_cache.TokenMaker(config, params)
+    def __init__(self, config: TokenizerConfig, params: Any, buckets: Sequence[str] = ()):
+        self.about = describe_tokens(config, params, buckets)
+        self._shapes = bucket_shapes(buckets, config) or (config.image_shape,)
+        configs = [at_shape(config, shape, config.downsampling) for shape in self._shapes]
+        self._tokens_of = [token_cache.TokenMaker(each, params) for each in configs]
+        self.batches = len(configs)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[int]:
-        """Returns which of at most `token_cache.BATCH` images do not decode."""
-        images, bad = np.zeros((len(records), self._size, self._size, 3), np.uint8), []
-        for row, record in enumerate(records):
-            try:
-                images[row] = square_image(record["image"], self._size)
-            except UserError:
-                bad.append(row)
-        rows = _rows(self._tokens_of(images))
-        for row, record in enumerate(records):
-            record[TOKENS] = None if row in bad else pack(rows[row])
-        return bad
+        """Returns which images do not decode."""
+        sizes = [(known_size(record["image"]) or UNKNOWN)[::-1] for record in records]
+        bucket_of = nearest_shape(np.array(sizes), self._shapes)
+        bad = []
+        for bucket, (shape, tokens_of) in enumerate(zip(self._shapes, self._tokens_of, strict=True)):
+            there = np.flatnonzero(bucket_of == bucket).tolist()
+            for start in range(0, len(there), token_cache.BATCH):
+                chosen = there[start : start + token_cache.BATCH]
+                images = np.zeros((len(chosen), *shape, 3), np.uint8)
+                undecoded = []
+                for row, number in enumerate(chosen):
+                    try:
+                        images[row] = cropped_image(records[number]["image"], shape)
+                    except UserError:
+                        undecoded.append(number)
+                rows = _rows(tokens_of(images))
+                for row, number in enumerate(chosen):
+                    records[number][TOKENS] = None if number in undecoded else pack(rows[row])
+                bad += undecoded
+        return sorted(bad)
 
 
 class AddTexts:
     """Adds `texts` to records; `about` is what the shards say of them."""
 
-    field = TEXTS
+    field, batches = TEXTS, 1
 
     def __init__(
         self, encoder_folder: str | Path, positions: int, system_prompt: str | Path | None = None, dtype: str = "auto"
@@ -145,8 +163,10 @@ def _precompute(
 def _with_fields(
     source: RecordSource, numbers: range, fields: list[AddTokens | AddTexts], bad: BadRecords, progress: tqdm
 ) -> Iterator[bytes]:
-    for start in range(0, len(numbers), token_cache.BATCH):
-        chunk = numbers[start : start + token_cache.BATCH]
+    # So many that each bucket has about a batch.
+    at_once = token_cache.BATCH * max(field.batches for field in fields)
+    for start in range(0, len(numbers), at_once):
+        chunk = numbers[start : start + at_once]
         records = {}
         for number in chunk:
             try:
@@ -175,6 +195,7 @@ def main() -> None:
     parser.add_argument("--shards", required=True, help="folder of hart_jax.data.shards")
     parser.add_argument("--out", required=True, help="folder for the new shards; new, empty or unfinished")
     parser.add_argument("--tokenizer", help="workdir or model folder of a tokenizer, for tokens")
+    parser.add_argument("--buckets", default="", help="ratios as data.buckets has them, as 1:1,2:3,3:2")
     parser.add_argument("--text_encoder", help="folder of a text encoder, for text embeddings")
     parser.add_argument(
         "--context_tokens", type=int, help="positions of the text embeddings, as the transformer has them"
@@ -192,9 +213,14 @@ def main() -> None:
         raise UserError("give --tokenizer, --text_encoder, or both: there is nothing to add otherwise")
     if args.text_encoder and not (args.context_tokens and args.context_tokens > 0):
         raise UserError("--text_encoder needs --context_tokens, at least 1: transformer.context_tokens of the training")
+    if args.buckets and not args.tokenizer:
+        raise UserError("--buckets are of tokens: give --tokenizer, too")
     fields: list[AddTokens | AddTexts] = []
     if args.tokenizer:
-        fields.append(AddTokens(*find_tokenizer(args.tokenizer)))
+        buckets = tuple(filter(None, args.buckets.split(",")))
+        config, params = find_tokenizer(args.tokenizer)
+        bucket_shapes(buckets, config, "--buckets")
+        fields.append(AddTokens(config, params, buckets))
     if args.text_encoder:
         fields.append(AddTexts(args.text_encoder, args.context_tokens, args.system_prompt, args.text_dtype))
     count = precompute(args.shards, args.out, fields, args.max_bad_records)

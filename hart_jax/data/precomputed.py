@@ -1,7 +1,7 @@
 """Tokens and text embeddings inside the records of shards, where `hart_jax.data.precompute` has put them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,15 @@ def describe_indices(vocab_size: int) -> dict[str, str]:
     return {} if kind is np.uint16 else {"indices": np.dtype(kind).name}
 
 
-def describe_tokens(config: TokenizerConfig, params: Any) -> dict[str, Any]:
-    """What shards say of tokens by this tokenizer."""
+def describe_tokens(config: TokenizerConfig, params: Any, buckets: Sequence[str] = ()) -> dict[str, Any]:
+    """What shards say of tokens by this tokenizer, of images in these buckets."""
     weights = map(np.asarray, jax.tree.leaves(params))
-    return {"tokenizer": sha256(json.dumps(config.to_dict()), *weights), **describe_indices(config.vocab_size)}
+    of_buckets = {"buckets": list(buckets)} if buckets else {}
+    return {
+        "tokenizer": sha256(json.dumps(config.to_dict()), *weights),
+        **describe_indices(config.vocab_size),
+        **of_buckets,
+    }
 
 
 def describe_texts(
@@ -108,7 +113,7 @@ def unpack(packed: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 class PrecomputedTokens:
-    """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}, from its record.
+    """image number -> {"indices": (L,) int32, "f_rest": (P, C), "ar_input": (L-1, C) float16}, from its record.
 
     Raises:
       UserError: when asked for an image that did not decode, or a damaged record.

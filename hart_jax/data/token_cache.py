@@ -1,6 +1,7 @@
 """Tokens of all training images, computed once and kept on disk: the tokenizer then costs a training step nothing."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from hart_jax.config import TokenizerConfig
+from hart_jax.config.sizes import at_shape
+from hart_jax.data.aspect_buckets import AspectBuckets
 from hart_jax.data.bad_records import BadRecords
 from hart_jax.data.disk_cache import fitting, new_cache, open_cache, read_column
-from hart_jax.data.pipeline import ImageSource
+from hart_jax.data.pipeline import ImageSource, TokenFunction
 from hart_jax.data.precomputed import describe_indices, index_type
 from hart_jax.data.shards import Folders, as_paths, checksums
 from hart_jax.errors import UserError
@@ -28,7 +31,7 @@ FIELDS = ("indices", "f_rest", "ar_input")
 
 
 class TokenMaker:
-    """Images (n, S, S, 3) uint8, n <= BATCH, -> the `FIELDS` of their tokens as they are kept, with n rows each.
+    """Images (n, H, W, 3) uint8, n <= BATCH, -> the `FIELDS` of their tokens as they are kept, with n rows each.
 
     Raises:
       UserError: from a call, if a value does not fit its type.
@@ -59,7 +62,7 @@ class TokenMaker:
 
 
 class TokenCache:
-    """image number -> {"indices": (L,) int32, "f_rest": (P*P, C), "ar_input": (L-1, C) float16}.
+    """image number -> {"indices": (L,) int32, "f_rest": (P, C), "ar_input": (L-1, C) float16}; P, L as in `Tokens`.
 
     Raises:
       FileNotFoundError: the folder has none.
@@ -84,38 +87,67 @@ class TokenCache:
         return TokenCache, (self._folder,)
 
 
+class BucketTokens:
+    """As `TokenCache`, of images in buckets, each of which has a cache of its own in the order of its images."""
+
+    def __init__(self, caches: Sequence[TokenCache], buckets: AspectBuckets):
+        self._caches, self._buckets = tuple(caches), buckets
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        return self._caches[self._buckets.of_record[index]](int(self._buckets.places[index]))
+
+
 def cache_tokens(
-    config: TokenizerConfig, params, shards: Folders, folder: Path, max_bad_records: int = 0
-) -> TokenCache:
+    config: TokenizerConfig,
+    params,
+    shards: Folders,
+    folder: Path,
+    max_bad_records: int = 0,
+    buckets: AspectBuckets | None = None,
+) -> TokenFunction:
     """The cache of shard folders' images under this tokenizer in `folder`, computed unless it is complete already.
 
-    Images are not mirrored. Interrupted work is done again, and a damaged cache, with a warning. That of another
-    tokenizer or of other shards has another name.
+    Images are not mirrored; with `buckets`, each has the size of its bucket, and tokens of this size. Interrupted work
+    is done again, and a damaged cache, with a warning. That of another tokenizer, of other shards or of other buckets
+    has another name.
 
     Raises:
       UserError: naming some, if more than `max_bad_records` images do not decode; fewer are left out with a warning. Or
         the disk is full; nothing is left then.
     """
-    source = ImageSource(shards, config.image_size)
-    known = [checksums(path).decode() for path in as_paths(shards)]
-    about = json.dumps([config.to_dict(), *known, *describe_indices(config.vocab_size).values()])
-    folder = folder / sha256(about, *map(np.asarray, jax.tree.leaves(params)))[:16]
-    cache = open_cache(folder, TokenCache, "tokens")
-    if cache is not None:
-        return cache
-    tokens_of = TokenMaker(config, params)
-    count = len(source)
+    source = ImageSource(shards, config.image_size, buckets=buckets)
     bad = BadRecords(source.records.name_of, max_bad_records, "it gets no tokens")
+    known = [checksums(path).decode() for path in as_paths(shards)]
+
+    def cached(config: TokenizerConfig, numbers: np.ndarray, *among: np.ndarray) -> TokenCache:
+        about = json.dumps([config.to_dict(), *known, *describe_indices(config.vocab_size).values()])
+        own = folder / sha256(about, *map(np.asarray, jax.tree.leaves(params)), *among)[:16]
+        cache = open_cache(own, TokenCache, "tokens")
+        return _filled(config, params, source, numbers, own, bad) if cache is None else cache
+
+    if buckets is None:
+        return cached(config, np.arange(len(source)))
+    configs = [at_shape(config, shape, config.downsampling) for shape in buckets.shapes]
+    return BucketTokens(list(map(cached, configs, buckets.records, buckets.records)), buckets)
+
+
+def _filled(
+    config: TokenizerConfig, params, source: ImageSource, numbers: np.ndarray, folder: Path, bad: BadRecords
+) -> TokenCache:
+    """The new cache, in `folder`, of these images of a source."""
+    tokens_of, count = TokenMaker(config, params), len(numbers)
+    without = []
     with new_cache(folder, count) as (new, write), tqdm(total=count, desc="tokens", mininterval=5) as bar:
         for start in range(0, count, BATCH):
-            numbers = range(start, min(start + BATCH, count))
-            images = np.zeros((len(numbers), config.image_size, config.image_size, 3), np.uint8)
-            for row, number in enumerate(numbers):
+            places = range(start, min(start + BATCH, count))
+            images = np.zeros((len(places), *config.image_shape, 3), np.uint8)
+            for row, place in enumerate(places):
                 try:
-                    images[row] = source[number]["image"]
+                    images[row] = source[numbers[place]]["image"]
                 except UserError:
-                    bad.add(number)
+                    bad.add(int(numbers[place]))
+                    without.append(place)
             write(**tokens_of(images))
-            bar.update(len(numbers))
-        (new / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": bad.numbers}))
+            bar.update(len(places))
+        (new / COMPLETE_FILE).write_text(json.dumps({"images": count, "bad": without}))
     return TokenCache(folder)

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hart_jax.config import MeshConfig
+from hart_jax.config.scales import Scale
 from hart_jax.errors import UserError
 from hart_jax.evaluation.images import ImageSet, decode
 from hart_jax.io.files import atomic_file
@@ -55,7 +56,7 @@ def row_program(name: str, function: Callable[[Any, jax.Array], Any], layout: Me
 
 def compute_features(
     image_set: ImageSet,
-    size: int,
+    size: Scale,
     compute: DataParallel,
     folder: Path | None,
     *,
@@ -91,7 +92,7 @@ def compute_features(
 
 
 def _compute(
-    image_set: ImageSet, share: range, size: int, compute: DataParallel, batch_size: int, bar: tqdm
+    image_set: ImageSet, share: range, size: Scale, compute: DataParallel, batch_size: int, bar: tqdm
 ) -> Columns:
     batches = [
         range(start, min(start + batch_size, share.stop)) for start in range(share.start, share.stop, batch_size)
@@ -104,12 +105,12 @@ def _compute(
     return {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
 
 
-def _example(image_set: ImageSet, size: int, compute: DataParallel) -> Columns:
+def _example(image_set: ImageSet, size: Scale, compute: DataParallel) -> Columns:
     (images,) = _decoded(image_set, [range(1)], size)
     return compute(np.repeat(images, compute.shards, axis=0))
 
 
-def _decoded(image_set: ImageSet, batches: Sequence[range], size: int) -> Iterator[np.ndarray]:
+def _decoded(image_set: ImageSet, batches: Sequence[range], size: Scale) -> Iterator[np.ndarray]:
     """The images of each batch, the next one's on their way."""
     first = decode(image_set.read(0), size, image_set.infos[0].name)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from hart_jax.config.scales import Scale
 from hart_jax.errors import UserError
 from hart_jax.evaluation.concept_retrieval.blurred_copies import blurred_copies
 from hart_jax.evaluation.feature_cache import DataParallel, FeatureRows, compute_features
@@ -30,7 +31,7 @@ class FeatureExtractor:
     """
 
     network: FeatureNetwork
-    size: int
+    size: Scale
     batch_size: int
 
     def function(self, *, blurred: bool) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
@@ -82,7 +83,7 @@ def load_evaluators(
     efficientnet: str | None,
     clip: str | None,
     *,
-    size: int,
+    size: Scale,
     batch_size: int,
     resize: Resize = "pytorch-fid",
 ) -> Evaluators:

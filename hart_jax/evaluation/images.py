@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from hart_jax.checkpoints.class_names import DATASET_FILE
-from hart_jax.data.image_files import rgb_image, square_image
+from hart_jax.config.scales import Scale
+from hart_jax.data.image_files import cropped_image, rgb_image
 from hart_jax.data.mjhq import CAPTION_FILE, IMAGE_SUFFIXES, Example, read_folder
 from hart_jax.data.shards import RecordSource, checksums
 from hart_jax.errors import UserError
@@ -183,14 +184,14 @@ def random_subset(count: int, wanted: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(count)[:wanted])
 
 
-def decode(data: bytes, size: int, name: str) -> np.ndarray:
-    """uint8 (H, W, 3): the centre square at `size` px, or with 0 the whole image as it is; transparency is white.
+def decode(data: bytes, size: Scale, name: str) -> np.ndarray:
+    """uint8 (H, W, 3): `cropped_image` at `size` px, or with 0 the whole image as it is; transparency is white.
 
     Raises:
       UserError: it does not decode; the message names the image.
     """
     try:
-        return square_image(data, size) if size else np.asarray(rgb_image(data), np.uint8)
+        return cropped_image(data, size) if size else np.asarray(rgb_image(data), np.uint8)
     except UserError as error:
         problem = str(error).removeprefix("image ")
         raise UserError(f"image {name}: {problem}; fix it or take it out") from error

@@ -56,7 +56,7 @@ def columns_of(
     for mode, continuous in MODES.items():
         output = tokenizer.apply(variables, image, continuous=continuous, method="reconstruct")
         columns[f"{mode} psnr"] = psnr(output, image)
-        if image.shape[1] >= SIDE:
+        if min(image.shape[1:3]) >= SIDE:
             columns[f"{mode} ssim"] = ssim(output, image)
         if params["lpips"] is not None:
             columns[f"{mode} lpips"] = lpips(params["lpips"], output, image)
@@ -105,7 +105,7 @@ def score_reconstructions(
     def everywhere(name: str) -> np.ndarray:
         return gather_rows(rows.columns[name], rows.places_N)
 
-    usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.patch_nums)
+    usage = Usage.empty(len(config.patch_nums), config.vocab_size).add(everywhere("tokens"), config.sizes)
     result: dict[str, Any] = {"pictures": len(image_set.infos), "reference_digest": image_set.digest, "modes": {}}
     originals = [one.extract(image_set, "real images") for one in extractors]
     rebuilt: list[FeatureSet] = []  # of each mode, by the first network

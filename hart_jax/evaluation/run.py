@@ -12,7 +12,8 @@ from hart_jax.checkpoints.class_names import CLASSES, class_names, normalized
 from hart_jax.checkpoints.load import check_model, load_model
 from hart_jax.checkpoints.model_folder import Model
 from hart_jax.checkpoints.workdir import load_tokenizer
-from hart_jax.config import Experiment, HartExperiment
+from hart_jax.config import Experiment, HartExperiment, Scale
+from hart_jax.config.scale_lists import list_text
 from hart_jax.errors import UserError
 from hart_jax.evaluation import report
 from hart_jax.evaluation.features import Evaluators, FeatureExtractor, load_evaluators
@@ -52,8 +53,9 @@ class Request:
     batch_size: int
     draw_batch_size: int
     out: Path
+    untrained_scales: bool = False
 
-    def evaluators(self, size: int) -> Evaluators:
+    def evaluators(self, size: Scale) -> Evaluators:
         return load_evaluators(*self.networks, size=size, batch_size=self.batch_size, resize=self.resize)
 
 
@@ -142,15 +144,17 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
     _check_enough(evaluators.extractors, real=len(reference.infos), sampled=len(places))
     model = load_model(request.checkpoint)
     check_model(model, experiment, request.checkpoint)
+    sample = experiment.sample.of_model(model.transformer_config, request.untrained_scales)
+    experiment = dataclasses.replace(experiment, sample=sample)
     classes = _classes(model, experiment, categories) if experiment.transformer.num_classes else ()
     requests = requests_of(infos, experiment, classes, request.seed)
     text = text_source(model, experiment, request.text_encoder, request.system_prompt)
-    identity = output.identity(model, experiment.sample, text)
+    identity = output.identity(model, sample, text)
     run = {
         "what": request.what,
         "checkpoint": request.checkpoint,
-        "smooth": experiment.sample.smooth,
-        "discrete_only": experiment.sample.discrete_only,
+        "smooth": sample.smooth,
+        "discrete_only": sample.discrete_only,
         **identity,
         "seed": request.seed,
         "count": len(places),
@@ -159,7 +163,14 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
         **_of(request, reference, evaluators),
     }
     _begin(request, run)
-    pipe = Pipeline(model, experiment.sample, *text, mesh=experiment.mesh, devices=jax.local_devices())
+    pipe = Pipeline(
+        model,
+        sample,
+        *text,
+        mesh=experiment.mesh,
+        devices=jax.local_devices(),
+        untrained_scales=request.untrained_scales,
+    )
     # The pipeline has its own copy.
     del model
     samples = sample_images(
@@ -173,8 +184,9 @@ def _generation(request: Request, reference: ImageSet) -> tuple[str, dict[str, A
         request.checkpoint,
     )
     name = request.checkpoint
-    name += ", smooth" if experiment.sample.smooth else ""
-    name += ", discrete only" if experiment.sample.discrete_only else ""
+    name += f", scales {list_text(sample.scales)}" if isinstance(sample.scales, tuple) and sample.scales else ""
+    name += ", smooth" if sample.smooth else ""
+    name += ", discrete only" if sample.discrete_only else ""
     return _scored(request, run, reference, samples, places, evaluators, size, name)
 
 
@@ -254,7 +266,7 @@ def _scored(
     fake: ImageSet,
     places: np.ndarray | None,
     evaluators: Evaluators,
-    size: int,
+    size: Scale,
     name: str,
 ) -> tuple[str, dict[str, Any]]:
     results = score_images(real, fake, places, evaluators, by=request.by, keep=request.out / "kept", seed=request.seed)

@@ -28,27 +28,32 @@ def to_uint8(image) -> np.ndarray:
     return np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
 
 
-def grid(images_BHWC: np.ndarray, columns: int, padding: int = 2, captions: Sequence[str] | None = None) -> np.ndarray:
-    """Arranges images row by row on white, each with its caption below, wrapped to the image's width.
+def grid(
+    images: Sequence[np.ndarray] | np.ndarray, columns: int, padding: int = 2, captions: Sequence[str] | None = None
+) -> np.ndarray:
+    """Arranges images row by row on white, each with its caption below.
+
+    All cells have the largest height and the largest width; smaller images lie in the middle of theirs.
 
     Args:
-      images_BHWC: uint8, [B, H, W, 3] with B at least 1.
+      images: uint8, at least one [H, W, 3]; heights and widths may differ.
       columns: images per row; the last row may be shorter.
-      padding: white pixels around and between the images.
-      captions: B texts; one longer than five lines is cut with an ellipsis.
+      padding: white pixels around and between the cells.
+      captions: a text for each, wrapped to the cell's width; one longer than five lines is cut with an ellipsis.
 
     Returns:
       uint8 [H', W', 3].
     """
-    images_BHWC = np.asarray(images_BHWC)
-    if images_BHWC.dtype != np.uint8 or images_BHWC.ndim != 4 or images_BHWC.shape[-1] != 3 or not len(images_BHWC):
-        raise ValueError(f"grid takes uint8 [B, H, W, 3] with B > 0, got {images_BHWC.dtype} {images_BHWC.shape}")
+    images = list(map(np.asarray, images))
+    if not images or any(one.dtype != np.uint8 or one.ndim != 3 or one.shape[-1] != 3 for one in images):
+        found = ", ".join(sorted({f"{one.dtype} {one.shape}" for one in images})) or "none"
+        raise ValueError(f"grid takes at least one image, uint8 [H, W, 3], got {found}")
     if columns < 1:
         raise ValueError(f"columns is {columns}; it must be at least 1")
-    if captions is not None and len(captions) != len(images_BHWC):
-        raise ValueError(f"{len(captions)} captions for {len(images_BHWC)} images")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} images")
 
-    count, height, width, _ = images_BHWC.shape
+    count, height, width = len(images), max(map(len, images)), max(one.shape[1] for one in images)
     columns = min(columns, count)
     rows = -(-count // columns)
     font = ImageFont.load_default(_CAPTION_SIZE)
@@ -63,8 +68,9 @@ def grid(images_BHWC: np.ndarray, columns: int, padding: int = 2, captions: Sequ
     top = padding
     for row in range(rows):
         for column, index in enumerate(range(row * columns, min((row + 1) * columns, count))):
-            left = padding + column * (width + padding)
-            canvas.paste(Image.fromarray(images_BHWC[index]), (left, top))
+            left, image = padding + column * (width + padding), images[index]
+            middle = left + (width - image.shape[1]) // 2, top + (height - len(image)) // 2
+            canvas.paste(Image.fromarray(image), middle)
             for number, line in enumerate(texts[index]):
                 draw.text((left, top + height + _CAPTION_MARGIN + number * line_height), line, fill="black", font=font)
         top += height + padding + caption_heights[row]

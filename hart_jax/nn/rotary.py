@@ -22,15 +22,18 @@ def context_angles(position: jax.Array, head_dim: int) -> jax.Array:
     return jnp.concatenate([angle, angle], axis=-1)
 
 
-def image_angles(index: jax.Array, side: int, last_side: int, offset: jax.Array, head_dim: int) -> jax.Array:
-    """Angles (..., K) of the tokens `index` (...) of the scale with this side.
+def image_angles(
+    index: jax.Array, shape: tuple[int, int], last_shape: tuple[int, int], offset: jax.Array, head_dim: int
+) -> jax.Array:
+    """Angles (..., K) of the tokens `index` (...) of a scale of this height and width.
 
     `offset` (broadcast to index) is the last context position; rows and columns count in tokens of the last scale.
     """
     frequencies = _frequencies(head_dim // 4, 4, head_dim)
     # A rounded quotient first, as the reference: at 1024 px the order shows in the last bit.
-    row = (index // side).astype(jnp.float32) / side * last_side + offset
-    col = (index % side).astype(jnp.float32) / side * last_side + offset
+    (height, width), (last_height, last_width) = shape, last_shape
+    row = (index // width).astype(jnp.float32) / height * last_height + offset
+    col = (index % width).astype(jnp.float32) / width * last_width + offset
     row, col = row[..., None] * frequencies, col[..., None] * frequencies
     return jnp.concatenate([row, row, col, col], axis=-1)
 

@@ -73,11 +73,11 @@ class Pass:
 
 def passes(config: TransformerConfig, masked_iterations: int = 1) -> list[Pass]:
     """The context, which predicts the first scale, then the other scales; the last in so many iterations."""
-    last = len(config.patch_nums) - 1
+    last = len(config.shapes) - 1
     sizes = [(CONTEXT, 0, config.context_tokens)]
-    for scale, side in enumerate(config.patch_nums[1:], 1):
-        parts = iteration_sizes(side * side, masked_iterations if scale == last else 1)
-        sizes += [(f"{side}x{side}", scale, tokens) for tokens in parts]
+    for scale, (height, width) in enumerate(config.shapes[1:], 1):
+        parts = iteration_sizes(height * width, masked_iterations if scale == last else 1)
+        sizes += [(f"{height}x{width}", scale, tokens) for tokens in parts]
     ends = list(itertools.accumulate(tokens for *_, tokens in sizes))
     return [Pass(*size, end, end == ends[-1]) for size, end in zip(sizes, ends, strict=True)]
 
@@ -120,7 +120,7 @@ def sampling_costs(
         costs.append(OpCost(TEXT, TEXT, batch * macs(of_text), read, largest=BFLOAT16 * batch * largest(of_text)))
     for one in passes(config, sample.masked_iterations):
         costs += _pass_costs(config, one, rows, count)
-        if one.scale == len(config.patch_nums) - 1 and not sample.discrete_only:
+        if one.scale == len(config.shapes) - 1 and not sample.discrete_only:
             costs += _residual_costs(config, one.tokens, rows, count)
     between = traced.quantizer_products(experiment.tokenizer, sample.smooth)
     held = FLOAT32 * batch * largest(between)
@@ -178,7 +178,7 @@ def full_cache_bytes(experiment: HartExperiment, batch: int, *, guided: bool = T
 def savings(experiment: HartExperiment, batch: int) -> dict[str, int]:
     """MACs, with guidance, that sampling can do without; the last three change the rounding, and exclude each other."""
     config, count = experiment.transformer, params(experiment)
-    rows, context, positions = 2 * batch, config.context_tokens, config.patch_nums[-1] ** 2
+    rows, context, positions = 2 * batch, config.context_tokens, config.sizes[-1]
 
     def of_context(tokens: int) -> int:
         """The context's pass of one row, without the logits."""

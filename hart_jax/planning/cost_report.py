@@ -2,6 +2,7 @@
 
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1
     python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --batch_size=1,8,32 --chips=h200,v5e
+    python -m hart_jax.planning.cost_report --config=configs/hart_0p7b_1024.py --size=768x1360
 
 Nothing is compiled: `hart_jax.planning.cost_model` counts what is traced. --config.text_encoder names the folder whose
 config.json says how large the text encoder is. docs/performance.md says how the published MACs come about.
@@ -16,6 +17,7 @@ from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.config import HartExperiment
+from hart_jax.config.sizes import image_shape_of, one_size, size_text
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.chips import CHIPS, Chip
 from hart_jax.planning.cost_model import (
@@ -32,6 +34,7 @@ from hart_jax.planning.cost_model import (
     sampling_costs,
     savings,
 )
+from hart_jax.planning.jobs import at_image_shape
 from hart_jax.text.program import EncoderConfig
 
 PART_COLUMNS = (
@@ -120,8 +123,8 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[
 def _title(experiment: HartExperiment, batch: int) -> str:
     config = experiment.transformer
     return (
-        f"{experiment.tokenizer.image_size} px, batch {batch}: {config.context_tokens} context positions and "
-        f"{config.num_tokens} tokens in {len(config.patch_nums)} scales"
+        f"{size_text(experiment.tokenizer.image_shape)} px, batch {batch}: {config.context_tokens} context positions "
+        f"and {config.num_tokens} tokens in {len(config.patch_nums)} scales"
     )
 
 
@@ -240,11 +243,17 @@ def main() -> None:
     # Here, because other commands have flags of these names and tests import them all.
     batch_size = flags.DEFINE_list("batch_size", ["1"], "Images sampled at a time; several sizes: a report for each.")
     chip_names = flags.DEFINE_list("chips", [], f"Prints the least time on these instead: some of {', '.join(CHIPS)}.")
+    size = flags.DEFINE_string("size", None, "Width x height of the images in pixels; else the model's own.")
+    aspect_ratio = flags.DEFINE_string("aspect_ratio", None, "Or their width to height, like 2:3.")
     as_json = flags.DEFINE_bool("json", False, "Prints one JSON object instead of tables.")
     hart_flags.parse()
     experiment = hart_flags.experiment()
     if not isinstance(experiment, HartExperiment):
         raise UserError("--config: this config trains a tokenizer; give one with a transformer")
+    experiment = experiment.sampled()
+    experiment = at_image_shape(
+        experiment, image_shape_of(one_size(size.value, aspect_ratio.value), experiment.tokenizer)
+    )
     batches, chips = _batch_sizes(batch_size.value), _chips(chip_names.value)
     text = None if experiment.transformer.num_classes else read_text_config(experiment.text_encoder)
     if as_json.value:

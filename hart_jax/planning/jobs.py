@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, boxed_transformer
-from hart_jax.config import HartExperiment
+from hart_jax.config import HartExperiment, Scale, Shape
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.nn.dtypes import cast_weights
@@ -25,7 +27,8 @@ from hart_jax.text.minilm_model import MiniLMConfig
 from hart_jax.text.program import EncoderConfig, encode_program, read_encoder_config
 from hart_jax.text.qwen2 import QWEN2_1P5B, Qwen2Config
 from hart_jax.text.qwen2_encoder import ROWS_PER_DEVICE
-from hart_jax.training.hart_functions import HartFunctions, hart_functions
+from hart_jax.training.buckets import shapes_of
+from hart_jax.training.hart_functions import HartFunctions, hart_functions, networks_at
 from hart_jax.training.token_subsampling import kept_counts
 
 
@@ -40,28 +43,66 @@ class Job:
     flops: StepFlops
 
 
+def at_image_shape(experiment: HartExperiment, shape: Shape, scales: Sequence[Scale] = ()) -> HartExperiment:
+    """The experiment with all images of this height and width in pixels, in this list of scales or in `patch_nums`."""
+    transformer, tokenizer = networks_at(experiment, shape, scales)
+    return dataclasses.replace(
+        experiment,
+        tokenizer=tokenizer,
+        transformer=dataclasses.replace(transformer, scale_lists=()),
+        data=dataclasses.replace(experiment.data, buckets=()),
+        sample=dataclasses.replace(experiment.sample, scales=()),
+    )
+
+
+# Height and width of the images in pixels, and the list of scales.
+Step = tuple[Shape, tuple[Scale, ...]]
+
+
+def training_steps(experiment: HartExperiment) -> dict[Step, tuple[int, ...]]:
+    """All that a training has steps of, with the numbers of last-scale tokens that it keeps: each is a program."""
+    shapes = shapes_of(experiment.data, experiment.tokenizer).values()
+    return {
+        (shape, scales): kept_counts(networks_at(experiment, shape, scales)[0].sizes[-1], experiment.loss)
+        for shape, scales in itertools.product(shapes, experiment.transformer.lists)
+    }
+
+
+def largest_step(experiment: HartExperiment) -> Step:
+    """The one with the most positions, where it keeps the most tokens."""
+
+    def positions(step: Step, counts: tuple[int, ...]) -> int:
+        return sum(networks_at(experiment, *step)[0].sizes[:-1]) + counts[-1]
+
+    steps = training_steps(experiment)
+    return max(steps, key=lambda step: positions(step, steps[step]))
+
+
 def training_job(experiment: HartExperiment, devices: list[Any], num_kept: int | None = None) -> Job:
-    """A training step that keeps so many last-scale tokens; None: the most that subsampling keeps."""
+    """A training step that keeps so many last-scale tokens, of images of the model's size; None: the most that
+    subsampling keeps."""
     train, config = experiment.train, experiment.transformer
     layout = _layout(experiment, train.batch_size, devices)
     program = hart_functions(experiment, layout)
-    side = experiment.tokenizer.image_size
     arguments = (
         _at(program.init.shapes(), program.shardings),
         _at(abstract_tokenizer(experiment.tokenizer), layout.replicated),
-        jax.ShapeDtypeStruct((train.batch_size, side, side, 3), jnp.uint8, sharding=layout.batch),
+        jax.ShapeDtypeStruct(
+            (train.batch_size, *experiment.tokenizer.image_shape, 3), jnp.uint8, sharding=layout.batch
+        ),
         _condition(experiment, train.batch_size, layout),
         _at(jax.eval_shape(lambda: jax.random.key(0)), layout.replicated),
     )
     if num_kept is None:
-        num_kept = kept_counts(config.patch_nums[-1] ** 2, experiment.loss)[-1]
+        num_kept = kept_counts(config.sizes[-1], experiment.loss)[-1]
     with layout.activate():
         traced = program.step.trace(*arguments, num_kept)
         return Job(traced, arguments, layout, train.batch_size, program.flops(traced, arguments, num_kept))
 
 
 def sampling_job(experiment: HartExperiment, devices: list[Any], batch_size: int = 0) -> Job:
-    """Sampling a batch of images as `sample.py` does, on its mesh."""
+    """Sampling a batch of images as `sample.py` does, on its mesh, in the scales of `sample.scales`."""
+    experiment = experiment.sampled()
     layout = sampling_layout(experiment, devices)
     parts = layout.batch_shards
     batch_size = batch_size or MOST_IMAGES * parts

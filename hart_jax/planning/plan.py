@@ -4,9 +4,11 @@
     python -m hart_jax.planning.plan --config=configs/hart_0p7b_1024.py --topology=4*v5e:16x16
     python -m hart_jax.planning.plan --config=configs/hart_0p7b_1024.py --topology=h200:8 --what=sample --batch_size=64
     python -m hart_jax.planning.plan --config=configs/hart_0p7b_512.py --topology=v6e:1x1 --what=sample --batch_size=fit
+    python -m hart_jax.planning.plan --config=configs/hart_0p7b_1024.py --topology=h200:1 --what=sample --size=768x1360
 
 Needs libtpu for TPUs or JAX's CUDA plug-in for GPUs ("h200:8"; "h200:4x8" is four hosts of eight), and no device.
 Settings change on the command line (--config.train.batch_size=2048 --config.mesh.fsdp=64 --config.train.remat=full).
+Training with data.buckets and transformer.scale_lists is planned for the largest step of them all.
 The exit code is 0 if it fits, 1 if not, 2 for wrong settings.
 """
 
@@ -23,17 +25,21 @@ from absl import flags
 
 from hart_jax import flags as hart_flags
 from hart_jax.config import HartExperiment
+from hart_jax.config.sizes import image_shape_of, one_size
 from hart_jax.errors import UserError, run_cli
 from hart_jax.parallel.chips import Chip
 from hart_jax.planning.hlo import Work, count_work
 from hart_jax.planning.jobs import (
     Job,
+    at_image_shape,
     bytes_of,
     encoding_job,
+    largest_step,
     read_text_config,
     sampling_job,
     sampling_layout,
     training_job,
+    training_steps,
 )
 from hart_jax.planning.plan_report import table
 from hart_jax.planning.plans import Plan
@@ -47,6 +53,12 @@ _TOPOLOGY = flags.DEFINE_string(
 _WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "A training step, or sampling a batch of images.")
 _BATCH_SIZE = flags.DEFINE_string(
     "batch_size", "0", "Images sampled at a time with --what=sample; 0: 8 for each copy of the model; fit: the most."
+)
+_SIZE = flags.DEFINE_string(
+    "size", None, "Width x height of the images in pixels with --what=sample, like 768x1360; else the model's own."
+)
+_ASPECT_RATIO = flags.DEFINE_string(
+    "aspect_ratio", None, "Or their width to height, like 2:3, at about the model's own number of pixels."
 )
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder_config", None, "config.json of the text encoder beside it; else the config's, or Qwen2 1.5B."
@@ -93,13 +105,16 @@ def plan(
 
     `batch_size` is that of sampling (see `sampling_job`); `num_kept` is a training step's (see `training_job`). `text`
     is the encoder (see `read_text_config`) of the sampler's prompts, or of the captions that training encodes on the
-    fly.
+    fly. With `data.buckets` and several lists of scales the step is that of `largest_step`.
     """
     found = read_topology(topology)
     devices, chip = found.devices, found.chip
     if found.slices > 1 and not experiment.mesh.slices:
         experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, slices=found.slices))
     training = what == "train"
+    steps = training_steps(experiment) if training else {}
+    if training:
+        experiment = at_image_shape(experiment, *largest_step(experiment))
     dtype = experiment.train.dtype if training else experiment.sample.dtype
     train = dataclasses.replace(experiment.train, dtype="bfloat16" if dtype == "auto" else dtype)
     experiment = dataclasses.replace(experiment, train=train)
@@ -113,6 +128,9 @@ def plan(
         "mesh": dict(job.layout.mesh.shape),
         "batch_size": job.batch_size,
         "image_size": experiment.tokenizer.image_size,
+        "buckets": len({shape for shape, _ in steps}),
+        "lists": len({scales for _, scales in steps}),
+        "programs": sum(map(len, steps.values())),
         "remat": experiment.train.remat,
         "memory": chip.memory,
         "flops": job.flops.hardware,
@@ -267,6 +285,12 @@ def main() -> None:
         raise UserError(f"--batch_size={wanted}: is of --what=sample; training has --config.train.batch_size")
     if wanted != "fit" and not re.fullmatch("[0-9]{1,9}", wanted):
         raise UserError(f"--batch_size={wanted}: give a number of images, 0, or fit")
+    size = one_size(_SIZE.value, _ASPECT_RATIO.value)
+    if size is not None and not sampling:
+        raise UserError(f"{size}: a size is of --what=sample; training has --config.data.buckets")
+    if size is not None:
+        experiment = experiment.sampled()
+        experiment = at_image_shape(experiment, image_shape_of(size, experiment.tokenizer))
     text = read_text_config(experiment, _TEXT_ENCODER.value)
     if text is None and experiment.text_encoder and not experiment.transformer.num_classes:
         print(f"{experiment.text_encoder}: not here, so that no text encoder is counted", file=sys.stderr)

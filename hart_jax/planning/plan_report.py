@@ -1,5 +1,7 @@
 """A plan for people, and which setting to change where it does not fit."""
 
+from hart_jax.config.scales import shape_of
+from hart_jax.config.sizes import size_text
 from hart_jax.parallel.chips import GiB
 from hart_jax.planning.plans import Plan
 
@@ -9,7 +11,8 @@ def table(plan: Plan) -> str:
     sizes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     unit = "step" if plan.what == "train" else "batch"
     kind = f"remat {plan.remat}" if plan.what == "train" else "sampling"
-    lines = [f"{plan.topology}: {plan.chips} chips, mesh {sizes}, global batch {plan.batch_size}, {kind}"]
+    pixels = f", {size_text(shape_of(plan.image_size))} px" if plan.image_size else ""
+    lines = [f"{plan.topology}: {plan.chips} chips, mesh {sizes}, global batch {plan.batch_size}, {kind}{pixels}"]
     amount = f"{plan.peak / GiB:.2f}" if plan.peak else "more than there is:"
     lines.append(
         f"memory per chip   {amount} of {plan.memory / GiB:.2f} GiB "
@@ -45,6 +48,8 @@ def table(plan: Plan) -> str:
                 f"each host         of {plan.hosts} gives at most {plan.host_images:.0f} images/s, "
                 f"{plan.host_bytes / 1e6:.0f} MB/s of pixels: {plan.host_cores:.1f} cores that decode JPEG of 1024 px"
             )
+    if plan.programs:
+        lines.append(f"a run compiles    {_programs(plan)}")
     lines.append(f"compiled in       {plan.compile_seconds:.0f} s")
     if not plan.fits:
         over = (
@@ -52,6 +57,13 @@ def table(plan: Plan) -> str:
         )
         lines.append(f"TOO BIG {over}: {advice(plan)}")
     return "\n".join(lines)
+
+
+def _programs(plan: Plan) -> str:
+    """How many programs of its step a training compiles."""
+    counts = {"buckets": plan.buckets, "lists of scales": plan.lists}
+    of = " and ".join(f"{count} {name}" for name, count in counts.items() if count > 1)
+    return f"at most {plan.programs} steps{of and f', of {of}'}; this is the largest"
 
 
 def _links(plan: Plan) -> str:

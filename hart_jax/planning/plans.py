@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from hart_jax.config.scales import Scale, area_of
+
 # Images a second that a core decodes and resizes for batches of this size, from JPEG files of 1024 px:
 # `python benchmarks/loader.py --only_ours --cores`, 2026-11-28. Another size takes the nearest larger one's.
 DECODED_BY_CORE = {256: 235.0, 512: 133.0, 1024: 94.0}
@@ -23,6 +25,10 @@ class Plan:
     fly, `text_states` are the next step's states, `text_temporaries` what encoding them needs, `text_flops` its FLOPs,
     and `text_seconds` its roofline; `arguments`, `temporaries`, `flops`, `device_flops`, `hbm_bytes`,
     `collective_bytes` and the other seconds are the step's, or the sampler's, alone.
+
+    `image_size` is in pixels, as settings write it. A training compiles at most so many `programs` of its step: of each
+    of its `buckets` (one without `data.buckets`) and `lists` of scales one for each number of last-scale tokens that it
+    keeps. Planned is the largest.
     """
 
     topology: str
@@ -56,7 +62,10 @@ class Plan:
     text_compute_seconds: float = 0.0
     text_seconds: float = 0.0
     hosts: int = 1
-    image_size: int = 0
+    image_size: Scale = 0
+    buckets: int = 0
+    lists: int = 0
+    programs: int = 0
 
     @property
     def step_seconds(self) -> float:
@@ -82,10 +91,11 @@ class Plan:
     @property
     def host_bytes(self) -> float:
         """Bytes a second of their pixels (uint8)."""
-        return self.host_images * self.image_size**2 * 3
+        return self.host_images * area_of(self.image_size) * 3
 
     @property
     def host_cores(self) -> float:
         """Cores of every host that decode as many from JPEG files of 1024 px."""
-        rate = DECODED_BY_CORE[min((size for size in DECODED_BY_CORE if size >= self.image_size), default=1024)]
+        pixels = area_of(self.image_size)
+        rate = DECODED_BY_CORE[min((side for side in DECODED_BY_CORE if area_of(side) >= pixels), default=1024)]
         return self.host_images / rate

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hart_jax.checkpoints.model_folder import abstract_tokenizer, abstract_transformer
-from hart_jax.config import TokenizerConfig, TransformerConfig
+from hart_jax.config import Shape, TokenizerConfig, TransformerConfig
 from hart_jax.nn.flop_counter import Product, products_of
 from hart_jax.text import minilm_model, qwen2
 from hart_jax.text.program import EncoderConfig, make_encode
@@ -140,30 +140,30 @@ def denoise_products(config: TransformerConfig, tokens: int, times: int) -> list
 def quantizer_products(config: TokenizerConfig, smooth: bool) -> list[Product]:
     """Between scales: phi(bicubic(code)), then area pooling, as products with whole matrices; `smooth` codes are sums
     over the codebook, also of the last scale."""
-    tokenizer, channels, last = Tokenizer(config), config.latent_channels, config.patch_nums[-1]
+    tokenizer, channels, last = Tokenizer(config), config.latent_channels, config.shapes[-1]
     products: list[Product] = []
-    for scale, following in enumerate(config.patch_nums[1:]):
+    for scale, following in enumerate(config.shapes[1:]):
 
-        def add(weights: Any, code: Any, f_hat: Any, scale: int = scale, following: int = following) -> Any:
+        def add(weights: Any, code: Any, f_hat: Any, scale: int = scale, following: Shape = following) -> Any:
             added = tokenizer.apply({"params": weights}, code, scale, method="contribution")
             return area(f_hat + added, following)
 
-        code, f_hat = _shape(1, config.patch_nums[scale] ** 2, channels), _shape(1, last, last, channels)
+        code, f_hat = _shape(1, config.sizes[scale], channels), _shape(1, *last, channels)
         products += _products(add, tokenizer_weights(config), code, f_hat)
-    for side in config.patch_nums if smooth else ():
-        products += _products(jnp.matmul, _shape(side * side, config.vocab_size), _shape(config.vocab_size, channels))
+    for size in config.sizes if smooth else ():
+        products += _products(jnp.matmul, _shape(size, config.vocab_size), _shape(config.vocab_size, channels))
     return products
 
 
 @functools.cache
 def decoder_products(config: TokenizerConfig) -> tuple[list[Product], list[Product]]:
     """Convolutions, and the products of attention."""
-    tokenizer, side = Tokenizer(config), config.patch_nums[-1]
+    tokenizer = Tokenizer(config)
 
     def decode(weights: Any, latent: Any) -> Any:
         return tokenizer.apply({"params": weights}, latent, method="decode")
 
-    products = _products(decode, tokenizer_weights(config), _shape(1, side, side, config.latent_channels))
+    products = _products(decode, tokenizer_weights(config), _shape(1, *config.shapes[-1], config.latent_channels))
     return [product for product in products if product.window], [product for product in products if not product.window]
 
 

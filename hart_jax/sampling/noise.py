@@ -66,7 +66,7 @@ class KeyedNoise:
 
 @flax.struct.dataclass
 class GivenNoise:
-    """Noise from arrays: `tokens` one (B, p*p, V) per scale, `start` (B, p*p, C), `steps` (S, B, p*p, C) or None."""
+    """Noise from arrays: `tokens` one (B, p*q, V) per scale, `start` (B, p*q, C), `steps` (S, B, p*q, C) or None."""
 
     tokens: tuple[jax.Array, ...]
     start: jax.Array | None = None

@@ -1,6 +1,7 @@
 """Images into a folder, each written once: what a run of `sample.py` keeps so that an interrupted one goes on.
 
-    00000-pictures.jsonl    what makes the run (first line), then name, prompt, seed and index of each of its images
+    00000-pictures.jsonl    what makes the run (first line), then name, prompt, seed and index of each of its images,
+                            and its size where that is not the model's own
     00000-a-red-apple.png   an image, whole as soon as it has its name
     00000-grid.png          of a run of 2 to 64 images, at its end
 
@@ -17,7 +18,7 @@ import re
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from hart_jax.checkpoints.model_folder import Model
+from hart_jax.config import Shape
+from hart_jax.config.sizes import size_text
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
 from hart_jax.io.files import check_can_write, remove_unfinished, write_text
@@ -138,7 +141,8 @@ def open_run(
 
 def _line(request: SampleRequest) -> dict[str, Any]:
     """As the record of a run has it."""
-    return {"wish": request.prompt, "seed": request.seed, "index": request.index}
+    size = {} if request.shape is None else {"size": size_text(request.shape)}
+    return {"wish": request.prompt, "seed": request.seed, "index": request.index, **size}
 
 
 def _output_run(out: Path, names: list[str], batch_size: int) -> OutputRun:
@@ -157,7 +161,7 @@ def _find(manifests: list[Path], requests: Sequence[SampleRequest], about: Mappi
         if (run["run"], [{**line, "file": ""} for line in lines]) == (wanted, [{"file": "", **p} for p in own]):
             return _output_run(manifest.parent, [line["file"] for line in lines], run["batch_size"])
     run, lines = _read(manifests[0])
-    changed = told(differences(run["run"], wanted)) or "it has other prompts, seeds or numbers of images"
+    changed = told(differences(run["run"], wanted)) or "it has other prompts, seeds, sizes or numbers of images"
     raise UserError(
         f"--resume: {manifests[0].parent} holds no run of this command; of the latest, {manifests[0].name}: "
         f"{changed}. Leave --resume out to add a new run, or give another --out"
@@ -174,6 +178,8 @@ def sample_to_folder(
 ) -> None:
     """Samples and writes the images that the run lacks, then its grid; shows its progress.
 
+    Images of one shape are sampled together, shape after shape, so that each has one program.
+
     A SIGINT or SIGTERM, to any process, lets the batch at work end, a second one does not. What is written is whole in
     any case.
 
@@ -184,17 +190,17 @@ def sample_to_folder(
     Raises:
       SystemExit: a signal ended the run early; the code is 128 plus its number.
     """
-    size, paths = output_run.batch_size, output_run.paths
+    paths = output_run.paths
     assert len(paths) == len(requests)
     names = {path.name for path in (*paths, output_run.grid) if path}
     remove_unfinished(paths[0].parent, names)
     whole, there = list(map(is_whole_png, paths)), [path.exists() for path in paths]
-    starts = [at for at in range(0, len(requests), size) if not all(whole[at : at + size])]
 
     def save(number: int, sample: Sample) -> int:
         if whole[number]:
             return 0
         own = {kind: str(sample.prompt), "index": str(sample.index), "seed": str(sample.seed)}
+        own["size"] = size_text(sample.image.shape[:2])
         # What a power cut tore is sampled again; what comes there meanwhile is not ours.
         save_png(paths[number], sample.image, {**own, **about}, overwrite=there[number])
         return 1
@@ -205,9 +211,8 @@ def sample_to_folder(
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=count, initial=done, unit="image", desc="sampling", disable=count == 1) as bar,
     ):
-        batches = (requests[start : start + size] for start in starts)
-        for start, batch in zip(starts, pipe.batches(batches, size), strict=True):
-            written = sum(pool.map(save, range(start, start + size), batch))
+        for numbers, batch in _sampled(pipe, requests, output_run.batch_size, whole):
+            written = sum(pool.map(save, numbers, batch))
             bar.update(written)
             done += written
             if stop.due() and done < count:
@@ -218,14 +223,25 @@ def sample_to_folder(
         print(f"{name}: stopped with {done} of {count} images; {again} goes on", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if output_run.grid is not None and not is_whole_png(output_run.grid):
-        images = np.stack([_decoded(path) for path in output_run.paths])
-        prompts = [one.prompt for one in requests]
-        tiles = grid(
-            images,
-            columns=min(_COLUMNS, count),
-            captions=list(map(str, prompts)),
-        )
+        images, prompts = list(map(_decoded, output_run.paths)), [one.prompt for one in requests]
+        tiles = grid(images, columns=min(_COLUMNS, count), captions=list(map(str, prompts)))
         save_png(output_run.grid, tiles, {f"{kind}s": json.dumps(prompts), **about}, overwrite=True)
+
+
+def _sampled(
+    pipe: Pipeline, requests: Sequence[SampleRequest], batch_size: int, whole: Sequence[bool]
+) -> Iterator[tuple[list[int], list[Sample]]]:
+    """Numbers and images of each batch that lacks one."""
+    by_shape: dict[Shape | None, list[int]] = {}
+    for number, request in enumerate(requests):
+        by_shape.setdefault(request.shape, []).append(number)
+    for numbers in by_shape.values():
+        # Beside other shapes, a few images do not fill up a batch.
+        at_once = batch_size if len(by_shape) == 1 else pipe.batch_size(len(numbers), batch_size)
+        batches = [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
+        lacking = [batch for batch in batches if not all(whole[number] for number in batch)]
+        images = pipe.batches(([requests[number] for number in batch] for batch in lacking), at_once)
+        yield from zip(lacking, images, strict=True)
 
 
 def _decoded(path: Path) -> np.ndarray:

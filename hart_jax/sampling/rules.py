@@ -1,8 +1,9 @@
 """Rules of sampling: which codes stay, how strong guidance is, what an iteration fills (SPEC.md section 3)."""
 
 import dataclasses
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hart_jax.config import FLOAT32_END, SampleConfig, TransformerConfig
+from hart_jax.config import FLOAT32_END, SampleConfig, Shape, TransformerConfig
 
 
 def keep_top(logits_V: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -82,33 +83,35 @@ class Rules:
     """What of sampling is a rule rather than a number: HART's, unless another is given.
 
     `guidance` gives t in (1 + t) cond - t uncond, and `iterations` in how many steps a scale's positions are filled, at
-    least 1, at most as many as there are; both are asked with (settings, scale, scales). `negative` is the condition
-    in place of nothing: text states (1, T, D) and mask (1, T) with the model's T, or a label (1,).
+    least 1, at most as many as there are; both are asked with (settings, scale, scales). Of a list that is not the
+    model's `patch_nums`, `guidance` is asked with the scale there that each one stands for: scales of one size are
+    guided alike. `negative` is the condition in place of nothing: text states (1, T, D) and mask (1, T) with the
+    model's T, or a label (1,).
     """
 
     guidance: Callable[[SampleConfig, int, int], float] = growing_guidance
     iterations: Callable[[SampleConfig, int, int], int] = iterations_of_the_last
     negative: Any = None
 
-    def guidance_of(self, settings: SampleConfig, scales: int) -> np.ndarray:
+    def guidance_of(self, settings: SampleConfig, config: TransformerConfig) -> np.ndarray:
         """t of each scale, float64; `ValueError` for what is no finite number."""
-        found = [self.guidance(settings, scale, scales) for scale in range(scales)]
+        found = [self.guidance(settings, level, config.num_levels) for level in config.each_level]
         for scale, t in enumerate(found):
             if np.ndim(t) or np.asarray(t).dtype.kind not in "iuf" or not abs(t) < FLOAT32_END:
                 raise ValueError(f"rules.guidance gives {t!r} for scale {scale}: give a finite number (float32)")
         return np.array(found, np.float64)
 
-    def iterations_of(self, settings: SampleConfig, sides: tuple[int, ...]) -> list[int]:
+    def iterations_of(self, settings: SampleConfig, shapes: Sequence[Shape]) -> list[int]:
         """Iterations of each scale; `ValueError` for what is no whole number, or more than there are positions."""
         found = []
-        for scale, side in enumerate(sides):
-            given = self.iterations(settings, scale, len(sides))
+        for scale, shape in enumerate(shapes):
+            given = self.iterations(settings, scale, len(shapes))
             try:
                 found.append(operator.index(given))
             except TypeError:
                 raise ValueError(f"rules.iterations gives {given!r} for scale {scale}: give a whole number") from None
-            if not 1 <= found[-1] <= side * side:
-                raise ValueError(f"rules.iterations gives {given} for a scale of {side} x {side} positions")
+            if not 1 <= found[-1] <= math.prod(shape):
+                raise ValueError(f"rules.iterations gives {given} for a scale of {shape[0]} x {shape[1]} positions")
         return found
 
     def check_negative(self, config: TransformerConfig) -> None:
@@ -153,9 +156,8 @@ class SampleNumbers:
 
     @classmethod
     def of(cls, settings: SampleConfig, rules: Rules, config: TransformerConfig) -> "SampleNumbers":
-        scales = len(config.patch_nums)
-        t_S = rules.guidance_of(settings, scales)
-        top_k = [settings.top_k if scale < settings.late_scale else settings.top_k_late for scale in range(scales)]
+        t_S = rules.guidance_of(settings, config)
+        top_k = [settings.top_k if level < settings.late_scale else settings.top_k_late for level in config.each_level]
         top_k_S = np.array([k or config.vocab_size for k in top_k], np.int32)
         return cls(
             np.stack([1 + t_S, t_S], axis=1).astype(np.float32),

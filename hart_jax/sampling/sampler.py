@@ -5,6 +5,7 @@ one compiled program; `hart_jax.sampling.layerwise` computes the same layer by l
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ Params = dict[str, Any]  # {"transformer": ..., "tokenizer": ...}
 
 @flax.struct.dataclass
 class Generated:
-    """Per scale, `indices` (B, p*p) and guided `logits` (B, p*p, V) before top-k and temperature; then the last latent
+    """Per scale, `indices` (B, p*q) and guided `logits` (B, p*q, V) before top-k and temperature; then the last latent
     `f_hat` (B, h, w, C) and `image` (B, H, W, 3) in [-1, 1]."""
 
     indices: tuple[jax.Array, ...]
@@ -79,10 +80,12 @@ class Sampling:
 
     def __init__(self, hart: Hart, tokenizer: Tokenizer, settings: SampleConfig, rules: Rules = HART_RULES):
         settings.check_fits(hart.config)
+        if settings.scales:
+            raise ValueError(f"scales={settings.scales}: a sampler's list is that of `hart.config` (see `of_list`)")
         self._hart, self._tokenizer, self._settings, self._rules = hart, tokenizer, settings, rules
-        self._config, self._sides = hart.config, hart.config.patch_nums
+        self._config, self._last = hart.config, len(hart.config.shapes) - 1
         self._numbers = SampleNumbers.of(settings, rules, hart.config)
-        self._iterations = rules.iterations_of(settings, self._sides)
+        self._iterations = rules.iterations_of(settings, hart.config.shapes)
         rules.check_negative(hart.config)
 
     def run(
@@ -94,18 +97,18 @@ class Sampling:
         numbers: SampleNumbers | None = None,
     ) -> Generated:
         """All scales and the decoder; `numbers` instead of those of the settings."""
-        sides, last = self._sides, len(self._sides) - 1
+        shapes, last = self._config.shapes, self._last
         numbers = numbers or self._numbers
         context, cond, uncond = self.context(params, condition)
         length = self._config.context_tokens + self._config.num_tokens - 1
         if self._iterations[last] == 1:
             # Nothing comes after the last scale that would see it.
-            length -= sides[-1] ** 2
+            length -= self._config.sizes[-1]
         hidden, cache = self._first(params, context, cond, uncond, length)
-        f_hat = jnp.zeros((len(cond[0]), sides[-1], sides[-1], self._config.latent_channels))
+        f_hat = jnp.zeros((len(cond[0]), *shapes[-1], self._config.latent_channels))
         index, code, guided = self.fill(params, hidden, context, noise, numbers, None, scale=0)
         indices, logits = [index], [guided] if keep_logits else []
-        for scale in range(1, len(sides)):
+        for scale in range(1, len(shapes)):
             f_hat = self.add(params, f_hat, code, scale=scale - 1)
             (index, code, guided), cache = self._scale(params, f_hat, context, cache, noise, numbers, scale)
             indices.append(index)
@@ -187,9 +190,9 @@ class Sampling:
         return self._apply(params, "blocks", x, cos_sin, pooled, cache=cache, **settings)
 
     def scale_input(self, params: Params, f_hat: jax.Array, context: Context, scale: int):
-        side = self._sides[scale]
-        latent = area(f_hat, side).reshape(len(f_hat), side * side, -1)
-        index_1l = jnp.arange(side * side)[None]
+        count = self._config.sizes[scale]
+        latent = area(f_hat, self._config.shapes[scale]).reshape(len(f_hat), count, -1)
+        index_1l = jnp.arange(count)[None]
         return self._apply(params, "scale_input", jnp.concatenate([latent, latent]), scale, index_1l, context)
 
     def choose(
@@ -206,7 +209,7 @@ class Sampling:
         the guided logits (B, l, V), of the positions `at` of a scale; None: all."""
         cond, uncond = jnp.split(self._apply(params, "logits", hidden, context), 2)
         guided = guide(cond, uncond, numbers.guidance_S2[scale])
-        shape = len(cond), self._sides[scale] ** 2, self._config.vocab_size
+        shape = len(cond), self._config.sizes[scale], self._config.vocab_size
         kept = guided / numbers.temperature
         if numbers.top_k_S is not None:
             kept = keep_largest(kept, numbers.top_k_S[scale])
@@ -216,7 +219,7 @@ class Sampling:
         code = self._tokenize(params, "lookup", index)
         if not self._settings.smooth:
             return index, code, code, guided
-        ratio = progress(scale, len(self._sides))
+        ratio = progress(self._config.level_of(scale), self._config.num_levels)
         tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
         noisy = kept * (1 + ratio) + _pick(noise.smooth(scale, shape), at_Bl)
         smooth = jax.nn.softmax(noisy / tau, axis=-1) @ params["tokenizer"]["quantizer"]["codebook"]
@@ -245,12 +248,12 @@ class Sampling:
         scale: int,
     ):
         """Indices, what they add to the latent (B, l, C) and guided logits of a scale, in its iterations; the cache."""
-        before, count = self._filled(scale - 1), self._sides[scale] ** 2
+        before, count = self._config.sizes[1:scale], self._config.sizes[scale]
         start, iterations = self._config.context_tokens + sum(before), self._iterations[scale]
         x_all, cos_sin_all = self.scale_input(params, f_hat, context, scale=scale)
         if iterations == 1:
             # Nothing comes after the last scale that would see it.
-            keep, seen = scale < len(self._sides) - 1, self._seen((*before, count), count)
+            keep, seen = scale < self._last, self._seen((*before, count), count)
             hidden, cache = self._blocks(
                 params, x_all, cos_sin_all, context.pooled, cache, start=start, keep=keep, seen=seen
             )
@@ -268,16 +271,11 @@ class Sampling:
             places.append(at_Bl)
         return self.scatter(params, places, parts), cache
 
-    def _filled(self, scale: int) -> tuple[int, ...]:
-        """Positions of scales 1, 2, ... up to this one."""
-        return tuple(side * side for side in self._sides[1 : scale + 1])
-
     def _seen(self, scale_sizes: tuple[int, ...], count: int) -> DenseMask | None:
         return self._hart.mask.of_last(self._config.context_tokens, scale_sizes, count)
 
     def order(self, params: Params, f_hat: jax.Array, noise: Noise, scale: int) -> jax.Array:
-        last = scale == len(self._sides) - 1
-        return noise.order((len(f_hat), self._sides[scale] ** 2), None if last else scale)
+        return noise.order((len(f_hat), self._config.sizes[scale]), None if scale == self._last else scale)
 
     def part(self, params: Params, order_Bl, x_all, cos_sin_all, begin: int, end: int):
         """The positions of an iteration, (B, l), and their inputs and rotations."""
@@ -297,9 +295,9 @@ class Sampling:
         """Indices, what they add to the latent, at the last scale with the residual, and guided logits of the positions
         `at` of a scale; None: all."""
         index, value, code, guided = self.choose(params, hidden, context, noise, numbers, at_Bl, scale)
-        if self._settings.discrete_only or scale < len(self._sides) - 1:
+        if self._settings.discrete_only or scale < self._last:
             return index, value, guided
-        shape = (len(index), self._sides[-1] ** 2, self._config.latent_channels)
+        shape = (len(index), self._config.sizes[-1], self._config.latent_channels)
         steps, channels = self._config.diffusion.sampling_steps, shape[-1]
         init_BlC = _pick(noise.init(shape), at_Bl)
         steps_SBlC = noise.step((steps, *shape))
@@ -333,7 +331,7 @@ class Sampling:
 
 def images_decoded_at_once(config: TokenizerConfig, settings: SampleConfig) -> int:
     """By one device, where there are so many."""
-    return settings.decode_at_once or max(1, DECODED_PIXELS // config.image_size**2)
+    return settings.decode_at_once or max(1, DECODED_PIXELS // math.prod(config.image_shape))
 
 
 def _pick(array: jax.Array, at_Bl: jax.Array | None) -> jax.Array:

@@ -5,9 +5,18 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from hart_jax.errors import UserError
 from hart_jax.io.buckets import local_copy
+
+
+class PromptLine(NamedTuple):
+    """A prompt of a file, with its seed and its size (as `hart_jax.config.sizes` takes it) where the line has them."""
+
+    prompt: str
+    seed: int | None = None
+    size: str | None = None
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -48,14 +57,14 @@ def read_prompts_file(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
-def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | None]]:
-    """Prompts of a file, each with its seed or None.
+def read_prompt_lines(path: str | os.PathLike[str]) -> list[PromptLine]:
+    """Prompts of a file, each with what its line says of it.
 
     One per line, with `SEED<tab>` in front or without, where SEED is a whole number from 0 to 2**32 - 1; of a `.jsonl`,
-    an object {"prompt": "...", "seed": 3} per line, `seed` being optional.
+    an object {"prompt": "...", "seed": 3, "size": "768x1152"} per line, `seed` and `size` being optional.
 
     Raises:
-      UserError: as `read_prompts_file`, or a line is wrong.
+      UserError: as `read_prompts_file`, or a line is wrong. Whether a model has this size is not looked at.
     """
     lines = read_prompts_file(path)
     if os.fspath(path).endswith(".jsonl"):
@@ -63,28 +72,32 @@ def read_seeded_prompts(path: str | os.PathLike[str]) -> list[tuple[str, int | N
     return [_from_line(line, f"prompts file {path}, line {line!r}") for line in lines]
 
 
-def _from_line(line: str, where: str) -> tuple[str, int | None]:
+def _from_line(line: str, where: str) -> PromptLine:
     seed, tab, prompt = line.partition("\t")
     if not tab:
-        return line, None
+        return PromptLine(line)
     if not re.fullmatch("[0-9]+", seed.strip()) or int(seed) >= 2**32:
         raise UserError(f"{where}: before the tab stands a seed, a whole number from 0 to 2**32 - 1, not {seed!r}")
-    return prompt.strip(), int(seed)
+    return PromptLine(prompt.strip(), int(seed))
 
 
-def _from_json(line: str, where: str) -> tuple[str, int | None]:
+def _from_json(line: str, where: str) -> PromptLine:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(values, dict) or set(values) - {"prompt", "seed"} or not isinstance(values.get("prompt"), str):
-        raise UserError(f'{where}: write {{"prompt": "a red apple", "seed": 3}}; seed may be left out')
-    seed = values.get("seed")
+    known = set(PromptLine._fields)
+    if not isinstance(values, dict) or set(values) - known or not isinstance(values.get("prompt"), str):
+        example = '{"prompt": "a red apple", "seed": 3, "size": "768x1152"}'
+        raise UserError(f"{where}: write {example}; seed and size may be left out")
+    seed, size = values.get("seed"), values.get("size")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise UserError(f"{where}: seed must be a whole number")
     if seed is not None and not 0 <= seed < 2**32:
         raise UserError(f"{where}: seed {seed} must be from 0 to 2**32 - 1")
-    return values["prompt"], seed
+    if size is not None and not isinstance(size, str):
+        raise UserError(f'{where}: size must be a text, like "768x1152" or "2:3"')
+    return PromptLine(values["prompt"], seed, size)
 
 
 def report_truncation(prompts: Sequence[str], truncated: Sequence[bool], length: int) -> None:

@@ -42,12 +42,20 @@ class Tokenizer(nn.Module):
         """What the transformer is trained on, from images."""
         return self.quantizer.tokens(self.encode(image_BHWC))
 
+    def latent(self, tokens: Tokens) -> jax.Array:
+        """The latent that tokens are of; see `Quantizer.latent`."""
+        return self.quantizer.latent(tokens)
+
+    def latent_tokens(self, latent_BhwC: jax.Array) -> Tokens:
+        """As `tokens`, of a latent."""
+        return self.quantizer.tokens(latent_BhwC)
+
     def corrupt(self, tokens: Tokens, corruption: TokenCorruption) -> Tokens:
         """See `Quantizer.corrupt`."""
         return self.quantizer.corrupt(tokens, corruption)
 
     def decode_indices(self, indices: Sequence[jax.Array], sampled: bool = False) -> jax.Array:
-        """The latent f_hat of one (B, p*p) index array per scale; see `Quantizer.decode_indices`."""
+        """The latent f_hat of one (B, p*q) index array per scale; see `Quantizer.decode_indices`."""
         return self.quantizer.decode_indices(indices, sampled)
 
     def lookup(self, indices_BL: jax.Array) -> jax.Array:

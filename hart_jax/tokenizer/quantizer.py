@@ -15,7 +15,7 @@ from hart_jax.tokenizer.resize import area, bicubic
 
 @flax.struct.dataclass
 class Tokens:
-    """What the transformer is trained on. `indices` one (B, p*p) int32 per scale."""
+    """What the transformer is trained on. `indices` one (B, p*q) int32 per scale, row by row."""
 
     indices: tuple[jax.Array, ...]
     f_rest_BPC: jax.Array
@@ -41,7 +41,7 @@ class Quantized:
     """A latent taken apart: f = f_hat + residual.
 
     `f_hat` (B, h, w, C) is the sum of all scales' contributions, phi at every scale; `partial` holds f_hat after each
-    scale, `inputs` what was looked up there, (B*p*p, C); `hits_V` is 1 for the codes that the batch touches.
+    scale, `inputs` what was looked up there, (B*p*q, C); `hits_V` is 1 for the codes that the batch touches.
     """
 
     f_hat_BhwC: jax.Array
@@ -77,7 +77,8 @@ class Quantizer(nn.Module):
 
     def _phi(self, h_BhwC: jax.Array, scale: int) -> jax.Array:
         cfg = self.config
-        index = phi_index(scale, len(cfg.patch_nums), cfg.num_phi) if cfg.share_quant_resi else scale
+        level = cfg.level_of(scale)
+        index = phi_index(level, cfg.num_levels, cfg.num_phi) if cfg.share_quant_resi else level
         kernel, bias = self.phi_kernel[index].astype(h_BhwC.dtype), self.phi_bias[index].astype(h_BhwC.dtype)
         out = jax.lax.conv_general_dilated(
             h_BhwC,
@@ -103,13 +104,12 @@ class Quantizer(nn.Module):
         return self.codebook[indices_BL]
 
     def contribution(self, code_BPC: jax.Array, scale: int) -> jax.Array:
-        """phi_s(bicubic(code)): what the codes (B, p*p, C) of one scale add to f_hat (B, h, w, C)."""
-        side = self.config.patch_nums[scale]
-        code = code_BPC.reshape(code_BPC.shape[0], side, side, -1)
-        return self._phi(bicubic(code, self.config.patch_nums[-1]), scale)
+        """phi_s(bicubic(code)): what the codes (B, p*q, C) of one scale add to f_hat (B, h, w, C)."""
+        code = code_BPC.reshape(code_BPC.shape[0], *self.config.shapes[scale], -1)
+        return self._phi(bicubic(code, self.config.shapes[-1]), scale)
 
     def decode_indices(self, indices: Sequence[jax.Array], sampled: bool = False) -> jax.Array:
-        """f_hat of one index array (B, p*p) per scale, (B, h, w, C).
+        """f_hat of one index array (B, p*q) per scale, (B, h, w, C).
 
         phi is applied at every scale, as encoding does; with `sampled` at all but the last, as sampling does.
         """
@@ -123,8 +123,8 @@ class Quantizer(nn.Module):
         residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
         partial, indices, inputs = [], [], []
         hits_V = jnp.zeros(self.config.vocab_size, jnp.float32)
-        for scale, side in enumerate(self.config.patch_nums):
-            z = area(residual, side)
+        for scale, shape in enumerate(self.config.shapes):
+            z = area(residual, shape)
             index = self.nearest(z)
             h = self.contribution(self.lookup(index), scale)
             f_hat, residual = f_hat + h, residual - h
@@ -142,16 +142,16 @@ class Quantizer(nn.Module):
         """
         residual, f_hat = f_BhwC, jnp.zeros_like(f_BhwC)
         indices, inputs = [], []
-        sides = self.config.patch_nums
-        for scale, side in enumerate(sides):
-            z = area(residual, side)
+        shapes = self.config.shapes
+        for scale, shape in enumerate(shapes):
+            z = area(residual, shape)
             indices.append(self.nearest(z))
-            if scale == len(sides) - 1:
+            if scale == len(shapes) - 1:
                 break
             chosen = self.nearest(corruption.apply(z, scale)) if corruption else indices[-1]
             h = self.contribution(self.lookup(chosen), scale)
             f_hat, residual = f_hat + h, residual - h
-            following = area(f_hat, sides[scale + 1])
+            following = area(f_hat, shapes[scale + 1])
             inputs.append(following.reshape(following.shape[0], -1, following.shape[-1]))
         rest = residual.reshape(residual.shape[0], -1, residual.shape[-1])
         return Tokens(tuple(indices), rest, jnp.concatenate(inputs, axis=1))
@@ -159,7 +159,7 @@ class Quantizer(nn.Module):
     def latent(self, tokens: Tokens) -> jax.Array:
         """The latent (B, h, w, C) that `tokens`, made without corruption, are of."""
         rest = tokens.f_rest_BPC
-        rest = rest.reshape(rest.shape[0], self.config.patch_nums[-1], self.config.patch_nums[-1], -1)
+        rest = rest.reshape(rest.shape[0], *self.config.shapes[-1], -1)
         return rest + self.decode_indices(tokens.indices[:-1])
 
     def corrupt(self, tokens: Tokens, corruption: TokenCorruption) -> Tokens:

@@ -1,10 +1,13 @@
 """Resizing between scales, as linear maps with the weights PyTorch uses (SPEC.md section 1, traps)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hart_jax.config.scales import Shape
 
 
 @functools.cache
@@ -33,17 +36,21 @@ def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def _resize(x_BHWC: jax.Array, matrix: np.ndarray) -> jax.Array:
+def area(x_BHWC: jax.Array, shape: Shape) -> jax.Array:
+    """Adaptive average pooling to (B, *shape, C), `shape` being height and width."""
+    return _resized(x_BHWC, shape, area_matrix)
+
+
+def bicubic(x_BHWC: jax.Array, shape: Shape) -> jax.Array:
+    """Bicubic interpolation to (B, *shape, C), `shape` being height and width."""
+    return _resized(x_BHWC, shape, bicubic_matrix)
+
+
+def _resized(x_BHWC: jax.Array, shape: Shape, matrix: Callable[[int, int], np.ndarray]) -> jax.Array:
+    before = x_BHWC.shape[1:3]
+    if before == shape:
+        return x_BHWC
+    rows, columns = (matrix(size_in, size_out) for size_in, size_out in zip(before, shape, strict=True))
     # Full precision: which code is nearest must not depend on the device.
     precision = jax.lax.Precision.HIGHEST
-    return jnp.einsum("ph,qw,bhwc->bpqc", matrix, matrix, x_BHWC, optimize=[(0, 2), (0, 1)], precision=precision)
-
-
-def area(x_BHWC: jax.Array, side: int) -> jax.Array:
-    """Adaptive average pooling of a square map to (B, side, side, C)."""
-    return x_BHWC if x_BHWC.shape[1] == side else _resize(x_BHWC, area_matrix(x_BHWC.shape[1], side))
-
-
-def bicubic(x_BHWC: jax.Array, side: int) -> jax.Array:
-    """Bicubic interpolation of a square map to (B, side, side, C)."""
-    return x_BHWC if x_BHWC.shape[1] == side else _resize(x_BHWC, bicubic_matrix(x_BHWC.shape[1], side))
+    return jnp.einsum("ph,qw,bhwc->bpqc", rows, columns, x_BHWC, optimize=[(0, 2), (0, 1)], precision=precision)

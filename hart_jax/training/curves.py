@@ -21,6 +21,7 @@ _POINTS = 400
 # Of each panel: its title, which metrics it shows (a pattern of the whole name), and whether its axis is logarithmic.
 _PANELS = (
     ("losses", r"loss(_token|_diffusion)?|diffusion_mse|mse.*|vq|l1|perceptual", True),
+    ("loss of each list of scales", r"loss_\d+_scales", False),
     ("adversarial losses", r"generator|discriminator", False),
     ("loss of each scale", r"loss_scale_\d+", False),
     ("accuracy of each scale", r"accuracy_scale_\d+", False),

@@ -32,6 +32,18 @@ def tokens_of(tokenizer: Tokenizer, params: Params, image_BHWC: jax.Array) -> To
     return images_in_rounds(encode, image_BHWC)
 
 
+def tokens_at(tokenizer: Tokenizer, base: Tokenizer, params: Params, tokens: Tokens) -> Tokens:
+    """The tokens of `tokenizer`'s list of the same images, from those of `base`'s list of scales.
+
+    Those of its own list are as they are. Others are made of the latent that the given ones add up to: the image's up
+    to rounding, which is that of float16 where `f_rest` was kept so.
+    """
+    if tokenizer.config == base.config:
+        return tokens
+    variables = {"params": params}
+    return tokenizer.apply(variables, base.apply(variables, tokens, method="latent"), method="latent_tokens")
+
+
 def drop_condition(hart: Hart, condition: Any, dropped_B: jax.Array) -> Any:
     """The condition with some samples made unconditional, exactly as sampling's guidance has them."""
     if hart.config.num_classes:
@@ -76,7 +88,11 @@ TokenLoss = Callable[[jax.Array, list[jax.Array]], tuple[jax.Array, Metrics]]
 def make_loss(
     hart: Hart, loss: HartLossConfig, token_loss: TokenLoss = token_losses
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """The function (params, tokens, condition, codebook (V, C), kept (B, N), key (B,)) -> (loss, metrics)."""
+    """The function (params, tokens, condition, codebook (V, C), kept (B, N), key (B,)) -> (loss, metrics).
+
+    What `token_loss` says of a list of N scales that is not the model's `patch_nums` is named as `loss_scale_0_of_N`.
+    """
+    of_list = f"_of_{len(hart.config.patch_nums)}" if hart.config.levels else ""
 
     def compute(params: Params, tokens: Tokens, condition: Any, codebook_VC, kept_BN, key_B):
         variables = {"params": params}
@@ -92,6 +108,7 @@ def make_loss(
         output = hart.apply(variables, condition, tokens.ar_input_BLC, kept_BN)
         last_target_BN = jnp.take_along_axis(tokens.indices[-1], kept_BN, axis=1)
         of_tokens, metrics = token_loss(output.logits, [*tokens.indices[:-1], last_target_BN])
+        metrics = {name + of_list: value for name, value in metrics.items()}
         # The head sees codes that the model itself would sample, so that it learns to repair them.
         likely = keep_top(output.logits[:, -kept_BN.shape[1] :], loss.condition_top_k, loss.condition_top_p)
         sampled_BN = jax.lax.stop_gradient(jax.vmap(jax.random.categorical)(index_key_B, likely))
@@ -125,13 +142,14 @@ def make_hart_step(
     accumulate: int = 1,
     layout: MeshLayout | None = None,
     token_loss: TokenLoss = token_losses,
+    base: Tokenizer | None = None,
 ) -> Program:
     """The program (state, tokenizer's params, source, condition, key, num_kept) -> (state, metrics).
 
-    `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead. `num_kept`, the number of
-    last-scale tokens in this step, is static: one compilation for each. The state is donated. `shardings` are the
-    shardings of (state, metrics). Gradients are means over `accumulate` parts of the batch. `token_loss` is the
-    loss of the indices.
+    `source` are images (B, H, W, 3) uint8, or their `Tokens` where these were computed ahead, by `base` if not by
+    `tokenizer`: see `tokens_at`. `num_kept`, the number of last-scale tokens in this step, is static: one
+    compilation for each. The state is donated. `shardings` are the shardings of (state, metrics). Gradients are means
+    over `accumulate` parts of the batch. `token_loss` is the loss of the indices.
     """
     compute = make_loss(hart, loss, token_loss)
 
@@ -140,14 +158,15 @@ def make_hart_step(
         batch = len(jax.tree.leaves(condition)[0])
         dropped_B = jax.random.bernoulli(drop_key, loss.drop_text, (batch,))
         condition = drop_condition(hart, condition, dropped_B)
-        kept_BN = draw_kept_tokens(keep_key, batch, hart.config.patch_nums[-1] ** 2, num_kept)
+        kept_BN = draw_kept_tokens(keep_key, batch, hart.config.sizes[-1], num_kept)
         codebook_VC = tokenizer_params["quantizer"]["codebook"]
         gradient = jax.value_and_grad(compute, has_aux=True)
 
         def of_microbatch(rows: Any) -> tuple[tuple[Params, Metrics], None]:
             source, condition, kept_BN, key_B = rows
-            tokens: Tokens = source
-            if not isinstance(source, Tokens):
+            if isinstance(source, Tokens):
+                tokens = tokens_at(tokenizer, base or tokenizer, tokenizer_params, source)
+            else:
                 tokens = tokens_of(tokenizer, tokenizer_params, source)
             if loss.mistakes:
                 tokens = draw_token_corruption(tokenizer, tokenizer_params, tokens, loss.mistakes, key_B)

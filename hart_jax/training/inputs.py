@@ -15,6 +15,11 @@ from hart_jax.io.paths import as_path, is_remote
 from hart_jax.parallel.agree import gather_texts
 
 INPUTS_FILE = "inputs.json"
+# What a digest that is another one now says, by its name.
+_CHANGED = {
+    "data": "the training shards are not those that the run in {run} was trained on (the digest of their checksums",
+    "data.buckets": "images lie in other buckets than when the run in {run} began (the digest of which lies where",
+}
 
 
 def data_digests(data: Mapping[str, Any]) -> dict[str, str]:
@@ -68,7 +73,6 @@ def _check(path: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         if known.get(name, digest) != digest:
             raise UserError(
-                f"{name}: the training shards are not those that the run in {path.parent} was trained on (the digest "
-                f"of their checksums is {digest}, was {known[name]}); give those, or another workdir. To go on with "
-                f"these, remove {path}"
+                f"{name}: {_CHANGED[name].format(run=path.parent)} is {digest}, was {known[name]}); give those, or "
+                f"another workdir. To go on with these, remove {path}"
             )

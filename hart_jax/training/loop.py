@@ -13,12 +13,14 @@ from jax.experimental import multihost_utils
 from hart_jax.checkpoints.orbax import CHECKPOINT_DIR, Checkpoints, check_workdir
 from hart_jax.checkpoints.restoring import first_line
 from hart_jax.config import TrainConfig, experiment_from
+from hart_jax.data.aspect_buckets import AspectBuckets
 from hart_jax.data.batches import Batches
 from hart_jax.io.run_info import append_manifest
 from hart_jax.nn.flop_counter import StepFlops
 from hart_jax.parallel.agree import gather_texts
 from hart_jax.parallel.mesh import MeshLayout, gather_to_host, make_global_batch
 from hart_jax.parallel.stop import StopSignals
+from hart_jax.training.buckets import bucket_digests, told
 from hart_jax.training.inputs import INPUTS_FILE, check_inputs, data_digests, keep_inputs
 from hart_jax.training.metrics import METRICS_FILE, SAMPLES_DIR, MetricsWriter, Progress
 from hart_jax.training.metrics_buffer import MetricsBuffer
@@ -70,9 +72,21 @@ class Task(Protocol):
     step number `step` (from 1) with this process's rows of a batch, and returns before the device is done; among its
     metrics are `loss`, `skipped_steps`, 1 if it changed nothing as something was not finite, else 0, and, as plain
     numbers that no device computes, `model_flops` and `hardware_flops` (`hart_jax.nn.flop_counter.StepFlops`).
+
+    `buckets` are those of the data, None where all images have one shape; `programs` says how many steps are compiled
+    at most. `sample_grids` gives `grids` grids by their names: one of each bucket in each list of scales.
     """
 
     shardings: Any
+
+    @property
+    def buckets(self) -> AspectBuckets | None: ...
+
+    @property
+    def programs(self) -> int: ...
+
+    @property
+    def grids(self) -> int: ...
 
     def abstract_state(self) -> Any: ...
 
@@ -102,11 +116,17 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
     defaults = experiment_from({"transformer": {}} if "transformer" in config else {}).to_dict()
     may_change = MAY_CHANGE + (("data.train", "data.sources") if (workdir / INPUTS_FILE).exists() else ())
     resumed = check_workdir(workdir, config, may_change, defaults)
-    digests = data_digests(config["data"])
+    # Before anything is written: a bucket may have too few images.
+    buckets = task.buckets
+    digests = data_digests(config["data"]) | bucket_digests(buckets)
     if resumed:
         check_inputs(workdir, digests)
     else:
         task.load_pretrained()
+    # One process writes; checkpoints are written by all.
+    main = jax.process_index() == 0
+    if main and (buckets or task.grids > 1):
+        print(told(buckets, task.programs), flush=True)
     batches = task.batches()
     with Checkpoints(
         workdir,
@@ -119,8 +139,6 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
     ) as checkpoints:
         restored = checkpoints.restore(_abstract(task), batches)
         first, state, log = restored if restored else (0, task.init_state(), None)
-        # One process writes; checkpoints are written by all.
-        main = jax.process_index() == 0
         if main:
             print(f"{workdir}: {'resuming at' if first else 'starting at'} step {first} of {train.steps}", flush=True)
             if first < train.steps:
@@ -141,7 +159,8 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
             StopSignals() as stop,
         ):
             # The run may have ended between a checkpoint and its grid.
-            if restored and due(train.sample_every, first) and _said_by_first(not writer.has_image(first)):
+            sampled = restored and due(train.sample_every, first)
+            if sampled and _said_by_first(main and not writer.has_images(first, task.grids)):
                 grids.write(writer, state, first)
             for step in range(first + 1, train.steps + 1):
                 profile.before(step)
@@ -156,7 +175,8 @@ def run(task: Task, layout: MeshLayout, train: TrainConfig, config: dict[str, An
                 profile.after(step, metrics)
                 if train.log_records:
                     index = make_global_batch(layout.batch, batch["index"], train.batch_size)
-                    writer.records(step, gather_to_host(index))
+                    bucket = buckets.names[batch["bucket"]] if buckets else ""
+                    writer.records(step, gather_to_host(index), bucket)
                 buffer.add(step, metrics)
                 stopwatch.step()
                 last = step == train.steps

@@ -88,10 +88,11 @@ class MetricsWriter:
         _write_line(self._timings, {"step": step, **plain})
         self._to_tensorboard(step, plain)
 
-    def records(self, step: int, indices: Sequence[int]) -> None:
-        """Logs which images a step took, by their place in the shards."""
+    def records(self, step: int, indices: Sequence[int], bucket: str = "") -> None:
+        """Logs which images a step took, by their place in the shards, and the name of their bucket, if it has one."""
         if self._active:
-            _write_line(self._records, {"step": step, "index": [int(index) for index in indices]})
+            named = {"bucket": bucket} if bucket else {}
+            _write_line(self._records, {"step": step, **named, "index": [int(index) for index in indices]})
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Writes a uint8 image to samples/<name>_<step>.png; a resumed run replaces its own earlier image."""
@@ -100,10 +101,10 @@ class MetricsWriter:
         save_png(self._workdir / SAMPLES_DIR / f"{name}_{step:08d}.png", image_HWC, overwrite=True)
         self._tensorboard.add_image(name, image_HWC, step, dataformats="HWC")
 
-    def has_image(self, step: int) -> bool:
-        """Whether there is an image of this step."""
+    def has_images(self, step: int, count: int) -> bool:
+        """Whether there are so many images of this step."""
         folders = {self._workdir / SAMPLES_DIR, self._side.workdir / SAMPLES_DIR}
-        return any(any(folder.glob(f"*_{step:08d}.png")) for folder in folders)
+        return len({path.name for folder in folders for path in folder.glob(f"*_{step:08d}.png")}) >= count
 
     def flush(self) -> None:
         """Returns when every line is on disk, also against loss of power, or in the bucket.

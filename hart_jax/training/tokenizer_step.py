@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hart_jax.config import TokenizerLossConfig
+from hart_jax.config import Shape, TokenizerLossConfig
 from hart_jax.io.images import from_uint8
 from hart_jax.nn.flop_counter import StepFlops, count_flops, flops_of
 from hart_jax.parallel.mesh import MeshLayout
@@ -77,14 +77,14 @@ def init_tokenizer_state(
     vocab_size = params["quantizer"]["codebook"].shape[0]
     chosen_V = jax.random.choice(code_key, len(latents_NC), (vocab_size,))
     params["quantizer"]["codebook"] = latents_NC[chosen_V]
-    return tokenizer_state(key, params, optimizer, images_BHWC.shape[1], freeze, adversarial)
+    return tokenizer_state(key, params, optimizer, (images_BHWC.shape[1], images_BHWC.shape[2]), freeze, adversarial)
 
 
 def tokenizer_state(
     key: jax.Array,
     params: Params,
     optimizer: Optimizer,
-    image_size: int,
+    image_shape: Shape,
     freeze: Sequence[str] = (),
     adversarial: bool = True,
 ) -> TokenizerState:
@@ -93,7 +93,7 @@ def tokenizer_state(
     _, disc_key, _ = jax.random.split(key, 3)
     disc = None
     if adversarial:
-        disc = nn.unbox(Discriminator().init(disc_key, jnp.zeros((1, image_size, image_size, 3))))
+        disc = nn.unbox(Discriminator().init(disc_key, jnp.zeros((1, *image_shape, 3))))
     return TokenizerState(
         model=new_state({name: part for name, part in params.items() if name not in freeze}, optimizer),
         frozen={name: params[name] for name in freeze},

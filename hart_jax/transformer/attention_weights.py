@@ -19,11 +19,11 @@ def attention_weights(hart: Hart, params: Any, condition: Any, ar_input_BLC: jax
       condition: labels, or text states and mask.
       ar_input_BLC: (B, L-1, C), inputs of scales 1.. as `Tokenizer.tokens` gives them.
     """
-    sizes = [side * side for side in hart.config.patch_nums[1:]]
+    sizes = hart.config.sizes[1:]
     all_BN = jnp.tile(jnp.arange(sizes[-1]), (len(ar_input_BLC), 1))
     _, kept = hart.apply({"params": params}, condition, ar_input_BLC, all_BN, mutable=["intermediates"])
     [(q_DBQHK, k_DBQHK)] = kept["intermediates"]["layers"]["attn"]["queries_keys"]
     q, k = q_DBQHK.astype(jnp.float32), k_DBQHK.astype(jnp.float32)
     logits = jnp.einsum("dbqhk,dbmhk->dbhqm", q, k, precision="highest") * hart.config.attention_scale
-    seen_QM = hart.mask.seen(hart.config.context_tokens, tuple(sizes))
+    seen_QM = hart.mask.seen(hart.config.context_tokens, sizes)
     return jax.nn.softmax(jnp.where(seen_QM, logits, -jnp.inf), axis=-1)

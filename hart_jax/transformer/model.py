@@ -86,7 +86,7 @@ class Hart(nn.Module):
             self.level_embed = TimestepEmbed(cfg.width, "embed")
         else:
             init = nn.with_logical_partitioning(weights, ("scales", "embed"))
-            self.level_table = self.param("level_table", init, (len(cfg.patch_nums), cfg.width))
+            self.level_table = self.param("level_table", init, (cfg.num_levels, cfg.width))
         self.head_norm = RMSNorm(cfg.norm_eps)
         self.head_ada_lin = dense(2 * cfg.width, (None, "embed"), init=width_init(cfg.width, 0.5), name="head_ada_lin")
         head_init = width_init(cfg.width, 0.02)
@@ -129,9 +129,10 @@ class Hart(nn.Module):
 
     def level(self, scale: int) -> jax.Array:
         """The level embedding (W,) of a scale; 0 is the context's."""
+        level = self.config.level_of(scale)
         if self.config.use_timestep_embed:
-            return self.level_embed(jnp.array([scale]))[0]
-        return self.level_table[scale]
+            return self.level_embed(jnp.array([level]))[0]
+        return self.level_table[level]
 
     def context_input(self, context: Context) -> tuple[jax.Array, jax.Array]:
         """Inputs (B, T, W) and rotations (B, T, 2, K) of the context positions (`rotary_cos_sin`)."""
@@ -142,9 +143,9 @@ class Hart(nn.Module):
         self, latent_BlC: jax.Array, scale: int, index_Bl: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         """Inputs (B, l, W) and rotations (B, l, 2, K) of the tokens `index` of a scale, from area(f_hat) there."""
-        sides = self.config.patch_nums
+        shapes = self.config.shapes
         x = self.word_embed(latent_BlC) + self.level(scale)
-        angle = image_angles(index_Bl, sides[scale], sides[-1], context.last_position, self.config.head_dim)
+        angle = image_angles(index_Bl, shapes[scale], shapes[-1], context.last_position, self.config.head_dim)
         return x.astype(self.dtype or jnp.float32), rotary_cos_sin(angle)
 
     @nn.compact
@@ -214,7 +215,7 @@ class Hart(nn.Module):
         cfg = self.config
         context = self.embed_condition(condition)
         inputs = [self.context_input(context)]
-        sizes = [p * p for p in cfg.patch_nums]
+        sizes = cfg.sizes
         start = 0
         for scale in range(1, len(sizes)):
             latent = ar_input_BLC[:, start : start + sizes[scale]]

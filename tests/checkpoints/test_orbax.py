@@ -63,6 +63,15 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
     np.testing.assert_array_equal(load_params(tmp_path, "params"), np.full((1000, 1000), 13.0))
 
 
+def test_the_log_may_go_on_at_once(tmp_path):
+    log = {"steps": [{"loss": 1.0}]}
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(1, {"params": jnp.zeros((1000, 1000))}, log=log)
+        log["steps"].append({"loss": 2.0})
+        checkpoints.wait()
+        assert checkpoints.restore({"params": jnp.zeros((1000, 1000))}).log == {"steps": [{"loss": 1.0}]}
+
+
 def test_keeps_the_latest(tmp_path):
     with Checkpoints(tmp_path, CONFIG, keep=2) as checkpoints:
         for step in (2, 4, 6, 7):

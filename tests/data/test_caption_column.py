@@ -17,7 +17,6 @@ from hart_jax.data.pipeline import TokenSource, load_captions, make_loader
 from hart_jax.data.precomputed import PrecomputedTexts
 from hart_jax.data.shards import RecordSource, open_shards, verify, write_shards
 from hart_jax.errors import UserError
-from hart_jax.io import host_memory
 from tests.data.conftest import make_folder, without_captions_files
 
 
@@ -124,8 +123,3 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_read(shards: Pa
     monkeypatch.setattr(pipeline, "available_bytes", lambda: 23 * 8 * 8 * 3)
     make_loader(shards, image_size=8, batch_size=4, cache=True)
     assert read_records == []
-
-
-def test_available_memory_is_the_least_that_is_known(monkeypatch):
-    monkeypatch.setattr(host_memory, "_container_bytes", lambda: [5])
-    assert host_memory.available_bytes() == 5

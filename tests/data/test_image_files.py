@@ -10,7 +10,7 @@ from PIL import Image
 
 from hart_jax.data import png as png_files
 from hart_jax.data.check_images import aspect, check_images
-from hart_jax.data.image_files import rgb_image, shown_size, square_image
+from hart_jax.data.image_files import cropped_image, rgb_image, shown_size
 from hart_jax.data.mjhq import Example
 from hart_jax.errors import UserError
 from hart_jax.evaluation.images import decode
@@ -141,10 +141,10 @@ def decoder(request, monkeypatch):
 def test_each_kind_of_image_is_what_is_seen(kind: str, decoder):
     data, expected = KINDS[kind]
     np.testing.assert_array_equal(rgb_image(data), expected)
-    np.testing.assert_array_equal(square_image(data, SIDE), expected)
+    np.testing.assert_array_equal(cropped_image(data, SIDE), expected)
     np.testing.assert_array_equal(decode(data, 0, kind), expected)
     # A quarter of it: all decoders feed the same reduction.
-    np.testing.assert_array_equal(square_image(data, 6), square_image(saved(Image.fromarray(expected)), 6))
+    np.testing.assert_array_equal(cropped_image(data, 6), cropped_image(saved(Image.fromarray(expected)), 6))
 
 
 @pytest.mark.parametrize("pixels", [GREY.astype(np.float32), GREY.astype(np.int32) * 2, GREY.astype(np.int32) - 1])
@@ -188,8 +188,8 @@ def test_orientation_turns_size_and_crop_too(orientation: int, kind: str):
     data = saved(image, kind, exif=exif(orientation), **({"lossless": True} if kind == "WEBP" else {}))
     assert shown_size(data) == (62, 39)
     np.testing.assert_array_equal(rgb_image(data), odd)
-    np.testing.assert_array_equal(square_image(data, 39), odd[:, 11:50])
-    np.testing.assert_array_equal(square_image(data, 13), square_image(saved(Image.fromarray(odd)), 13))
+    np.testing.assert_array_equal(cropped_image(data, 39), odd[:, 11:50])
+    np.testing.assert_array_equal(cropped_image(data, 13), cropped_image(saved(Image.fromarray(odd)), 13))
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -197,8 +197,8 @@ def test_orientation_of_jpegs_decoded_at_a_part_of_their_size(orientation: int):
     upright = np.asarray(Image.fromarray(WIDE).resize((640, 400), Image.Resampling.BICUBIC))
     image = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
     data = saved(image, "JPEG", quality=95, exif=exif(orientation))
-    expected = square_image(saved(Image.fromarray(upright)), 25)
-    difference = np.abs(square_image(data, 25).astype(int) - expected)
+    expected = cropped_image(saved(Image.fromarray(upright)), 25)
+    difference = np.abs(cropped_image(data, 25).astype(int) - expected)
     assert difference.mean() < 1 and difference.max() <= 6
     assert shown_size(data) == rgb_image(data).size == (640, 400)
 
@@ -225,7 +225,7 @@ def test_check_and_loader_agree_on_a_wrong_checksum(tmp_path, decoder):
         image.load()
     with pytest.raises(UserError, match=r"bad\.png does not decode .*CRC"):
         check_images([example])
-    for function in (rgb_image, lambda data: square_image(data, 6), lambda data: decode(data, 0, "bad")):
+    for function in (rgb_image, lambda data: cropped_image(data, 6), lambda data: decode(data, 0, "bad")):
         with pytest.raises(UserError, match="does not decode"):
             function(bytes(data))
     assert aspect(example) == 1

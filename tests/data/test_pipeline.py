@@ -17,7 +17,7 @@ from imagecodecs import png_encode
 from PIL import Image
 
 from hart_jax.data.batches import Batches
-from hart_jax.data.image_files import square_image
+from hart_jax.data.image_files import cropped_image
 from hart_jax.data.pipeline import load_captions, make_loader, some_captions
 from hart_jax.data.shards import RecordSource, write_shards
 from hart_jax.errors import UserError
@@ -302,7 +302,7 @@ def encode(pixels: np.ndarray, **options) -> bytes:
 def test_whole_multiples_are_averaged():
     pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
     expected = pixels.reshape(4, 3, 4, 3, 3).mean((1, 3))
-    np.testing.assert_allclose(square_image(encode(pixels), 4), expected, atol=0.6)
+    np.testing.assert_allclose(cropped_image(encode(pixels), 4), expected, atol=0.6)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (256, 271), (512, 256), (250, 250), (131, 140)])
@@ -311,8 +311,8 @@ def test_large_jpegs_look_as_if_decoded_whole(size: tuple[int, int]):
     file = io.BytesIO()
     coarse.resize(size, Image.Resampling.BICUBIC).save(file, format="JPEG", quality=95)
     with Image.open(file) as whole:
-        expected = square_image(encode(np.asarray(whole)), 32)
-    difference = np.abs(square_image(file.getvalue(), 32).astype(int) - expected)
+        expected = cropped_image(encode(np.asarray(whole)), 32)
+    difference = np.abs(cropped_image(file.getvalue(), 32).astype(int) - expected)
     assert difference.mean() < 1 and difference.max() <= 4
 
 
@@ -325,29 +325,29 @@ def test_png_of_any_kind_has_the_pixels_that_pillow_reads(kind: str):
         Image.fromarray(pixels).convert(kind).save(file, format="PNG")
         data = file.getvalue()
     with Image.open(io.BytesIO(data)) as image:
-        np.testing.assert_array_equal(square_image(data, 20), image.convert("RGB"))
+        np.testing.assert_array_equal(cropped_image(data, 20), image.convert("RGB"))
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-40] + bytes(40)])
 def test_damaged_png(damage):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     with pytest.raises(UserError, match="does not decode"):
-        square_image(damage(encode(pixels)), 20)
+        cropped_image(damage(encode(pixels)), 20)
 
 
 def test_the_centre_square_is_kept():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200
-    assert (square_image(encode(pixels), 10) == 200).all()
-    assert square_image(encode(pixels), 7).shape == (7, 7, 3)
+    assert (cropped_image(encode(pixels), 10) == 200).all()
+    assert cropped_image(encode(pixels), 7).shape == (7, 7, 3)
 
 
 def test_transparency_becomes_white():
     pixels = np.zeros((8, 8, 4), np.uint8)
-    assert (square_image(encode(pixels), 8) == 255).all()
+    assert (cropped_image(encode(pixels), 8) == 255).all()
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (9, 9, 9)).save(file, format="PNG", transparency=(9, 9, 9))
-    assert (square_image(file.getvalue(), 8) == 255).all()
+    assert (cropped_image(file.getvalue(), 8) == 255).all()
 
 
 def test_flip_mirrors_half_but_never_left_or_right(tmp_path: Path):

@@ -180,10 +180,14 @@ def test_what_does_not_decode_is_named_and_replaced(corrupted, params, tmp_path,
         ([], "--tokenizer, --text_encoder, or both"),
         (["--text_encoder", "{encoder}"], "needs --context_tokens"),
         (["--tokenizer", "nowhere"], "nowhere"),
+        (["--text_encoder", "{encoder}", "--context_tokens=6", "--buckets=1:1"], "--buckets are of tokens: give --tok"),
+        (["--tokenizer", "{tokenizer}", "--buckets=1:1,7"], "^--buckets: ratio '7': write it as width:height"),
+        (["--tokenizer", "{tokenizer}", "--buckets=2:3,3:4"], "^--buckets: 2:3 and 3:4 both give 6x10"),
     ],
 )
-def test_wrong_arguments(shards, encoder_folder, tmp_path, monkeypatch, arguments, message):
-    given = [argument.format(encoder=encoder_folder) for argument in arguments]
+def test_wrong_arguments(shards, encoder_folder, params, tmp_path, monkeypatch, arguments, message):
+    write_part(tmp_path / "tokenizer", TOKENIZER, params)
+    given = [argument.format(encoder=encoder_folder, tokenizer=tmp_path / "tokenizer") for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["precompute", "--shards", str(shards), "--out", str(tmp_path / "out"), *given])
     with pytest.raises(UserError, match=message):
         main()
@@ -196,4 +200,14 @@ def test_the_command(shards, stored, params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["precompute", *options])
     main()
     assert "23 records with tokens in" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, PrecomputedTokens(tmp_path / "out")(7), PrecomputedTokens(stored)(7))
+
+
+def test_the_command_with_buckets(shards, stored, params, tmp_path, monkeypatch):
+    """All images are squares: their tokens are as without."""
+    write_part(tmp_path / "tokenizer", TOKENIZER, params)
+    options = ["--shards", str(shards), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", ["precompute", *options, "--buckets=1:1,2:1"])
+    main()
+    assert is_precomputed(tmp_path / "out", TOKENS, lambda: describe_tokens(TOKENIZER, params, ("1:1", "2:1")))
     jax.tree.map(np.testing.assert_array_equal, PrecomputedTokens(tmp_path / "out")(7), PrecomputedTokens(stored)(7))

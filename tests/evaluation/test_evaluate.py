@@ -10,7 +10,8 @@ from PIL import Image
 
 from hart_jax.io.images import read_png_metadata
 from tests.evaluation.evaluation_runs import ROOT, run
-from tests.sample_runs import write_tiny
+from tests.sample_runs import write_config, write_tiny
+from tests.tiny import TOKENIZER, transformer_config
 
 EMOJI = ROOT / "tests" / "emoji"
 GENERATION = ("--what=generation", "--config=tiny.py", f"--reference={EMOJI}", "--by=style", "--inception=One")
@@ -104,9 +105,10 @@ def test_settings_have_an_effect_and_another_run_is_not_overwritten(folder, whol
     )
     assert (whole / "results.json").read_bytes() == before
     discrete = ("--config.sample.discrete_only=True", "--config.sample.smooth=True", "--count=20", "--out=discrete")
-    code, out, err = run(folder, *GENERATION, *discrete)
+    code, out, err = run(folder, *GENERATION, *discrete, "--scales=2", "--untrained_scales")
     assert code == 0, err
-    assert "smooth, discrete only" in out and results(folder / "discrete")["pictures"] == 20
+    assert "scales 1,4, smooth, discrete only" in out and results(folder / "discrete")["pictures"] == 20
+    assert results(folder / "discrete")["settings"]["scales"] == [1, 4]
     assert results(folder / "discrete")["reference_pictures"] == 24
 
 
@@ -159,6 +161,24 @@ def test_reconstructions_of_both_modes(folder):
     assert again == out
 
 
+@pytest.mark.slow
+def test_reconstructions_of_rectangles(folder):
+    """Higher than SSIM's window, and narrower."""
+    tokenizer = TOKENIZER.of_latent(12, 4)
+    transformer = transformer_config(context_tokens=6, context_dim=24).of_latent(12, 4)
+    write_config(folder / "tall.py", transformer, tokenizer.to_dict(), model=str(folder / "model"))
+    flags = ("--what=reconstruction", "--config=tall.py", f"--reference={EMOJI}", "--count=5", "--out=tall")
+    code, out, err = run(folder, *flags)
+    assert code == 0, err
+    found = results(folder / "tall")
+    assert found["image_size"] == [24, 8] and set(found["modes"]["hybrid"]) == {"psnr"}
+    assert found["codebook"]["scales"] == tokenizer.to_dict()["patch_nums"]
+    # Originals and both reconstructions of five, with two pixels around each.
+    assert Image.open(folder / "tall" / "reconstructions.png").size == (2 + 5 * (8 + 2), 2 + 3 * (24 + 2))
+    code, again, err = run(folder, *flags)
+    assert code == 0 and again == out, err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -167,6 +187,8 @@ def test_reconstructions_of_both_modes(folder):
         ((*GENERATION, "--count=99", "--out=x"), "--count=99: there are only 24 images"),
         ((*GENERATION, "--count=-1", "--out=x"), "--count=-1: must be 0 or more"),
         ((*GENERATION, "--checkpoint=none", "--out=x"), "none: no such folder"),
+        ((*GENERATION, "--scales=2", "--out=x"), "scales: the model was not trained on 2 scales; it was on 1,2,4"),
+        (("--what=reconstruction", *GENERATION[1:], "--scales=2", "--out=x"), "--scales=2: belongs to --what=gen"),
     ],
 )
 def test_bad_input_is_one_error_and_leaves_nothing(folder, flags, message):

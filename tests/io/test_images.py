@@ -35,6 +35,23 @@ def test_grid_places_every_image_where_it_belongs(count, columns, padding):
     assert canvas.shape == (padding + rows * (4 + padding), padding + columns * (6 + padding), 3)
 
 
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7), st.integers(1, 4))
+def test_images_of_other_shapes_lie_in_the_middle_of_equal_cells(shapes, columns):
+    images = [np.full((*shape, 3), number, np.uint8) for number, shape in enumerate(shapes)]
+    canvas = grid(images, columns, padding=1)
+    height, width = (max(sides) for sides in zip(*shapes, strict=True))
+    columns = min(columns, len(images))
+    assert canvas.shape == (1 + -(-len(images) // columns) * (height + 1), 1 + columns * (width + 1), 3)
+    for number, (tall, wide) in enumerate(shapes):
+        row, column = divmod(number, columns)
+        top, left = 1 + row * (height + 1), 1 + column * (width + 1)
+        cell = canvas[top : top + height, left : left + width]
+        above, before = (height - tall) // 2, (width - wide) // 2
+        expected = np.full_like(cell, 255)
+        expected[above : above + tall, before : before + wide] = number
+        np.testing.assert_array_equal(cell, expected)
+
+
 @given(st.text(max_size=200))
 @settings(max_examples=30)
 def test_captions_are_written_below_and_leave_the_images_alone(caption):
@@ -47,7 +64,13 @@ def test_captions_are_written_below_and_leave_the_images_alone(caption):
 
 
 @pytest.mark.parametrize(
-    "images", [np.zeros((2, 4, 4, 3), np.float32), np.zeros((0, 4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)]
+    "images",
+    [
+        np.zeros((2, 4, 4, 3), np.float32),
+        np.zeros((0, 4, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.uint8),
+        [np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)],
+    ],
 )
 def test_grid_refuses_other_arrays(images):
     with pytest.raises(ValueError, match="uint8"):

@@ -14,9 +14,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 
 
 @pytest.mark.parametrize("topology", KINDS)
-@pytest.mark.parametrize("traced", [False, True])
-def test_compiles(topology, traced):
-    program, _ = compiled(topology, "256 half", 64, "bfloat16", traced)
+@pytest.mark.parametrize(
+    ("name", "traced"),
+    [
+        ("256 half", False),
+        ("256 half", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("1024 2:3", "1024 16:9")),
+    ],
+)
+def test_compiles(topology, name, traced):
+    program, _ = compiled(topology, name, 64, "bfloat16", traced)
     text = program.as_text()
     for kernel in ("forward", "backward"):
         assert len(re.findall(rf"%attention_{kernel}[.\d]* = .*tpu_custom_call", text)) == 1
@@ -33,5 +40,5 @@ def test_rotation_is_fused_into_the_block_around_it():
         kinds = [kind_of(kernel) for kernel in kernels_of(text)]
         assert kinds.count("product") >= 5 and "attention" in kinds
         assert not any("neg" in kind and "silu" not in kind for kind in kinds), kinds
-    length = config.context_tokens + sum(side**2 for side in config.patch_nums[1:])
+    length = config.context_tokens + sum(config.sizes[1:])
     assert flops["products"] == 2 * 16 * length * (4 * config.width**2 + 3 * config.width * config.mlp_width)

@@ -14,7 +14,12 @@ pytestmark = pytest.mark.slow
 
 # Interpreted, the largest take minutes: each of them once. `test_tiles.py` has the tiles of all shapes.
 SMALLER = ("256", "256 half", "512", "512 half")
-ONLY = {XLA: (*SMALLER, "1024"), TPU: (*SMALLER, "1024 decode"), SPLASH: ("512", "1024 half"), GPU: SMALLER[:2]}
+ONLY = {
+    XLA: (*SMALLER, "1024"),
+    TPU: (*SMALLER, "1024 decode", "1024 2:3"),
+    SPLASH: ("512", "1024 half", "1024 16:9"),
+    GPU: SMALLER[:2],
+}
 
 
 def case_of(name: str) -> Case:

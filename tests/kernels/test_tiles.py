@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hart_jax.config import HartExperiment, read_experiment
+from hart_jax.config.sizes import image_shape_of
+from hart_jax.transformer.mask import scale_causal_segments
 from pallas_kernels.attention.mask import Layout, row_ends
-from pallas_kernels.attention.shapes import SHAPES
+from pallas_kernels.attention.shapes import SCALES, SHAPES
 from pallas_kernels.attention.tiles import by_keys, by_queries, tiles_of
 
 QUERY_TILE, KEY_TILE = 4, 8
@@ -59,6 +62,16 @@ def test_layouts_lose_nothing(segments, tile, exact):
     np.testing.assert_array_equal(layout.unpad(padded, 0), x + 1)
     assert padded.shape == (layout.rows,) and int((padded == 0).sum()) == layout.rows - queries
     assert exact or layout.rows % tile == 0
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_real_shapes_are_those_of_the_published_models(name):
+    pixels, _, ratio = name.partition(" ")
+    experiment = read_experiment(f"configs/hart_0p7b_{pixels}.py")
+    assert isinstance(experiment, HartExperiment)
+    height, width = image_shape_of(ratio or None, experiment.tokenizer)
+    config = experiment.transformer.of_latent(height // 16, width // 16)
+    assert SHAPES[name].segments == scale_causal_segments(config.context_tokens, config.sizes[1:])
 
 
 @pytest.mark.parametrize("tile", [(128, 128), (256, 256), (256, 512), (512, 512)], ids=str)

@@ -40,23 +40,33 @@ def test_context_products_depend_on_the_distance_alone():
     assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-2)
 
 
-def test_image_rotation_is_the_formula_of_the_release():
+@pytest.mark.parametrize(
+    ("shape", "last_shape"),
+    [((3, 2), (7, 5)), ((2, 7), (5, 20)), ((10, 3), (10, 3)), ((1, 1), (12, 4)), ((3, 3), (8, 8))],
+    ids=str,
+)
+def test_image_rotation_is_the_formula_of_the_release(shape, last_shape):
     """The first half rotates with rows, the second with columns, and the halves against each other."""
-    side, last_side, offset, index = 3, 7, 11, 5
-    x = vectors(0, 1, 1, 1, K)
-    angle = image_angles(jnp.array([[index]]), side, last_side, jnp.array([[offset]]), K)
+    offset, places = 11, [(row, col) for row in range(shape[0]) for col in range(shape[1])]
+    x = vectors(0, 1, len(places), 1, K)
+    angle = image_angles(jnp.arange(len(places))[None], shape, last_shape, jnp.array([[offset]]), K)
+    rotated = apply_rotary(x, rotary_cos_sin(angle))
     frequencies = 10000.0 ** (-np.array([0, 4]) / K)
-    row, col = (np.tile((n / side * last_side + offset) * frequencies, 2) for n in divmod(index, side))
-    first, second = x[0, 0, 0, : K // 2], x[0, 0, 0, K // 2 :]
-    expected = np.concatenate([first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)])
-    np.testing.assert_allclose(apply_rotary(x, rotary_cos_sin(angle))[0, 0, 0], expected, rtol=1e-5, atol=1e-5)
+    for index, place in enumerate(places):
+        row, col = (
+            np.tile((n / side * last + offset) * frequencies, 2)
+            for n, side, last in zip(place, shape, last_shape, strict=True)
+        )
+        first, second = x[0, index, 0, : K // 2], x[0, index, 0, K // 2 :]
+        parts = first * np.cos(row) - second * np.sin(row), second * np.cos(col) + first * np.sin(col)
+        np.testing.assert_allclose(rotated[0, index, 0], np.concatenate(parts), rtol=1e-5, atol=1e-5)
 
 
 def test_scales_share_one_square():
     """Every scale's first token lies at the offset, and a scale of half the side has every second position."""
     offset = jnp.array([[5]])
-    fine = image_angles(jnp.arange(16)[None], 4, 4, offset, K)
-    coarse = image_angles(jnp.arange(4)[None], 2, 4, offset, K)
+    fine = image_angles(jnp.arange(16)[None], (4, 4), (4, 4), offset, K)
+    coarse = image_angles(jnp.arange(4)[None], (2, 2), (4, 4), offset, K)
     np.testing.assert_allclose(fine[0].reshape(4, 4, K)[::2, ::2].reshape(4, K), coarse[0], rtol=1e-6)
     np.testing.assert_allclose(coarse[0, 0, :2], 5 * 10000.0 ** (-np.array([0, 4]) / K), rtol=1e-6)
 

@@ -26,6 +26,7 @@ from hart_jax.planning.cost_report import (
     roofline_report,
     work_report,
 )
+from hart_jax.planning.jobs import at_image_shape
 from hart_jax.sampling.noise import KeyedNoise
 from hart_jax.sampling.sampler import generate
 from hart_jax.text import minilm_model, qwen2
@@ -91,10 +92,13 @@ SAMPLINGS = {
     **{name: tiny(name) for name in TINY},
     "masked iterations": tiny(masked_iterations=3),
     "smooth, discrete only": tiny(smooth=True, discrete_only=True),
+    "rectangle": at_image_shape(tiny(masked_iterations=3), (6, 12)),
 }
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "rectangle")) for name in SAMPLINGS]
+)
 def test_a_whole_sampling_takes_its_parts_less_what_it_saves(name):
     # Embedded levels, of which the sampler shares fewer or more than a report, would blur it.
     model = dataclasses.replace(SAMPLINGS[name].transformer, use_timestep_embed=False)
@@ -227,6 +231,20 @@ def test_command():
     assert 1 < eight["least_seconds"]["h200"] / one["least_seconds"]["h200"] < 8
 
 
+@pytest.mark.slow
+def test_a_rectangle_costs_what_its_tokens_do():
+    """And so about as much as a square of as many pixels."""
+    report = work_report(at_image_shape(tiny(), (6, 12)), 1, None)
+    assert report.startswith("12x6 px, batch 1: 4 context positions and 28 tokens in 3 scales") and "| 3x6 |" in report
+    released = experiment("hart_0p7b_1024")
+    square, tall = (
+        sum(one.macs for one in sampling_costs(each, 1)) for each in (released, at_image_shape(released, (1360, 768)))
+    )
+    assert tall == pytest.approx(square, rel=0.03)
+
+
 def test_command_refuses():
+    result = command("--config=configs/emoji_hart.py", "--size=64x99")
+    assert result.returncode == 2 and "size 64x99: height and width must be multiples of 8 px" in result.stderr
     result = command("--config=configs/emoji_hart.py", "--chips=h200,abacus")
     assert result.returncode == 2 and "'abacus' is unknown; known are v4," in result.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from hart_jax.config import SampleConfig
 from hart_jax.errors import UserError
@@ -26,10 +27,13 @@ class Pipeline:
     def __init__(self):
         self.sampled: list[SampleRequest] = []
 
+    def batch_size(self, count, wanted):
+        return min(count, wanted)
+
     def batches(self, batches, size):
         for batch in batches:
             self.sampled += batch
-            images = [np.full((4, 4, 3), one.seed, np.uint8) for one in batch]
+            images = [np.full((*(one.shape or (4, 4)), 3), one.seed, np.uint8) for one in batch]
             yield [Sample(one.prompt, one.seed, one.index, image) for one, image in zip(batch, images, strict=True)]
 
 
@@ -54,6 +58,33 @@ def test_a_torn_image_or_grid_is_sampled_again(tmp_path):
     assert sample(tmp_path, *prompts, resume=True) == ["a dog", "a cat", "an ant"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     assert sample(tmp_path, *prompts, resume=True) == []
+
+
+def test_images_of_several_sizes_are_sampled_size_by_size_and_numbered_as_asked(tmp_path):
+    """And a run that goes on samples the batches that lack one, as they were."""
+    shapes = [None, (2, 8), None, (8, 2), (2, 8), None, (2, 8)]
+    requests = [SampleRequest("x", seed, 0, shape=shape) for seed, shape in enumerate(shapes)]
+
+    def sampled(resume: bool) -> list[int]:
+        pipe = Pipeline()
+        output_run = output.open_run(tmp_path, requests, {"model": "x"}, 2, lambda wanted: wanted, resume)
+        output.sample_to_folder(pipe, output_run, requests, "prompt", {})
+        return [one.seed for one in pipe.sampled]
+
+    assert sampled(resume=False) == [0, 2, 5, 1, 4, 6, 3]
+    for seed, shape in enumerate(shapes):
+        path = tmp_path / f"{seed:05d}-x.png"
+        about, (height, width) = read_png_metadata(path), shape or (4, 4)
+        assert (about["seed"], about["size"]) == (str(seed), f"{width}x{height}")
+        assert (np.asarray(Image.open(path)) == np.full((height, width, 3), seed)).all()
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for seed in (2, 6, 3):
+        (tmp_path / f"{seed:05d}-x.png").unlink()
+    assert sampled(resume=True) == [0, 2, 6, 3]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    requests[1] = dataclasses.replace(requests[1], shape=(8, 2))
+    with pytest.raises(UserError, match="it has other prompts, seeds, sizes or numbers of images"):
+        sampled(resume=True)
 
 
 def test_an_image_that_is_damaged_within_is_named_where_it_is_needed(tmp_path):

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from hart_jax.checkpoints.model_folder import read_model, write_model
+from hart_jax.checkpoints.model_folder import abstract_tokenizer, abstract_transformer, read_model, write_model
 from hart_jax.config import HartExperiment, SampleConfig, read_experiment
 from hart_jax.errors import UserError
-from hart_jax.sampling import pipeline
-from hart_jax.sampling.pipeline import MOST_IMAGES, Pipeline, text_source
+from hart_jax.sampling import memory, pipeline
+from hart_jax.sampling.pipeline import MOST_IMAGES, Pipeline, SampleRequest, text_source
 from hart_jax.sampling.rules import Rules
+from hart_jax.sampling.sampler import make_sampler
+from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.transformer.model import Hart
 from tests.sample_runs import ROOT, environment, sample, write_released
 from tests.tiny import tiny_model
 from tests.tiny_qwen2 import SYSTEM_PROMPT
@@ -76,6 +79,7 @@ def test_the_text_encoder_is_the_given_then_the_models_then_the_configs(released
 
 
 _ON_DEVICES = """
+import dataclasses
 import sys
 import jax
 import numpy as np
@@ -90,20 +94,22 @@ words = ("a red apple", "a blue dog", "the side of the dog")
 requests = [SampleRequest(words[number % 3], number // 2, number % 2) for number in range(8)]
 
 
-def tokens(devices, batch, weights="float", **mesh):
-    settings = SampleConfig(top_k=8, top_k_late=8, weights=weights)
-    pipe = Pipeline(
-        model, settings, folder + "/qwen2", folder + "/system_prompt.md", MeshConfig(**mesh), jax.devices()[:devices]
-    )
-    size, found, sampler = pipe.batch_size(8, batch), [], pipe._sample
+def tokens(devices, batch, weights="float", shape=None, scales=(), **mesh):
+    settings = SampleConfig(top_k=8, top_k_late=8, weights=weights, scales=scales)
+    text, mesh, devices = (folder + "/qwen2", folder + "/system_prompt.md"), MeshConfig(**mesh), jax.devices()[:devices]
+    pipe = Pipeline(model, settings, *text, mesh, devices, untrained_scales=True)
+    shape = shape or pipe.own_shape
+    pipe.prepare(shape)
+    size, found, sampler = pipe.batch_size(8, batch), [], pipe._samplers[shape]
 
     def sample(*inputs):
         images, indices = sampler(*inputs)
         found.append(np.concatenate([np.asarray(index) for index in indices], axis=1))
         return images, indices
 
-    pipe._sample = sample
-    batches = [requests[start : start + size] for start in range(0, 8, size)]
+    pipe._samplers[shape] = sample
+    wanted = [dataclasses.replace(request, shape=shape) for request in requests]
+    batches = [wanted[start : start + size] for start in range(0, 8, size)]
     images = [sample.image for batch in pipe.batches(batches, size) for sample in batch]
     return size, np.concatenate(found)[:8], np.stack(images), pipe
 
@@ -121,6 +127,12 @@ for devices, batch, mesh in ((1, 8, {}), (8, 3, {"fsdp": 16}), (4, 2, {"tensor":
 _, _, images, pipe = tokens(4, 8, "int8", tensor=2)
 assert pipe._params["transformer"]["layers"]["attn"]["qkv"].values.dtype == np.int8
 assert (images != one[2]).any()
+for scales in ((), (1, 4)):
+    one = tokens(1, 1, shape=(12, 6), scales=scales)
+    for devices, mesh in ((8, {}), (4, {"tensor": 2})):
+        _, found, images, _ = tokens(devices, 8, shape=(12, 6), scales=scales, **mesh)
+        np.testing.assert_array_equal(found, one[1], err_msg=str((devices, mesh)))
+        assert images.shape == (8, 12, 6, 3) and np.abs(images.astype(int) - one[2]).max() <= 1
 """
 
 
@@ -140,10 +152,11 @@ def test_a_pipeline_of_labels_rounds_its_batches_and_explains_too_little_memory(
     def too_big(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
-    monkeypatch.setattr(pipe, "_sample", too_big)
+    monkeypatch.setitem(pipe._samplers, pipe.own_shape, too_big)
     with pytest.raises(UserError, match=r"out of memory: 1 images at a time do not fit on a device; set --config"):
         list(pipe.sample([0, 1], num_images=2, batch_size=4))
-    monkeypatch.setattr(pipe, "_sample", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL")))
+    broken = jax.errors.JaxRuntimeError("INTERNAL")
+    monkeypatch.setitem(pipe._samplers, pipe.own_shape, lambda *_: (_ for _ in ()).throw(broken))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         list(pipe.sample([0]))
 
@@ -151,7 +164,7 @@ def test_a_pipeline_of_labels_rounds_its_batches_and_explains_too_little_memory(
 @pytest.mark.parametrize("where", ["when it starts", "when it is fetched"])
 def test_where_memory_ends_fewer_are_sampled_at_a_time(where, monkeypatch, capsys):
     pipe = Pipeline(LABELS, SETTINGS)
-    prompts, sample, sizes = [0, 1, 2, 1, 0, 2, 1], pipe._sample, []
+    prompts, sample, sizes = [0, 1, 2, 1, 0, 2, 1], pipe._samplers[pipe.own_shape], []
     expected = pipe(prompts, seed=5)
     too_much = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
@@ -174,7 +187,7 @@ def test_where_memory_ends_fewer_are_sampled_at_a_time(where, monkeypatch, capsy
             raise too_much
         return fetch(images)
 
-    monkeypatch.setattr(pipe, "_sample", limited)
+    monkeypatch.setitem(pipe._samplers, pipe.own_shape, limited)
     monkeypatch.setattr(jax, "device_get", device_get)
     np.testing.assert_array_equal(pipe(prompts, seed=5), expected)
     assert sizes[0] == 7 and sizes[-4:] == [2, 2, 2, 2] and set(sizes) == {7, 4, 2}
@@ -252,7 +265,10 @@ def test_what_a_call_cannot_change_is_named():
         ({"num_images": 0}, "num_images=0: must be a whole number from 1"),
         ({"num_images": 2.0}, "num_images=2.0: must be"),
         ({"batch_size": -1}, "batch_size=-1: must be"),
-        ({"size": 64}, "unknown key size"),
+        ({"size": 64}, 'size 64: give "768x1152", "2:3", or width and height'),
+        ({"size": "9x12"}, "size 9x12: height and width must be multiples of 2 px; give 8x12 or 10x12"),
+        ({"size": (2, 4)}, "size 2x4: too small for the 3 scales of the model; give 4x6 or more"),
+        ({"size": "1:5"}, "ratio 1:5: at most 4:1 is possible"),
         ({"cfg": 1e39}, r"cfg=1e\+39: must be 0 or more and finite, as float32"),
         ({"temperature": 1e-39}, "temperature=1e-39: must be above 0 and finite, as float32"),
         (
@@ -281,3 +297,79 @@ def test_a_call_takes_numbers_of_arrays():
 def test_what_is_no_label_is_named(label):
     with pytest.raises(UserError, match=f"label {label!r}: the model has labels 0 to 2"):
         Pipeline(LABELS, SETTINGS)([label])
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_a_pipeline_samples_images_of_any_size(layered, monkeypatch):
+    monkeypatch.setattr(pipeline, "samples_by_layers", lambda model: layered)
+    pipe = Pipeline(LABELS, SETTINGS)
+    plain = pipe([0, 1], seed=3)
+    for size in ("8x8", "1:1", (8, 8)):
+        np.testing.assert_array_equal(pipe([0, 1], seed=3, size=size), plain)
+    assert list(pipe._samplers) == [(8, 8)]
+    wide = pipe([0, 1], seed=3, size="12x6")
+    assert wide.shape == (2, 6, 12, 3)
+    np.testing.assert_array_equal(pipe([0, 1], seed=3, size=(12, 6)), wide)
+    # Alone, and of a pipeline that has seen no other size.
+    alone = Pipeline(LABELS, SETTINGS)(1, seed=3, size="12x6")
+    assert np.abs(alone[0].astype(int) - wide[1]).max() <= 1
+    np.testing.assert_array_equal(pipe([0, 1], seed=3), plain)
+
+
+@pytest.mark.parametrize("changes", [{"weights": "int8"}, {"masked_iterations": 3, "smooth": True}])
+def test_every_setting_has_its_effect_at_other_sizes(changes):
+    plain, other = (Pipeline(LABELS, dataclasses.replace(SETTINGS, **each))(0, size="6x12") for each in ({}, changes))
+    assert other.shape == (1, 12, 6, 3) and (other != plain).any()
+
+
+def test_iterations_fit_the_size():
+    pipe = Pipeline(LABELS, dataclasses.replace(SETTINGS, masked_iterations=16))
+    with pytest.raises(UserError, match="masked_iterations=16: the last scale has 15 positions"):
+        pipe(0, size="6x10")
+
+
+def test_a_batch_has_one_size():
+    pipe = Pipeline(LABELS, SETTINGS)
+    requests = [SampleRequest(0, 0, 0), SampleRequest(0, 0, 0, shape=(6, 12))]
+    with pytest.raises(UserError, match="images of 2 sizes in one batch: make a batch of each size"):
+        next(pipe.batches([requests], 2))
+
+
+def test_a_size_that_cannot_fit_into_memory_is_refused_before_it_is_compiled(monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    pipe = Pipeline(LABELS, SETTINGS)
+    # The model's own size is tried in any case.
+    assert len(pipe(0)) == 1
+    with pytest.raises(UserError, match=r"size 12x6: one image takes \S+ GiB or more, and 0.0 GiB are free; give a"):
+        pipe.sample([0], size="12x6")
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match=r"size 800000x800000: one image takes 95,\S+ GiB or more, and \S+ GiB are free"
+    ):
+        pipe(0, size="800000x800000")
+
+
+def test_what_an_accelerator_has_left_counts():
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    configs = LABELS.transformer_config, LABELS.tokenizer_config, None
+    needed = memory.bytes_of_one(*configs)
+    for stats in (None, {}, {"bytes_limit": needed + 5, "bytes_in_use": 5}):
+        memory.check_memory(*configs, Device(stats))
+    with pytest.raises(UserError, match="size 8x8: one image takes"):
+        memory.check_memory(*configs, Device({"bytes_limit": needed + 5, "bytes_in_use": 6}))
+
+
+@pytest.mark.parametrize("vocab_size", [16, pytest.param(2048, marks=pytest.mark.slow)])
+def test_the_memory_of_an_image_is_not_overestimated(vocab_size):
+    config = dataclasses.replace(LABELS.transformer_config, vocab_size=vocab_size).of_latent(16, 24)
+    tokenizer = dataclasses.replace(LABELS.tokenizer_config, vocab_size=vocab_size).of_latent(16, 24)
+    params = {"transformer": abstract_transformer(config), "tokenizer": abstract_tokenizer(tokenizer)}
+    rows = [jax.ShapeDtypeStruct((1,), kind) for kind in (np.int32, np.uint32, np.int32)]
+    program = make_sampler(Hart(config), Tokenizer(tokenizer), SampleConfig(top_k=0, top_k_late=0))
+    taken = program.lower(params, *rows).compile().memory_analysis().temp_size_in_bytes
+    assert taken / 8 < memory.bytes_of_one(config, tokenizer, None) < taken

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from hart_jax.config import SampleConfig
 from hart_jax.errors import UserError
 from hart_jax.nn.dtypes import cast_weights
-from hart_jax.sampling.layerwise import make_layered_sampler, split_layers
+from hart_jax.sampling.layerwise import LayerwiseSampling, make_layered_sampler, split_layers
+from hart_jax.sampling.noise import KeyedNoise
 from hart_jax.sampling.rules import iteration_sizes, keep_top, kth_largest
-from hart_jax.sampling.sampler import make_sampler
+from hart_jax.sampling.sampler import generate, make_sampler
 from hart_jax.tokenizer.model import Tokenizer
+from hart_jax.tokenizer.resize import area
 from hart_jax.transformer.model import Hart
 from tests.tiny import TOKENIZER, tiny_model
 
@@ -189,3 +191,41 @@ def test_class_conditional_models_sample_from_labels():
     params = {"transformer": model.transformer, "tokenizer": model.tokenizer}
     image, _ = sampler(params, jnp.array([0, 2]), 0, jnp.array([0, 0]))
     assert image.shape == (2, 8, 8, 3) and np.isfinite(np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(("latent", "scales"), [((6, 3), (1, 2, 4)), ((3, 6), (1, 2, 4)), ((6, 3), (1, 4))])
+def test_a_shape_and_a_list_are_sampled_as_they_are_trained(latent, scales):
+    """The logits of its tokens are those of teacher forcing, all scales at once; layer by layer as in one program."""
+    configs = (config.of_list(scales).of_latent(*latent) for config in (MODEL.transformer_config, TOKENIZER))
+    hart, tokenizer = Hart(next(configs)), Tokenizer(next(configs))
+    settings, params = (
+        dataclasses.replace(ALL, cfg=0.0),
+        {"transformer": MODEL.transformer, "tokenizer": MODEL.tokenizer},
+    )
+    text = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    condition, noise = (text, np.array([[1, 1, 1, 0], [1, 1, 1, 1]], np.int32)), KeyedNoise.of(3, jnp.array([0, 2]))
+    out = jax.jit(lambda *inputs: generate(hart, tokenizer, *inputs, settings))(params, condition, noise)
+    assert out.image.shape == (2, 2 * latent[0], 2 * latent[1], 3)
+    shapes = hart.config.shapes
+    assert len(shapes) == len(scales)
+    assert [index.shape[1] for index in out.indices] == [height * width for height, width in shapes]
+
+    @jax.jit
+    def taught(params, indices):
+        call = functools.partial(tokenizer.apply, {"params": params["tokenizer"]})
+        parts = [
+            call(call(index, method="lookup"), scale, method="contribution") for scale, index in enumerate(indices)
+        ]
+        f_hats = [sum(parts[:scale]) for scale in range(1, len(shapes))]
+        inputs = [area(f_hat, shape) for f_hat, shape in zip(f_hats, shapes[1:], strict=True)]
+        ar_input = jnp.concatenate([each.reshape(2, -1, each.shape[-1]) for each in inputs], axis=1)
+        kept = jnp.tile(jnp.arange(hart.config.sizes[-1]), (2, 1))
+        return hart.apply({"params": params["transformer"]}, condition, ar_input, kept).logits
+
+    logits = np.concatenate(out.logits, axis=1)
+    np.testing.assert_allclose(logits, taught(params, out.indices), atol=2e-4)
+    layered = LayerwiseSampling(hart, tokenizer, settings).run(split_layers(params), condition, noise)
+    for scale, index in enumerate(layered.indices):
+        np.testing.assert_array_equal(index, out.indices[scale])
+        np.testing.assert_allclose(layered.logits[scale], out.logits[scale], atol=2e-4)
+    np.testing.assert_allclose(layered.image, out.image, atol=1e-4)

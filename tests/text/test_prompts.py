@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hart_jax.errors import UserError
-from hart_jax.text.prompts import check_prompts, read_prompts_file, read_seeded_prompts, report_truncation
+from hart_jax.text.prompts import check_prompts, read_prompt_lines, read_prompts_file, report_truncation
 
 
 def test_one_prompt_per_line_and_blank_lines_are_skipped(tmp_path):
@@ -27,25 +27,34 @@ def test_seeds_stand_before_their_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("7\ta red apple\n\n3 blue dogs\n12 \tof  which\tone\n# 3\r\n4294967295\tx\u2028y", newline="")
     expected = [
-        ("a red apple", 7),
-        ("3 blue dogs", None),
-        ("of  which\tone", 12),
-        ("# 3", None),
-        ("x\u2028y", 2**32 - 1),
+        ("a red apple", 7, None),
+        ("3 blue dogs", None, None),
+        ("of  which\tone", 12, None),
+        ("# 3", None, None),
+        ("x\u2028y", 2**32 - 1, None),
     ]
-    assert read_seeded_prompts(path) == expected
+    assert read_prompt_lines(path) == expected
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "7\\ta red\\napple", "seed": 3}\n{"prompt": "a blue dog"}\n')
-    assert read_seeded_prompts(path) == [("7\ta red\napple", 3), ("a blue dog", None)]
+    path.write_text('{"prompt": "7\\ta red\\napple", "seed": 3}\n{"prompt": "a blue dog", "size": "2:3"}\n')
+    assert read_prompt_lines(path) == [("7\ta red\napple", 3, None), ("a blue dog", None, "2:3")]
 
 
 @pytest.mark.parametrize(
-    "line", ["a red apple", "[]", '{"prompt": 3}', '{"prompt": "a", "seed": "3"}', '{"prompt": "a", "cfg": 3}']
+    "line",
+    [
+        "a red apple",
+        "[]",
+        '{"prompt": 3}',
+        '{"prompt": "a", "seed": "3"}',
+        '{"prompt": "a", "cfg": 3}',
+        '{"prompt": "a", "size": 64}',
+        '{"prompt": "a", "size": [64, 96]}',
+    ],
 )
 def test_wrong_lines_are_named(tmp_path, line):
     (tmp_path / "prompts.jsonl").write_text(line)
     with pytest.raises(UserError, match=r"prompts\.jsonl, line "):
-        read_seeded_prompts(tmp_path / "prompts.jsonl")
+        read_prompt_lines(tmp_path / "prompts.jsonl")
 
 
 def test_each_cut_prompt_is_reported_once(capsys):
@@ -62,7 +71,7 @@ def test_a_seed_is_a_whole_number(tmp_path, seed):
     path = tmp_path / "prompts.txt"
     path.write_text(f"a cat\n{seed}\ta blue dog\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"prompts\.txt, line .*a blue dog.*: before the tab stands a seed"):
-        read_seeded_prompts(path)
+        read_prompt_lines(path)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -70,7 +79,7 @@ def test_a_seed_in_json_has_the_same_range(tmp_path, seed):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a dog", "seed": seed}))
     with pytest.raises(UserError, match=r"must be from 0 to 2\*\*32 - 1"):
-        read_seeded_prompts(path)
+        read_prompt_lines(path)
 
 
 def test_a_prompt_is_unicode():

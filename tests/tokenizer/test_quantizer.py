@@ -74,7 +74,7 @@ def test_inputs_are_the_pooled_rest_of_each_scale(variables, latent):
     quantized = apply(variables, "quantize", latent)
     before = [jnp.zeros_like(latent), *quantized.partial[:-1]]
     for side, f_hat, z in zip(CONFIG.patch_nums, before, quantized.inputs, strict=True):
-        np.testing.assert_allclose(z.reshape(BATCH, side, side, -1), area(latent - f_hat, side), atol=1e-5)
+        np.testing.assert_allclose(z.reshape(BATCH, side, side, -1), area(latent - f_hat, (side, side)), atol=1e-5)
 
 
 def test_indices_decode_to_f_hat(variables, latent):
@@ -92,7 +92,7 @@ def test_a_code_that_is_hit_is_counted(variables, latent):
 
 def test_contribution_is_a_blend_with_the_convolution(variables):
     code = jax.random.normal(jax.random.key(3), (BATCH, 4, 4))
-    h = np.asarray(bicubic(code.reshape(BATCH, 2, 2, 4), 8))
+    h = np.asarray(bicubic(code.reshape(BATCH, 2, 2, 4), (8, 8)))
     kernel, bias = variables["params"]["phi_kernel"][1], variables["params"]["phi_bias"][1]
     padded = np.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0)))
     convolved = sum(padded[:, i : i + 8, j : j + 8] @ kernel[i, j] for i in range(3) for j in range(3)) + bias
@@ -112,13 +112,30 @@ def test_targets_leave_the_last_code_in_the_residual(variables, latent):
     np.testing.assert_allclose(whole, latent.reshape(BATCH, 64, 4), atol=1e-5)
 
 
+@pytest.mark.parametrize("kept_as", [np.float32, np.float16])
+def test_tokens_of_one_list_give_those_of_another(variables, latent, kept_as):
+    """The latent of tokens, `f_rest` kept in this type, is quantised anew as the image's is."""
+    other = CONFIG.of_list((1, 3, 8))
+    exact = apply(variables, "tokens", latent, config=other)
+    tokens = apply(variables, "tokens", latent)
+    tokens = tokens.replace(f_rest_BPC=np.asarray(tokens.f_rest_BPC, kept_as).astype(np.float32))
+    again = apply(variables, "latent", tokens)
+    bound = 4 * float(jnp.max(jnp.abs(tokens.f_rest_BPC))) * float(np.finfo(kept_as).eps)
+    np.testing.assert_allclose(again, latent, atol=bound)
+    found = apply(variables, "tokens", again, config=other)
+    for ours, theirs in zip(found.indices, exact.indices, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(found.f_rest_BPC, exact.f_rest_BPC, atol=2 * bound)
+    np.testing.assert_allclose(found.ar_input_BLC, exact.ar_input_BLC, atol=2 * bound)
+
+
 def test_inputs_of_the_transformer(variables, latent):
     quantized, tokens = apply(variables, "quantize", latent), apply(variables, "tokens", latent)
     assert tokens.ar_input_BLC.shape == (BATCH, sum(p * p for p in CONFIG.patch_nums[1:]), 4)
     start = 0
     for side, f_hat in zip(CONFIG.patch_nums[1:], quantized.partial, strict=False):
         part = tokens.ar_input_BLC[:, start : start + side * side]
-        np.testing.assert_allclose(part.reshape(BATCH, side, side, 4), area(f_hat, side), atol=1e-5)
+        np.testing.assert_allclose(part.reshape(BATCH, side, side, 4), area(f_hat, (side, side)), atol=1e-5)
         start += side * side
 
 

@@ -71,47 +71,62 @@ def test_constants_stay(size_in, size_out):
 def test_area_committed():
     rows = np.array([2.0, 1.0, 0.0, -1.0, -2.0])
     expected = np.outer([1.5, 0.0, -1.5], AREA_5_TO_3)
-    np.testing.assert_allclose(area(square(rows, RAMP), 3)[0, :, :, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(area(square(rows, RAMP), (3, 3))[0, :, :, 0], expected, atol=1e-6)
 
 
 def test_bicubic_committed():
     ones = np.ones(3)
     expected = np.outer(np.ones(5), BICUBIC_3_TO_5)
-    np.testing.assert_allclose(bicubic(square(ones, BICUBIC_RAMP), 5)[0, :, :, 0], expected, atol=2e-6)
-    np.testing.assert_allclose(bicubic(square(BICUBIC_RAMP, ones), 5)[0, :, :, 0], expected.T, atol=2e-6)
+    np.testing.assert_allclose(bicubic(square(ones, BICUBIC_RAMP), (5, 5))[0, :, :, 0], expected, atol=2e-6)
+    np.testing.assert_allclose(bicubic(square(BICUBIC_RAMP, ones), (5, 5))[0, :, :, 0], expected.T, atol=2e-6)
 
 
-def test_same_side_is_untouched():
+def test_same_shape_is_untouched():
     x = square(RAMP, RAMP)
-    assert area(x, 5) is x and bicubic(x, 5) is x
+    assert area(x, (5, 5)) is x and bicubic(x, (5, 5)) is x
+
+
+def test_one_side_alone():
+    """Rows that stay are the same to the bit: their matrix is that of the identity."""
+    x = np.random.default_rng(0).normal(size=(1, 5, 6, 2)).astype(np.float32)
+    for resize, matrix in ((area, area_matrix), (bicubic, bicubic_matrix)):
+        np.testing.assert_array_equal(matrix(5, 5), np.eye(5))
+        rows = [resize(x[:, row : row + 1], (1, 4)) for row in range(5)]
+        np.testing.assert_allclose(resize(x, (5, 4)), np.concatenate(rows, axis=1), atol=1e-6)
 
 
 def test_batch_and_channels_are_kept_apart():
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)
     for resize in (area, bicubic):
-        whole = resize(x, 3)
-        assert whole.shape == (2, 3, 3, 3)
+        whole = resize(x, (3, 4))
+        assert whole.shape == (2, 3, 4, 3)
         for image in range(2):
             for channel in range(3):
-                alone = resize(x[image : image + 1, :, :, channel : channel + 1], 3)
+                alone = resize(x[image : image + 1, :, :, channel : channel + 1], (3, 4))
                 np.testing.assert_allclose(whole[image, :, :, channel], alone[0, :, :, 0], atol=1e-6)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("size_in", "size_out"), [(16, 13), (16, 10), (16, 1), (8, 6), (64, 48)])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"),
+    [((16, 16), (13, 13)), ((16, 16), (1, 1)), ((64, 64), (48, 48)), ((6, 10), (4, 5)), ((48, 85), (36, 64))],
+)
 def test_area_is_torch_adaptive_pooling(size_in, size_out):
     torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).normal(size=(1, size_in, size_in, 2)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, *size_in, 2)).astype(np.float32)
     theirs = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(x.transpose(0, 3, 1, 2)), size_out)
     np.testing.assert_allclose(area(x, size_out), theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("size_in", "size_out"), [(1, 16), (2, 16), (5, 16), (13, 16), (48, 64)])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"),
+    [((1, 1), (16, 16)), ((5, 5), (16, 16)), ((48, 48), (64, 64)), ((4, 5), (6, 10)), ((2, 3), (48, 85))],
+)
 def test_bicubic_is_torch_interpolation(size_in, size_out):
     torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).normal(size=(1, size_in, size_in, 2)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(1, *size_in, 2)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(
-        torch.from_numpy(x.transpose(0, 3, 1, 2)), (size_out, size_out), mode="bicubic", align_corners=False
+        torch.from_numpy(x.transpose(0, 3, 1, 2)), size_out, mode="bicubic", align_corners=False
     )
     np.testing.assert_allclose(bicubic(x, size_out), theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)

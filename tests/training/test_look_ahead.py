@@ -19,6 +19,7 @@ class CountingTask:
 
     def __init__(self, layout: MeshLayout, events: list[str]):
         self.shardings, self._events = {"total": layout.replicated}, events
+        self.buckets, self.programs, self.grids = None, 1, 1
 
     def batches(self) -> Batches:
         source = grain.MapDataset.source([{"index": np.int32(number)} for number in range(8)]).repeat()

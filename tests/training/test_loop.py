@@ -22,6 +22,7 @@ from hart_jax.config import (
     TrainConfig,
     read_experiment,
 )
+from hart_jax.data.aspect_buckets import AspectBuckets
 from hart_jax.data.batches import Batches
 from hart_jax.errors import UserError
 from hart_jax.parallel.mesh import MeshLayout
@@ -35,9 +36,11 @@ TRAIN = TrainConfig(steps=6, batch_size=2, log_every=1, save_every=2, sample_eve
 class Counting:
     """Adds a batch's numbers to its state; at some steps something happens instead of a grid, or after the step."""
 
-    def __init__(self, layout: MeshLayout, at_step: Any = None, at_grid: Any = None):
+    def __init__(self, layout: MeshLayout, at_step: Any = None, at_grid: Any = None, buckets: Any = None):
         self.shardings = {"total": layout.replicated}
         self._layout, self._at_step, self._at_grid = layout, at_step or {}, at_grid or {}
+        self.buckets, self.programs = buckets, 1
+        self.grids = len(buckets.names) if buckets else 1
 
     def batches(self) -> Batches:
         numbers = grain.MapDataset.range(12).map(lambda x: {"index": np.int32(x)})
@@ -70,7 +73,8 @@ class Counting:
         step = int(state["total"])
         if self._at_grid:
             raise self._at_grid.pop(0)
-        return {"samples": np.full((2, 2, 3), step % 256, np.uint8)}
+        names = [f"samples_{name}" for name in self.buckets.names] if self.buckets else ["samples"]
+        return {name: np.full((2, 2, 3), step % 256, np.uint8) for name in names}
 
 
 @pytest.fixture
@@ -80,11 +84,13 @@ def shards(tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def train(workdir: Path, shards: Path, train: TrainConfig = TRAIN, at_step=None, at_grid=None, **changes) -> None:
+def train(
+    workdir: Path, shards: Path, train: TrainConfig = TRAIN, at_step=None, at_grid=None, buckets=None, **changes
+) -> None:
     data = dataclasses.replace(TokenizerExperiment().data, train=str(shards))
     experiment = dataclasses.replace(TokenizerExperiment(), data=data, train=train, **changes)
     layout = MeshLayout.of(MeshConfig(), train.batch_size)
-    run(Counting(layout, at_step, at_grid), layout, train, experiment.to_dict(), workdir)
+    run(Counting(layout, at_step, at_grid, buckets), layout, train, experiment.to_dict(), workdir)
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
@@ -114,6 +120,21 @@ def test_a_run_that_ends_within_a_grid_has_its_checkpoint_and_samples_the_grid_w
     train(tmp_path / "run", shards)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     assert {"samples_00000004.png", "samples_00000006.png"} <= set(contents(tmp_path / "run"))
+
+
+def test_a_run_that_ended_between_the_grids_of_two_buckets_samples_them_when_resumed(tmp_path, shards, capsys):
+    buckets = AspectBuckets(("1:1", "2:3"), ((8, 8), (10, 6)), np.zeros(12, np.int32))
+    workdir = tmp_path / "run"
+    train(workdir, shards, buckets=buckets)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "buckets: 1:1 8x8 px, 12 images; 2:3 6x10 px, 0 images; at most 1 training steps are compiled"
+    expected = contents(workdir)
+    (workdir / "samples" / "samples_2:3_00000006.png").unlink()
+    train(workdir, shards, buckets=buckets)
+    assert contents(workdir) == expected and len(expected) == 5
+    others = dataclasses.replace(buckets, of_record=np.ones(12, np.int32))
+    with pytest.raises(UserError, match=r"^data\.buckets: images lie in other buckets than when the run in"):
+        train(workdir, shards, dataclasses.replace(TRAIN, steps=8), buckets=others)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])

@@ -72,7 +72,7 @@ def tokenizer_step_flops(freeze: tuple[str, ...] = (), adversarial: bool = False
     params = abstract_tokenizer(LARGER)
 
     def start(params):
-        return tokenizer_state(jax.random.key(0), params, optimizer, 32, freeze, adversarial)
+        return tokenizer_state(jax.random.key(0), params, optimizer, (32, 32), freeze, adversarial)
 
     state, images = jax.eval_shape(start, params), SHAPE((BATCH, 32, 32, 3), jnp.uint8)
     step = make_tokenizer_step(tokenizer, optimizer, TokenizerLossConfig(perceptual=0.0), 0.9)

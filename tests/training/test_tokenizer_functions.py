@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from hart_jax.config import MeshConfig, TokenizerExperiment, read_experiment
@@ -68,6 +69,7 @@ def test_a_start_takes_the_same_images_of_a_large_batch(tmp_path, monkeypatch):
     assert seen == {"shape": (64, 8, 8, 3), "count": 64}
 
 
+@pytest.mark.slow
 def test_images_that_fill_up_a_mesh_give_no_codes(tmp_path):
     program = tokenizer_functions(experiment(tmp_path, 4), MeshLayout.of(MeshConfig(), 4))
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)

@@ -90,7 +90,7 @@ def test_same_state_batch_and_key_give_the_same_bits(initial, images):
     assert not differs(*runs)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_what_is_decoded(state, initial, images, fraction):
     _, metrics = step_with(continuous_fraction=fraction)(state, images, KEY, None, adversarial=False)
     drawn, other = ("continuous", "discrete") if fraction else ("discrete", "continuous")
@@ -181,10 +181,11 @@ def test_a_batch_in_parts_trains_as_the_whole_one_does(initial, images, accumula
             history.append(jax.device_get(metrics))
         ends.append((history, jax.device_get(state)))
     (parts_history, parts_state), (history, state) = ends
-    for ours, theirs in zip(parts_history, history, strict=True):
+    # Adam divides a gradient by its own size: what the sums round otherwise grows about tenfold from step to step.
+    for rtol, ours, theirs in zip((1e-6, 1e-5, 1e-4), parts_history, history, strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=1e-7, err_msg=name)
     np.testing.assert_array_equal(parts_state.code_usage_V, state.code_usage_V)
     codebooks = [end.model.params["quantizer"]["codebook"] for end in (parts_state, state, initial)]
     np.testing.assert_allclose(codebooks[0], codebooks[1], atol=1e-5)
@@ -199,7 +200,7 @@ def test_frozen_parts_stay_to_the_last_bit(initial, images):
     # Adding nothing to it would change its bits.
     trained["encoder"]["conv_in"]["bias"] = trained["encoder"]["conv_in"]["bias"].at[0].set(-0.0)
     before = jax.device_get(trained)
-    state = tokenizer_state(KEY, trained, OPTIMIZER, 24, FROZEN)
+    state = tokenizer_state(KEY, trained, OPTIMIZER, (24, 24), FROZEN)
     for _ in range(3):
         state, metrics = step_with(vq=1.0)(state, images, KEY, None, adversarial=False)
     after = jax.device_get(state)

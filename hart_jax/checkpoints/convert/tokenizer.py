@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hart_jax.config import TokenizerConfig
+from hart_jax.config import Scale, TokenizerConfig
+from hart_jax.config.scales import shape_of
 from hart_jax.errors import UserError
 from hart_jax.io.state_dict import StateDict, transpose_conv
 
@@ -20,15 +21,16 @@ _FIXED = {
 }
 
 
-def tokenizer_config(released: Mapping[str, Any], patch_nums: tuple[int, ...] | None = None) -> TokenizerConfig:
+def tokenizer_config(released: Mapping[str, Any], patch_nums: tuple[Scale, ...] | None = None) -> TokenizerConfig:
     """Our settings from the released config.json; `patch_nums` (from the transformer's config) wins if given."""
     for key, value in _FIXED.items():
         if released.get(key, value) != value:
             raise UserError(f"tokenizer/config.json: {key}={released[key]!r} is not supported, only {value!r}")
     patch_nums = patch_nums or tuple(released["v_patch_nums"])
     multipliers = tuple(released["ch_mult"])
+    height, width = (side * 2 ** (len(multipliers) - 1) for side in shape_of(patch_nums[-1]))
     return TokenizerConfig(
-        image_size=patch_nums[-1] * 2 ** (len(multipliers) - 1),
+        image_size=(height, width),
         patch_nums=patch_nums,
         channels=released["ch"],
         channel_multipliers=multipliers,

@@ -4,7 +4,7 @@ About 12,000 images of seven styles, from npm and Debian packages with permissiv
 layout of MJHQ-30K, once for training and once for testing:
 
     DIR/train/meta_data.json        {id: {"category", "prompt", "captions", "style", "concept"}}
-    DIR/train/<category>/<id>.png   RGB on white, square
+    DIR/train/<category>/<id>.png   RGB on white, square; with `--keep_shape` clip art and furniture keep their shapes
     DIR/test/...                    the same, of concepts that training never sees
 
 A concept is held out in every style at once: emoji by code point, clip art and furniture by title. Skin-tone variants
@@ -14,6 +14,7 @@ A build that was interrupted is resumed by the same command; a finished one is l
 """
 
 import argparse
+import functools
 import io
 import os
 import signal
@@ -84,6 +85,7 @@ def build(
     image_size: int = 256,
     styles: list[str] | None = None,
     skin_tones: bool = False,
+    keep_shape: bool = False,
     workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Counter]:
@@ -98,7 +100,8 @@ def build(
         raise UserError(f"--styles {','.join(unknown) or '(empty)'} is not known; choose from {','.join(SOURCES)}")
     if not 16 <= image_size <= 1024:
         raise UserError(f"--image_size {image_size} is out of range; use 16 to 1024")
-    settings = {"format": FORMAT, "image_size": image_size, "styles": styles, "skin_tones": skin_tones}
+    settings: dict = {"format": FORMAT, "image_size": image_size, "styles": styles, "skin_tones": skin_tones}
+    settings["keep_shape"] = keep_shape
     settings["packages"] = {style: packages.locate(SOURCES[style], folder).name for style in styles}
     packages.locate(packages.EMOJIBASE, folder)
     if not set(styles) <= RASTER_STYLES:
@@ -126,9 +129,10 @@ def _build(
     for target in set(target.parent for target in targets):
         target.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(
-            _render_to_file, source_images, targets, [settings["image_size"]] * len(source_images), chunksize=16
+        render_to_file = functools.partial(
+            _render_to_file, image_size=settings["image_size"], keep_shape=settings["keep_shape"]
         )
+        results = pool.map(render_to_file, source_images, targets, chunksize=16)
         progress = tqdm(
             zip(source_images, splits, targets, results, strict=True), total=len(source_images), unit="image"
         )
@@ -166,7 +170,8 @@ def _claim(out: Path, settings: dict) -> bool:
     """Marks `out` as a build of these settings; True if it holds a finished one."""
     record = out / BUILD_FILE
     if record.exists():
-        known = read_json(record)
+        # A set that an earlier version built does not say it.
+        known = {"keep_shape": False, **read_json(record)}
         begun_with = {key: known.get(key) for key in settings}
         if begun_with != settings:
             names = ", ".join(differences(begun_with, settings))
@@ -193,7 +198,7 @@ class _Rendered:
     problem: str = ""
 
 
-def _render_to_file(source_image: SourceImage, target: Path, image_size: int) -> _Rendered:
+def _render_to_file(source_image: SourceImage, target: Path, image_size: int, keep_shape: bool) -> _Rendered:
     """Renders one image unless its file is there already, and whole."""
 
     def give_up(*_: object) -> None:
@@ -204,7 +209,7 @@ def _render_to_file(source_image: SourceImage, target: Path, image_size: int) ->
         signal.signal(signal.SIGVTALRM, give_up)
         signal.setitimer(signal.ITIMER_VIRTUAL, _RENDER_SECONDS)
         try:
-            image = render(source_image, image_size)
+            image = render(source_image, image_size, keep_shape)
         except Exception as error:  # a drawing library fails in its own ways; the image is named, counted and left out
             return _Rendered(problem=f"{type(error).__name__}: {error}"[:200])
         finally:
@@ -229,9 +234,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the captioned image set.")
     parser.add_argument("--out", required=True, help="folder to build in; new, empty or an unfinished build")
     parser.add_argument("--packages", help="folder of downloaded packages; without it they are fetched")
-    parser.add_argument("--image_size", type=int, default=256, help="side of the square images, in pixels")
+    parser.add_argument("--image_size", type=int, default=256, help="longer side of the images, in pixels")
     parser.add_argument("--styles", default=",".join(SOURCES), help="comma-separated; default: %(default)s")
     parser.add_argument("--skin_tones", action="store_true", help="include skin-tone variants")
+    parser.add_argument("--keep_shape", action="store_true", help="clip art and furniture are not padded to squares")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rendering processes")
     args = parser.parse_args()
     packages = local_only(args.packages, "--packages") if args.packages else None
@@ -243,6 +249,7 @@ def main() -> None:
         image_size=args.image_size,
         styles=[style for style in args.styles.split(",") if style],
         skin_tones=args.skin_tones,
+        keep_shape=args.keep_shape,
         workers=args.workers,
     )
     for split, styles in counts.items():

@@ -1,4 +1,4 @@
-"""One captioned image of the set, and its rendering to a square RGB image on white."""
+"""One captioned image of the set, and its rendering to an RGB image on white, square or of its own shape."""
 
 import io
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from hart_jax.errors import UserError
 _OVERSAMPLING = 2
 _MAX_RENDER_SIDE = 4096
 _MARGIN = 0.04
+# How many times as long as wide an image of its own shape is at most: narrower ones get white sides.
+MOST_ELONGATED = 2
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class SourceImage:
     crop: bool = False
 
 
-def render(source_image: SourceImage, size: int) -> Image.Image:
+def render(source_image: SourceImage, size: int, keep_shape: bool = False) -> Image.Image:
     """Renders to an RGB image of `size` x `size`, antialiased, composited on white, padded to a square.
+
+    With `keep_shape` a drawing whose borders are cut away is not padded to a square: its longer side is `size`, the
+    other one half of that or more.
 
     Raises:
       Exception: whatever the decoder raises for a file it cannot render; ValueError for an empty drawing.
@@ -57,9 +62,9 @@ def render(source_image: SourceImage, size: int) -> Image.Image:
             image = _rasterize_svg(source_image.data, round(max(image.size) * enlarge))
             box = _ink_box(image)
         image = image.crop(box)
-        return _on_white_square(image, size, margin=round(size * _MARGIN))
+        return _on_white(image, size, round(size * _MARGIN), keep_shape)
     _ink_box(image)
-    return _on_white_square(image, size, margin=0)
+    return _on_white(image, size, 0, False)
 
 
 def is_colourless(image: Image.Image) -> bool:
@@ -118,8 +123,9 @@ def _ink_box(image: Image.Image) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _on_white_square(image: Image.Image, size: int, margin: int) -> Image.Image:
-    """Fits an RGBA image into a white square; on white first, so that hidden colours do not bleed into edges."""
+def _on_white(image: Image.Image, size: int, margin: int, keep_shape: bool) -> Image.Image:
+    """Fits an RGBA image into a white square, or into as much of one as its shape needs; on white first, so that hidden
+    colours do not bleed into edges."""
     room = size - 2 * margin
     scale = room / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -127,6 +133,7 @@ def _on_white_square(image: Image.Image, size: int, margin: int) -> Image.Image:
     flat = Image.alpha_composite(canvas, image).convert("RGB")
     if fitted != image.size:
         flat = flat.resize(fitted, Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(flat, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
-    return square
+    width, height = (max(side + 2 * margin, -(-size // MOST_ELONGATED)) if keep_shape else size for side in fitted)
+    page = Image.new("RGB", (width, height), "white")
+    page.paste(flat, ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    return page

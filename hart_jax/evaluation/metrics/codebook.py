@@ -32,19 +32,16 @@ class Usage:
     def empty(cls, scales: int, vocab_size: int) -> "Usage":
         return cls(np.zeros((scales, vocab_size), np.int64))
 
-    def add(self, indices_BL: np.ndarray, patch_nums: Sequence[int]) -> "Usage":
-        """With more images' tokens; a row has the scales from coarse to fine, each a square of `patch_nums` a side.
+    def add(self, indices_BL: np.ndarray, sizes: Sequence[int]) -> "Usage":
+        """With more images' tokens; a row has the scales from coarse to fine, of so many tokens each.
 
         Raises:
           ValueError: the tokens are not those of such scales and codebook.
         """
         indices_BL = np.asarray(indices_BL)
         scales, vocab_size = self.counts_SV.shape
-        sizes = [side**2 for side in patch_nums]
         if len(sizes) != scales or indices_BL.ndim != 2 or indices_BL.shape[1] != sum(sizes):
-            raise ValueError(
-                f"tokens of shape {indices_BL.shape}, patch_nums={tuple(patch_nums)}: counts {scales} scales"
-            )
+            raise ValueError(f"tokens of shape {indices_BL.shape}, sizes={tuple(sizes)}: counts {scales} scales")
         if indices_BL.size and not 0 <= indices_BL.min() <= indices_BL.max() < vocab_size:
             raise ValueError(
                 f"tokens from {indices_BL.min()} to {indices_BL.max()}: the codebook has 0 to {vocab_size - 1}"

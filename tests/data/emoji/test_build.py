@@ -292,6 +292,18 @@ def test_clip_art_is_cropped_to_its_ink_and_kept_in_proportion():
     assert abs(rows[0] + rows[-1] - 99) <= 1
 
 
+@pytest.mark.parametrize(("size", "expected"), [((40, 20), (54, 100)), ((10, 80), (100, 50)), ((30, 30), (100, 100))])
+def test_clip_art_may_keep_its_shape_up_to_twice_as_long_as_wide(size, expected):
+    pytest.importorskip("cairosvg")
+    source_image = svg('<rect x="5" y="5" width="{}" height="{}" fill="#222"/>'.format(*size), 300, 300)
+    image = np.asarray(render(source_image, 100, keep_shape=True)).min(axis=2)
+    assert image.shape == expected
+    rows, columns = np.where((image < 128).any(1))[0], np.where((image < 128).any(0))[0]
+    assert abs(max(len(rows), len(columns)) - 92) <= 1
+    for found, side in ((rows, expected[0]), (columns, expected[1])):
+        assert abs(found[0] + found[-1] - side + 1) <= 1
+
+
 GRADIENT = '<defs><{0} id="g" {1}><stop stop-color="red"/></{0}></defs>'
 
 

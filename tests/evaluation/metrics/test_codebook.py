@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hart_jax.evaluation.metrics.codebook import Usage
 
-PATCH_NUMS, VOCAB = (1, 2, 3), 8
+SIZES, VOCAB = (1, 4, 9), 8
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -15,19 +15,19 @@ def tokens(count: int, seed: int = 0) -> np.ndarray:
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 99))
 def test_counts_do_not_depend_on_batches_or_hosts(cut, count, seed):
     images = tokens(count, seed)
-    whole, one, other = (Usage.empty(3, VOCAB).add(part, PATCH_NUMS) for part in (images, images[:cut], images[cut:]))
+    whole, one, other = (Usage.empty(3, VOCAB).add(part, SIZES) for part in (images, images[:cut], images[cut:]))
     expected = np.zeros((3, VOCAB), np.int64)
     for row in images:
         for place, code in enumerate(row):
             expected[0 if place < 1 else 1 if place < 5 else 2, code] += 1
-    for usage in (whole, one.merge(other), one.add(images[cut:], PATCH_NUMS)):
+    for usage in (whole, one.merge(other), one.add(images[cut:], SIZES)):
         np.testing.assert_array_equal(usage.counts_SV, expected)
         assert usage.counts_SV.dtype == np.int64
 
 
 def test_fractions_and_perplexity():
     # One token of scale 0, four different ones of scale 1, nine of scale 2 that are the same.
-    usage = Usage.empty(3, VOCAB).add(np.array([[5, 0, 1, 2, 3, *[7] * 9]]), PATCH_NUMS)
+    usage = Usage.empty(3, VOCAB).add(np.array([[5, 0, 1, 2, 3, *[7] * 9]]), SIZES)
     np.testing.assert_allclose(usage.fraction_used.of_codebook_S, [1 / 8, 4 / 8, 1 / 8])
     np.testing.assert_allclose(usage.fraction_used.of_possible_S, [1, 1, 1 / 8])
     np.testing.assert_allclose(usage.perplexity_S, [1, 4, 1])
@@ -43,11 +43,11 @@ def test_no_images():
 
 def test_other_tokens_are_refused():
     usage = Usage.empty(3, VOCAB)
-    for wrong, patch_nums in ((tokens(2)[:, :13], PATCH_NUMS), (tokens(2)[:, :5], (1, 2)), (tokens(2)[0], PATCH_NUMS)):
+    for wrong, sizes in ((tokens(2)[:, :13], SIZES), (tokens(2)[:, :5], (1, 4)), (tokens(2)[0], SIZES)):
         with pytest.raises(ValueError, match="counts 3 scales"):
-            usage.add(wrong, patch_nums)
+            usage.add(wrong, sizes)
     for wrong in (tokens(1) - VOCAB, tokens(1) + VOCAB):
         with pytest.raises(ValueError, match="0 to 7"):
-            usage.add(wrong, PATCH_NUMS)
+            usage.add(wrong, SIZES)
     with pytest.raises(ValueError, match="does not merge"):
         usage.merge(Usage.empty(2, VOCAB))
