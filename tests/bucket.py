@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,16 @@ import pytest
 BUCKET = "gs://bucket"
 
 
+# How long a request that has come may still take when the server stops.
+ANSWER_SECONDS = 10
+
+
 class Threads(http.server.ThreadingHTTPServer):
-    """Answers each connection in a thread of its own, and closes all of them with the server."""
+    """Answers each connection in a thread of its own. When it stops, it answers what it was asked, and nothing more.
+
+    Were an answer lost, the client would ask again; and the emulator, unlike a real bucket, does not know an upload
+    that it has completed.
+    """
 
     daemon_threads = True
 
@@ -37,6 +46,9 @@ class Threads(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.01)
         for request in tuple(self._open):
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)

@@ -235,7 +235,7 @@ def test_command():
 def test_a_rectangle_costs_what_its_tokens_do():
     """And so about as much as a square of as many pixels."""
     report = work_report(at_image_shape(tiny(), (6, 12)), 1, None)
-    assert report.startswith("12x6 px, batch 1: 4 context positions and 28 tokens in 3 scales") and "| 3x6 |" in report
+    assert report.startswith("12x6 px, batch 1: 4 context positions and 23 tokens in 3 scales") and "| 3x6 |" in report
     released = experiment("hart_0p7b_1024")
     square, tall = (
         sum(one.macs for one in sampling_costs(each, 1)) for each in (released, at_image_shape(released, (1360, 768)))
