@@ -58,7 +58,13 @@ def test_commands_are_found():
     assert len(SAMPLING) >= 2
 
 
-@pytest.mark.parametrize("command", SAMPLING)
+# Of one image each: the tests of every change run them.
+OFTEN = [command for command in SAMPLING if "--num_images" not in command and "--prompts_file" not in command]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(each, marks=() if each in OFTEN else pytest.mark.slow) for each in SAMPLING]
+)
 def test_sampling_commands_run(command, tmp_path):
     arguments = [part for part in shlex.split(command)[2:] if not part.startswith("--out=")]
     run = run_python("sample.py", *arguments, f"--out={tmp_path}")

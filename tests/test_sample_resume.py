@@ -51,7 +51,7 @@ def test_every_image_has_its_prompt_and_seed(folder, whole):
     assert len({whole[path.name] for path in paths if "a-red-apple" in path.name}) == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_run_goes_on(folder, whole, tmp_path, number):
     out = tmp_path / "out"
     process = start(folder, *flags(folder, out))

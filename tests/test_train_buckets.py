@@ -13,7 +13,7 @@ from PIL import Image
 from hart_jax.checkpoints.orbax import CHECKPOINT_DIR
 from hart_jax.checkpoints.workdir import read_hart_experiment, read_workdir
 from hart_jax.training.inputs import INPUTS_FILE
-from hart_jax.training.metrics import METRICS_FILE, RECORDS_FILE, SAMPLES_DIR, read_metrics
+from hart_jax.training.metrics import RECORDS_FILE, SAMPLES_DIR, read_metrics
 from tests.in_process import run_here
 from tests.kill_and_resume import assert_same_run, kill_and_resume
 from tests.train_runs import (
@@ -92,6 +92,7 @@ def resumed(run: Run, folder: Path) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_batches(two, tmp_path):
     run, _, _ = two
     workdir = resumed(run, tmp_path)
@@ -157,9 +158,8 @@ def test_a_tokenizer_is_trained_in_buckets(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_it_ends_as_if_nobody_had_killed_it(tmp_path, processes):
-    assert len(kill_and_resume(tmp_path, "buckets", processes=processes, kills=1, seed=processes)) == 1
+def test_killed_it_ends_as_if_nobody_had_killed_it(tmp_path):
+    assert len(kill_and_resume(tmp_path, "buckets", processes=1, kills=1, seed=1)) == 1
     assert_epochs_of_buckets(tmp_path / "killed")
 
 
@@ -182,8 +182,7 @@ def test_killed_on_two_processes_it_goes_on_with_one_and_back(tmp_path):
     code, out, err = run_to_end(*settings, f"--workdir={killed}", processes=2)
     assert code == 0, err
     assert "resuming at" in out
-    assert (killed / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
-    assert (killed / RECORDS_FILE).read_bytes() == (whole / RECORDS_FILE).read_bytes()
+    assert_same_run(killed, whole, ("params", "ema"), grids=False)
     assert_epochs_of_buckets(killed)
 
 

@@ -56,16 +56,6 @@ def hart(tmp_path_factory) -> Run:
     return whole_run(tmp_path_factory.mktemp("hart"), "hart")
 
 
-def test_killed_once_the_log_is_that_of_an_undisturbed_run(tmp_path, tokenizer):
-    _, fields = EXPERIMENTS["tokenizer"]
-    again = (*tokenizer.settings, f"--workdir={tmp_path}")
-    kill_when(start(*again), lambda: logged_steps(tmp_path) >= 12)
-    code, out, err = run_to_end(*again)
-    assert code == 0, err
-    assert "resuming at" in out
-    assert_same_run(tmp_path, tokenizer.workdir, fields)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_killed_three_times_the_log_is_that_of_an_undisturbed_run(request, tmp_path, experiment):

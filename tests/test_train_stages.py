@@ -36,6 +36,7 @@ def config(folder) -> Path:
     return write_hart_config(folder / "inputs")
 
 
+@pytest.mark.slow
 def test_class_conditional_training_export_and_sampling(folder, config):
     run, model, out = folder / "classes", folder / "classes_model", folder / "classes_out"
     code, _, err = run_to_end(f"--config={config}", f"--workdir={run}", *LENGTH, *CLASSES)

@@ -242,6 +242,7 @@ def test_a_bad_record_is_replaced_by_the_next_of_its_bucket(sized, tmp_path, mon
     assert counts[following] >= 2 * min(others)
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_buckets_size(sized, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "BATCH", 8)
     params, buckets = tiny_model().tokenizer, buckets_of(sized)

@@ -131,6 +131,7 @@ def test_images_of_any_folder_are_scored(folder, tmp_path):
     assert "alignment" not in results(tmp_path / "other")["scores"]["One"]
 
 
+@pytest.mark.slow
 def test_reconstructions_of_both_modes(folder):
     flags = ("--what=reconstruction", "--config=tiny.py", f"--reference={EMOJI}", "--inception=One")
     code, out, err = run(folder, *flags, "--out=rebuilt")

@@ -111,6 +111,7 @@ def test_classes_that_the_model_lacks_are_named_before_anything_is_sampled(model
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_names_serves_a_reference_of_all_classes_alone(tmp_path):
     write_model(tmp_path / "model", tiny_model(**CLASSES))
     every = reference(tmp_path / "every", *NAMES)

@@ -165,6 +165,7 @@ def test_a_text_encoders_folder(tmp_path):
         read_text_config(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "published"), [("hart_0p7b_512", 3.2e12), ("hart_0p7b_1024", 12.5e12)])
 def test_modules_that_hooks_see_make_the_published_macs(name, published):
     """docs/performance.md says why these parts; the paper's figures have two and three digits."""

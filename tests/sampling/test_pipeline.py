@@ -37,6 +37,7 @@ def released_flags(released: Path) -> list[str]:
     return [f"--config={released / 'released.py'}", f"--checkpoint={released / 'release'}"]
 
 
+@pytest.mark.slow
 def test_the_released_folders_sample(released, tmp_path):
     """And from the second time on with the weights converted before: the same images."""
     (released / "prompts.txt").write_text("7\ta red apple\na blue dog\n")
@@ -225,7 +226,7 @@ def test_latents_are_decoded_in_parts():
         SampleConfig(decode_at_once=-1)
 
 
-@pytest.mark.parametrize("layered", [False, True])
+@pytest.mark.parametrize("layered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_numbers_of_a_call_compile_nothing(layered, monkeypatch, caplog):
     monkeypatch.setattr(pipeline, "samples_by_layers", lambda model: layered)
     model = tiny_model(num_classes=3, context_tokens=1)

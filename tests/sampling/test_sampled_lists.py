@@ -105,6 +105,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sample_py_takes_them_and_says_so_in_its_files(folder, tmp_path):
     asked = (f"--checkpoint={folder / 'listed'}", "--prompt=a red apple", "--top_k=8")
     # A config that says nothing of lists does not hide those of the model.

@@ -88,6 +88,7 @@ def losses(steps: int, **settings) -> list[dict]:
     return history
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_trains_as_the_whole_one_does():
     accumulated, at_once = losses(4, accumulate=4, mistakes=0.5), losses(4, accumulate=1, mistakes=0.5)
     for parts, whole in zip(accumulated, at_once, strict=True):

@@ -153,6 +153,7 @@ def test_chosen_curves_are_plotted(tmp_path, log_y, steps):
     assert "#2ca02c" not in colours
 
 
+@pytest.mark.slow
 def test_every_subject_has_a_panel(tmp_path):
     def line(step: int) -> dict[str, float]:
         scales = {

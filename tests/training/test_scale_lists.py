@@ -137,6 +137,7 @@ def whole(config) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_logs_and_shows_each_list(whole):
     assert set(DRAWN[:3]) == set(DRAWN[3:]) == {2, 3}
     for line, count in zip(read_metrics(whole), DRAWN, strict=True):
@@ -177,6 +178,7 @@ def without(config: Path, steps: int) -> list[str]:
     return [flag.replace("((1, 4),)", "()") for flag in flags(config, steps)]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_lists(config, whole):
     code, _, err = run_to_end(*without(config, 9), f"--workdir={whole}")
     assert code == 2 and "transformer.scale_lists" in err, err

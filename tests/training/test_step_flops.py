@@ -44,6 +44,7 @@ def hart_flops(remat: str = "none", ahead: bool = False, **train) -> StepFlops:
         return program.flops(program.step.trace(*arguments, KEPT), arguments, KEPT)
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_no_work_of_the_model():
     none, full = hart_flops("none"), hart_flops("full")
     assert none.model == full.model > 0
@@ -80,6 +81,7 @@ def tokenizer_step_flops(freeze: tuple[str, ...] = (), adversarial: bool = False
     return tokenizer_flops(traced, tokenizer, state, images)
 
 
+@pytest.mark.slow
 def test_the_tokenizers_frozen_modules_are_no_work_of_the_model():
     whole, decoder = tokenizer_step_flops(), tokenizer_step_flops(("encoder", "quant_conv", "quantizer"))
     assert whole.hardware == pytest.approx(whole.model, rel=0.1)

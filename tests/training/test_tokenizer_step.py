@@ -66,6 +66,7 @@ def test_initial_state(initial):
     np.testing.assert_array_equal(initial.code_usage_V, np.ones(16))
 
 
+@pytest.mark.slow
 def test_learns_one_batch_and_leaves_the_discriminator_alone(state, initial, images):
     step = step_with(continuous_fraction=0.0)
     losses, used = [], []

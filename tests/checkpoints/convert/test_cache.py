@@ -62,9 +62,11 @@ def test_another_release_is_converted_anew(release, converted):
     assert cached_folder(Path(copied)) != cached_folder(release)
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut short", "emptied", "without a config", "of another shape", "one byte", "no checksums"]
-)
+OFTEN = ("cut short", "one byte")
+SELDOM = ("emptied", "without a config", "of another shape", "no checksums")
+
+
+@pytest.mark.parametrize("damage", [*OFTEN, *(pytest.param(each, marks=pytest.mark.slow) for each in SELDOM)])
 def test_a_damaged_cache_is_made_again(pristine, converted, capsys, damage):
     expected = read_released_cached(pristine)
     folder = cached_folder(pristine)
