@@ -11,6 +11,7 @@ os.environ |= QUICKLY | {"XLA_FLAGS": xla_flags()}
 import hypothesis
 import jax
 import pytest
+from absl import flags
 
 # Tests assert no times: the first example of a property pays for compilation.
 hypothesis.settings.register_profile("hart", deadline=None)
@@ -20,6 +21,13 @@ hypothesis.settings.load_profile("hart")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, those of whole trainings, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
+
+
+@pytest.fixture(autouse=True)
+def no_flags_are_left() -> Iterator[None]:
+    """A test that parses flags in this process puts them back (`tests.in_process`), or the next one has their values."""
+    yield
+    assert not flags.FLAGS.is_parsed()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -249,6 +249,6 @@ def test_help_with_a_config_lists_its_settings_with_what_they_mean(hart_config):
     ],
 )
 def test_a_setting_that_there_is_not_is_named(config, override, said):
-    with pytest.raises(UserError, match="--help lists all") as error:
+    with only_flags_of("train.py"), pytest.raises(UserError, match="--help lists all") as error:
         hart_flags.parse(["train.py", f"--config={config}", f"--config.{override}"])
     assert said in str(error.value)
