@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_flags_are_left() -> Iterator[None]:
-    """A test that parses flags in this process puts them back (`tests.in_process`), or the next one has their values."""
+    """A test that parses flags in this process puts them back (`tests.in_process`); or the next has their values."""
     yield
-    assert not flags.FLAGS.is_parsed()
+    assert not any(flags.FLAGS[name].present for name in flags.FLAGS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

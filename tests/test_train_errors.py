@@ -15,6 +15,7 @@ from hart_jax.checkpoints.workdir import find_tokenizer
 from hart_jax.config import HartExperiment, read_experiment
 from hart_jax.data.precomputed import TOKENS, describe_tokens
 from hart_jax.errors import UserError
+from tests.in_process import only_flags_of
 from tests.train_runs import run_to_end, write_hart_config, write_tokenizer_config
 
 
