@@ -92,7 +92,6 @@ def resumed(run: Run, folder: Path) -> Path:
     return workdir
 
 
-@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_batches(two, tmp_path):
     run, _, _ = two
     workdir = resumed(run, tmp_path)

@@ -91,7 +91,6 @@ def assert_same_history(workdir: Path, expected: Path) -> None:
     assert (workdir / RECORDS_FILE).read_bytes() == (expected / RECORDS_FILE).read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "processes", "sizes", "more"),
     [
