@@ -76,16 +76,22 @@ def compiled(
         return jax.jit(both).lower(q, k, k, q, *ends).compile(), time.monotonic() - start
 
 
+def vmem_of(text: str) -> dict[str, int]:
+    """Bytes of VMEM of each attention kernel in a program compiled for a TPU; XLA's own fusions are not counted."""
+    used = {}
+    for line in text.splitlines():
+        found = re.search(r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', line)
+        if found and "tpu_custom_call" in line and (kernel := re.search(r"%attention_(\w+)", line)):
+            used[kernel[1]] = int(found[1])
+    return used
+
+
 def tpu_table(kinds: list[str], names: list[str], widths: list[int], dtypes: list[str]) -> None:
     print("| chip | shape | type | width | VMEM MiB: forward, backward | temporaries MiB | compiled in s |")
     print("|---|---|---|---|---|---|---|")
     for topology, name, dtype, width in itertools.product(kinds, names, dtypes, widths):
         program, seconds = compiled(topology, name, width, dtype, traced="decode" in name)
-        used = []
-        for line in program.as_text().splitlines():
-            found = re.search(r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', line)
-            if found and "tpu_custom_call" in line and (kernel := re.search(r"%attention_(\w+)", line)):
-                used.append(f"{kernel[1].split('.')[0]} {int(found[1]) / 2**20:.1f}")
+        used = [f"{kernel} {size / 2**20:.1f}" for kernel, size in vmem_of(program.as_text()).items()]
         temporaries = program.memory_analysis().temp_size_in_bytes / 2**20
         cells = [topology.split(":")[0], name, dtype, str(width), ", ".join(used), f"{temporaries:.0f}"]
         print(f"| {' | '.join(cells)} | {seconds:.0f} |", flush=True)
